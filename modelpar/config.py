@@ -1,0 +1,383 @@
+"""The typed schema of the whole configuration, its validation, and where ``conf/`` is found."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from modelpar.errors import SettingsError, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+
+@dataclass
+class DataSettings:
+    """Which images, and what follows from them; ``conf/data/*.yaml``."""
+
+    name: str = MISSING
+    root: str | None = None  # folder of the images; photos and synthetic need none
+    download: bool = False
+    image_size: int = MISSING  # side of a crop in pixels
+    num_classes: int | None = None  # None: as many as the data has
+    epochs: int = MISSING
+    evaluate_every: int = 1  # epochs
+    checkpoint_every: int = MISSING  # steps; 0: only at the end
+    workers: int = 2
+
+
+@dataclass
+class RecipeSettings:
+    """The named switches between paper and code; ``conf/recipe/*.yaml``, ``net/paper.py``."""
+
+    name: str = MISSING
+    weight_std: str = MISSING
+    norm_alpha: str = MISSING
+    norm1_input: str = MISSING
+    norms: str = MISSING
+    rates: str = MISSING
+    schedule: str = MISSING
+    decay: str = MISSING
+    colour_noise: str = MISSING
+    crops: str = MISSING
+    shuffle: str = MISSING
+    conv1_padding: str = MISSING
+    lr: float = 0.01  # first learning rate of the weights (section 5)
+    momentum: float = 0.9  # section 5
+    weight_decay: float = 5e-4  # section 5
+
+
+@dataclass
+class ModelSettings:
+    """The net's own switches, see ``net.paper.Plan``; None: as recipe and data have it."""
+
+    norm: str | None = None
+    activation: str | None = None
+    pool: str | None = None
+    dropout: float | None = None
+    crossing_at: list[str] | None = None
+    num_classes: int | None = None
+    image_size: int | None = None
+
+
+@dataclass
+class CrossingSettings:
+    """How maps travel between the columns."""
+
+    dtype: str | None = None  # None: the precision's own
+    overlap: bool = True  # compute the own half while the peer's travels
+
+
+@dataclass
+class CommSettings:
+    """How long a process waits for another."""
+
+    timeout: float = 120.0  # s
+
+
+@dataclass
+class MonitorSettings:
+    """What a run shows of itself besides metrics.jsonl."""
+
+    progress: bool = True
+    tensorboard: bool = True
+
+
+@dataclass
+class TrainSettings:
+    """``conf/train.yaml``: everything that ``modelpar.train`` can be told."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    crossing: CrossingSettings = field(default_factory=CrossingSettings)
+    comm: CommSettings = field(default_factory=CommSettings)
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    columns: int = 2
+    replicas: int = 1
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 128  # images a pair
+    seed: int = 0
+    precision: str = "float32"
+    device: str = "auto"
+    run_dir: str | None = None
+    resume: str = "auto"
+    checkpoint_every: int | None = None  # steps; None: by data
+    keep_last: int = 2
+    workers: int | None = None  # loader processes a rank; None: by data
+    log_every: int = 1  # steps
+    restarts: int = 0
+    cache_dir: str | None = None
+
+
+@dataclass
+class EvaluateSettings:
+    """``conf/evaluate.yaml``: everything that ``modelpar.evaluate`` can be told."""
+
+    checkpoint: str = MISSING  # RUN_DIR | STEP_DIR | FILE.safetensors
+    views: int = 1
+    data: DataSettings | None = None  # None: the data the run was trained on
+    crossing: CrossingSettings = field(default_factory=CrossingSettings)
+    comm: CommSettings = field(default_factory=CommSettings)
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    columns: int = 2
+    replicas: int = 1
+    batch_size: int = 128
+    precision: str = "float32"
+    device: str = "auto"
+    workers: int | None = None
+    cache_dir: str | None = None
+
+
+@dataclass
+class ExportSettings:
+    """``conf/export.yaml``: everything that ``modelpar.export`` can be told."""
+
+    checkpoint: str = MISSING
+    out: str = MISSING
+
+
+SCHEMAS: Final = {"train": TrainSettings, "evaluate": EvaluateSettings, "export": ExportSettings}
+PRECISIONS: Final = ("float32", "bfloat16", "float64")
+WIRE_DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
+DEVICES: Final = ("auto", "cpu", "cuda")
+VIEWS: Final = (1, 10)
+
+
+def conf_dir() -> Path:
+    """Return the folder of the yaml files: inside the wheel, or beside the package in a tree."""
+    package = Path(__file__).resolve().parent
+    for place in (package / "conf", package.parent / "conf"):
+        if place.is_dir():
+            return place
+    message = f"no conf/ in {package} or beside it: install modelpar again"
+    raise SettingsError(message)
+
+
+def refuse_choice(key: str, value: object, choices: Iterable[object]) -> NoReturn:
+    """Raise SettingsError that names the key, the value, the nearest choice and all of them."""
+    names = [str(choice) for choice in choices]
+    near = get_close_matches(str(value), names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    message = f"{key}={value}: {hint}give one of {', '.join(names)}"
+    raise SettingsError(message)
+
+
+@cache
+def load_group(group: str, name: str) -> dict[str, Any]:
+    """Return ``conf/GROUP/NAME.yaml`` as plain values; raises SettingsError where it is not."""
+    folder = conf_dir() / group
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        refuse_choice(group, name, names)
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml")))
+
+
+def register() -> None:
+    """Make the schemas known to Hydra, under the names the yaml files' defaults lists use."""
+    OmegaConf.register_new_resolver("given_or", _given_or, replace=True)
+    store = ConfigStore.instance()
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)
+
+
+def _given_or(value: object, default: object) -> object:
+    """Resolve ``${given_or:VALUE,DEFAULT}``: the default where the value is null."""
+    return default if value is None else value
+
+
+@contextmanager
+def _hydra_started() -> Generator[None]:
+    hydra = GlobalHydra.instance()
+    if hydra.is_initialized():
+        hydra.clear()
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        yield
+
+
+def compose_settings(main: str, overrides: Sequence[str]) -> DictConfig:
+    """Return ``conf/MAIN.yaml`` with ``overrides`` and Hydra's own node, not yet validated.
+
+    Raises SettingsError, in one line and with the nearest key, for what Hydra refuses.
+    """
+    try:
+        with _hydra_started():
+            settings = compose(main, overrides=list(overrides), return_hydra_config=True)
+            for key in settings:
+                if key != "hydra":
+                    OmegaConf.to_container(OmegaConf.masked_copy(settings, str(key)), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingsError(_explain(main, error)) from None
+    return settings
+
+
+def _explain(main: str, error: Exception) -> str:
+    """Fold what Hydra says into one line: what, where, how to mend it."""
+    cause = error.__cause__ or error
+    text = one_line(cause)
+    key = getattr(cause, "full_key", None) or ""
+    if missing := re.search(r"Could not find '(\w+)/([^']*)'", text):
+        group, name = missing.groups()
+        refuse_choice(
+            group, name, sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+        )
+    if "is not in struct" in text or re.search(r"Key '[^']*' not in '", text):
+        known = list(_keys(SCHEMAS[main]))
+        by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
+        near = get_close_matches(key, known, n=1) or [
+            by_last[name] for name in get_close_matches(key.rpartition(".")[2], by_last, n=1)
+        ]
+        hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
+        return f"{key}: no such setting; {hint}"
+    if ambiguous := re.search(r"Ambiguous value for argument '([^']*)'", text):
+        return f"{ambiguous[1]}: several values; add -m to sweep over them"
+    if missing := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{missing[1]}: not given; add {missing[1]}=..."
+    for noise in (" full_key:", " To append to your config", " object_type=", " See https://"):
+        text = text.partition(noise)[0]
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def _keys(schema: type[Any], prefix: str = "") -> Iterable[str]:
+    for name, entry in schema.__dataclass_fields__.items():
+        yield prefix + name
+        nested = {
+            "data": DataSettings,
+            "recipe": RecipeSettings,
+            "model": ModelSettings,
+            "crossing": CrossingSettings,
+            "comm": CommSettings,
+            "monitor": MonitorSettings,
+        }.get(entry.name if not prefix else "")
+        if nested:
+            yield from _keys(nested, f"{name}.")
+
+
+def to_object(main: str, settings: DictConfig) -> Any:
+    """Return the typed settings of ``main``, all values resolved and present.
+
+    Raises SettingsError for a value of another type or one that is missing.
+    """
+    try:
+        plain = OmegaConf.to_container(
+            OmegaConf.create({key: settings[key] for key in settings if key != "hydra"}),
+            resolve=True,
+            throw_on_missing=True,
+        )
+        merged = OmegaConf.merge(OmegaConf.structured(SCHEMAS[main]), plain)
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise SettingsError(_explain(main, error)) from None
+
+
+def validate_train(settings: TrainSettings) -> None:
+    """Raise SettingsError for the first value of ``settings`` that no run can have."""
+    _validate_common(settings)
+    _at_least(
+        1,
+        epochs=settings.epochs,
+        steps=settings.steps,
+        log_every=settings.log_every,
+        **{"data.evaluate_every": settings.data.evaluate_every},
+    )
+    _at_least(0, seed=settings.seed, restarts=settings.restarts)
+    _at_least(0, checkpoint_every=settings.checkpoint_every)
+    _at_least(2, keep_last=settings.keep_last)
+
+
+def validate_evaluate(settings: EvaluateSettings) -> None:
+    """Raise SettingsError for the first value of ``settings`` that no evaluation can have."""
+    _validate_common(settings)
+    if settings.views not in VIEWS:
+        refuse_choice("views", settings.views, VIEWS)
+
+
+def validate_export(settings: ExportSettings) -> None:
+    """Raise SettingsError where the exported file cannot be written."""
+    out = Path(settings.out)
+    if out.suffix != ".safetensors":
+        message = f"out={out}: give a name that ends in .safetensors"
+        raise SettingsError(message)
+    _check_writable("out", out.parent)
+
+
+def _validate_common(settings: TrainSettings | EvaluateSettings) -> None:
+    _at_least(
+        1, columns=settings.columns, replicas=settings.replicas, batch_size=settings.batch_size
+    )
+    _at_least(0, workers=settings.workers)
+    if settings.columns not in {1, 2}:
+        refuse_choice("columns", settings.columns, (1, 2))
+    if settings.precision not in PRECISIONS:
+        refuse_choice("precision", settings.precision, PRECISIONS)
+    if settings.device not in DEVICES:
+        refuse_choice("device", settings.device, DEVICES)
+    if settings.crossing.dtype is not None and settings.crossing.dtype not in WIRE_DTYPES:
+        refuse_choice("crossing.dtype", settings.crossing.dtype, WIRE_DTYPES)
+    if not (math.isfinite(settings.comm.timeout) and settings.comm.timeout > 0):
+        message = f"comm.timeout={settings.comm.timeout}: give a finite number of seconds over 0"
+        raise SettingsError(message)
+
+
+def _at_least(least: int, **values: int | None) -> None:
+    for key, value in values.items():
+        if value is not None and value < least:
+            message = f"{key}={value}: give {least} or more"
+            raise SettingsError(message)
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        message = f"{key}={folder}: {existing} is a file; give a folder"
+        raise SettingsError(message)
+    if not os.access(existing, os.W_OK):
+        message = f"{key}={folder}: {existing} cannot be written; give another folder"
+        raise SettingsError(message)
+
+
+def check_run_dir(folder: Path) -> None:
+    """Raise SettingsError where ``folder`` cannot become a run directory."""
+    _check_writable("run_dir", folder)
+
+
+def cache_dir(setting: str | None) -> Path:
+    """Return where statistics are kept: the setting, or modelpar's folder in the XDG cache."""
+    if setting is not None:
+        return Path(setting)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "modelpar"
+
+
+Validator = Callable[[Any], None]
+VALIDATORS: Final[dict[str, Validator]] = {
+    "train": validate_train,
+    "evaluate": validate_evaluate,
+    "export": validate_export,
+}
+
+
+def read(main: str, overrides: Sequence[str]) -> Any:
+    """Compose, type and validate the settings of ``main``; raises SettingsError in one line."""
+    settings = to_object(main, compose_settings(main, overrides))
+    VALIDATORS[main](settings)
+    return settings

@@ -1,0 +1,118 @@
+"""Batches: the same on both columns, each a function of seed, epoch and position."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from modelpar.errors import DataError
+from modelpar.images.augment import Draws, Lens
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from modelpar.images.order import BatchOrder
+    from modelpar.images.sets import Images
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on its device, and how long the step waited for it in s."""
+
+    images: Tensor  # (N, 3, S, S) float32
+    labels: Tensor  # (N,)
+    waited: float
+
+
+def _load(images: Images, device: torch.device, workers: int, **how: Any) -> DataLoader[Any]:
+    """Return torch's loader; a generator of its own keeps it off the global one."""
+    return DataLoader(
+        images,  # pyright: ignore[reportArgumentType] - sized and indexed is enough
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+        **how,
+    )
+
+
+def _fetch(source: Iterator[Any]) -> tuple[Tensor, Tensor] | None:
+    """Return the next batch, None at the end; a worker's DataError comes back as one line."""
+    try:
+        return next(source, None)
+    except DataError as error:  # torch puts the worker's traceback before the message
+        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
+
+
+class TrainLoader:
+    """The training batches of one replica, resumable at any batch of any epoch."""
+
+    def __init__(
+        self,
+        images: Images,
+        order: BatchOrder,
+        lens: Lens,
+        device: torch.device,
+        *,
+        crops: str,
+        workers: int = 0,
+    ) -> None:
+        self.order = order
+        self.lens = lens
+        self.device = device
+        self.crops = crops
+        self.loader = _load(images, device, workers, batch_sampler=order)
+
+    def epoch(self, epoch: int, start: int, noise: float) -> Iterator[Batch]:
+        """Yield the batches of ``epoch`` from number ``start`` on, augmented on the device."""
+        order = self.order
+        order.epoch, order.start = epoch, start
+        draws = Draws.of_epoch(order.seed, epoch, order.num_samples, self.lens.border, self.crops)
+        source = iter(self.loader)
+        for number in range(start, len(order)):
+            began = time.perf_counter()
+            stored = _fetch(source)
+            if stored is None:
+                return
+            images = stored[0].to(self.device, non_blocking=True)
+            labels = stored[1].to(self.device, non_blocking=True)
+            ready = self.lens.training(images, draws.at(order.positions(number)), noise)
+            yield Batch(ready, labels, time.perf_counter() - began)
+
+
+class TestLoader:
+    """Every test image once, shared out over the replicas without padding."""
+
+    __test__ = False  # pytest: not a test
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        device: torch.device,
+        *,
+        replica: int = 0,
+        replicas: int = 1,
+        workers: int = 0,
+    ) -> None:
+        self.device = device
+        own = range(replica, len(images), replicas)
+        batches = [
+            list(own[first : first + batch_size]) for first in range(0, len(own), batch_size)
+        ]
+        self.loader = _load(images, device, workers, batch_sampler=batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield stored images (N, 3, T, T) uint8 and their labels."""
+        source = iter(self.loader)
+        while (stored := _fetch(source)) is not None:
+            yield (
+                stored[0].to(self.device, non_blocking=True),
+                stored[1].to(self.device, non_blocking=True),
+            )

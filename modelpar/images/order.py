@@ -1,0 +1,74 @@
+"""The order of samples: a pure function of seed, epoch and position, so that it can be resumed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import Sampler
+
+from modelpar.errors import SettingsError
+from modelpar.mesh import generator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+
+def sample_order(seed: int, epoch: int, num_samples: int, *, every_epoch: bool) -> Tensor:
+    """Return the samples of ``epoch`` (from 0) in their order: a permutation of 0..N-1.
+
+    The released code read its files in one fixed order, shuffled once when they were made;
+    ``every_epoch`` draws a new order for each epoch.
+    """
+    source = generator(seed, "order", epoch if every_epoch else 0)
+    return torch.randperm(num_samples, generator=source)
+
+
+class BatchOrder(Sampler[list[int]]):
+    """The batches of one replica in one epoch, from ``start`` on.
+
+    Global batch k holds the positions k * batch_size * replicas onwards of the epoch's order, and
+    replica r the r-th ``batch_size`` of them; a ragged last batch is dropped.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        *,
+        replica: int = 0,
+        replicas: int = 1,
+        every_epoch: bool = False,
+    ) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.replica = replica
+        self.replicas = replicas
+        self.every_epoch = every_epoch
+        self.epoch = 0
+        self.start = 0
+        if len(self) < 1:
+            message = (
+                f"batch_size={batch_size}: {batch_size * replicas} images a step, but the data "
+                f"has only {num_samples}; give less"
+            )
+            raise SettingsError(message)
+
+    def __len__(self) -> int:
+        """Return the batches of a whole epoch."""
+        return self.num_samples // (self.batch_size * self.replicas)
+
+    def positions(self, batch: int) -> slice:
+        """Return which positions of the epoch's order this replica's ``batch`` holds."""
+        first = (batch * self.replicas + self.replica) * self.batch_size
+        return slice(first, first + self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the sample numbers of each batch from ``start`` to the epoch's end."""
+        order = sample_order(self.seed, self.epoch, self.num_samples, every_epoch=self.every_epoch)
+        for batch in range(self.start, len(self)):
+            yield order[self.positions(batch)].tolist()

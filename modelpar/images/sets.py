@@ -1,0 +1,518 @@
+"""Data sets by name: where their images come from, their classes, their mean and colours."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+import safetensors.torch
+import torch
+from filelock import FileLock, Timeout
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from modelpar.config import refuse_choice
+from modelpar.errors import DataError, SettingsError, one_line
+from modelpar.images.augment import Statistics, principal_colours
+from modelpar.mesh import generator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from modelpar.config import DataSettings
+
+Sample = tuple["Tensor", int]  # (3, T, T) uint8, label
+
+# Differs: the paper's stored images are 256 pixels wide for crops of 224 (section 4.1); smaller
+# crops keep that proportion.
+STORED_PER_CROP: Final = 256 / 224
+DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
+STATISTICS_BATCH: Final = 64
+
+
+class Images(Protocol):
+    """A sized source of samples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set: training and test images at their stored size, and the names of the classes.
+
+    ``fingerprint`` changes when the images do.
+    """
+
+    name: str
+    train: Images
+    test: Images
+    classes: Sequence[str]
+    stored_size: int
+    fingerprint: str
+
+
+class InMemory(Dataset[Sample]):
+    """Images (N, C, T, T) uint8 that fit in memory, grey ones with C = 1, and their labels."""
+
+    def __init__(self, images: Tensor, labels: Sequence[int], rows: Sequence[int]) -> None:
+        self.images = images
+        self.labels = labels
+        self.rows = rows
+
+    def __len__(self) -> int:
+        """Return the number of samples, which may show an image more than once."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return one image as (3, T, T) and its label."""
+        row = self.rows[index]
+        return self.images[row].expand(3, -1, -1), self.labels[row]
+
+
+class Resized(Dataset[Sample]):
+    """Images of any size and mode as RGB, shorter side scaled, central square (section 2).
+
+    ``source[i]`` gives a PIL image, or a path to one, and its label.
+    """
+
+    def __init__(self, source: Callable[[int], tuple[Any, int]], length: int, size: int) -> None:
+        self.source = source
+        self.length = length
+        self.transform = v2.Compose(
+            [
+                v2.Resize(size, antialias=True),
+                v2.CenterCrop(size),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return one image as (3, T, T) uint8 and its label; raises DataError with its name."""
+        image, label = self.source(index)
+        name = image if isinstance(image, (str, os.PathLike)) else f"image {index}"
+        try:
+            if isinstance(image, (str, os.PathLike)):
+                with Image.open(image) as opened:
+                    return self.transform(opened.convert("RGB")), label
+            return self.transform(image.convert("RGB")), label
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            message = f"{name}: not a readable image ({one_line(error)}); mend or remove it"
+            raise DataError(message) from None
+
+
+# -- photos ------------------------------------------------------------------------------------
+
+# The photographs inside the scikit-image wheel, by the names of its own functions.
+PHOTOGRAPHS: Final = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "rocket",
+    "stereo_motorcycle",
+    "hubble_deep_field",
+    "retina",
+    "immunohistochemistry",
+    "camera",
+    "brick",
+    "grass",
+    "gravel",
+    "coins",
+    "moon",
+)
+CELL: Final = 96  # pixels: stored size; crops of 64 lie wholly inside one cell
+FLAT: Final = 8.0  # a cell whose grey standard deviation is below says nothing (sky, black)
+TEST_SHARE: Final = 5  # one cell in five is held out
+TRAIN_PER_CLASS: Final = 160  # so that an epoch is 17 batches of 128
+TEST_PER_CLASS: Final = 20
+
+
+def _cells(photograph: Tensor) -> Tensor:
+    """Cut (3, H, W) uint8 into the cells (N, 3, 96, 96) of a grid, without the flat ones."""
+    grid = photograph.unfold(1, CELL, CELL).unfold(2, CELL, CELL)
+    cells = grid.permute(1, 2, 0, 3, 4).flatten(0, 1)
+    return cells[cells.float().mean(1).flatten(1).std(1) >= FLAT].contiguous()
+
+
+def photos(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+    """Which photograph is this crop from: 14 photographs of the scikit-image wheel.
+
+    Cells of a grid, a fifth of each photograph's held out: no test pixel is ever trained on.
+    Classes are balanced by showing the cells of small photographs more often.
+    """
+    del settings, cache, seed  # the split never changes
+    from skimage import data  # noqa: PLC0415 - half a second, and only this set needs it
+
+    cells: list[Tensor] = []
+    labels: list[int] = []
+    train: list[int] = []
+    test: list[int] = []
+    for label, name in enumerate(PHOTOGRAPHS):
+        try:
+            pixels: Any = getattr(data, name)()
+        except (OSError, ModuleNotFoundError, AttributeError) as error:
+            message = f"photos: scikit-image has no {name} in its wheel ({one_line(error)})"
+            raise DataError(message) from None
+        pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # left eye of the stereo pair
+        photograph = torch.from_numpy(np.array(pixels))
+        if photograph.ndim == 2:  # noqa: PLR2004 - grey (H, W)
+            photograph = photograph[:, :, None].expand(-1, -1, 3)
+        own = _cells(photograph.permute(2, 0, 1))
+        first, count = len(labels), len(own)
+        shuffled = torch.randperm(count, generator=generator(0, "photos", name)).tolist()
+        held_out = max(2, count // TEST_SHARE)
+        cells.append(own)
+        labels += [label] * count
+        test += _balanced(shuffled[:held_out], first, TEST_PER_CLASS)
+        train += _balanced(shuffled[held_out:], first, TRAIN_PER_CLASS)
+    images = torch.cat(cells)
+    return ImageSet(
+        "photos",
+        InMemory(images, labels, train),
+        InMemory(images, labels, test),
+        PHOTOGRAPHS,
+        CELL,
+        _digest(images.numpy().tobytes(), repr((train, test)).encode()),
+    )
+
+
+def _balanced(rows: list[int], first: int, count: int) -> list[int]:
+    """Return ``count`` of ``rows``, each as often as the others, give or take one."""
+    return [first + rows[place % len(rows)] for place in range(count)]
+
+
+# -- sets that are read from a folder ------------------------------------------------------------
+
+
+def _folder(settings: DataSettings, cache: Path) -> Path:
+    """Return ``data.root``, or the folder downloads go to; raises DataError where neither is."""
+    if settings.root is not None:
+        root = Path(settings.root).expanduser()
+        if not root.is_dir() and not settings.download:
+            message = (
+                f"data.root={root}: no such folder; give the folder of {settings.name}, "
+                "or data.download=true"
+            )
+            raise DataError(message)
+        return root
+    if settings.download:
+        return cache / "downloads"
+    message = f"data={settings.name}: give data.root=FOLDER, or data.download=true"
+    raise DataError(message)
+
+
+def _stored(settings: DataSettings) -> int:
+    return round(settings.image_size * STORED_PER_CROP)
+
+
+def _opened(name: str, root: Path, build: Callable[[], Any]) -> Any:
+    """Build a torchvision data set; its many complaints become one DataError."""
+    try:
+        return build()
+    except (OSError, RuntimeError, ValueError) as error:
+        message = (
+            f"data.root={root}: no {name} there ({one_line(error)[:200]}); give the folder that "
+            "holds it, or data.download=true"
+        )
+        raise DataError(message) from None
+
+
+def _of_torchvision(
+    settings: DataSettings, root: Path, train: Any, test: Any, stored: int | None = None
+) -> ImageSet:
+    """Wrap two torchvision data sets whose items are (PIL image, label)."""
+    size = stored or _stored(settings)
+    classes = [str(name) for name in train.classes]
+    if [str(name) for name in test.classes] != classes:
+        message = f"data.root={root}: train and test name different classes; make them equal"
+        raise DataError(message)
+    samples = getattr(train, "samples", None)
+    if samples is None:  # all in memory
+        content = _digest(np.asarray(train.data).tobytes(), np.asarray(test.data).tobytes())
+        return ImageSet(
+            settings.name,
+            Resized(train.__getitem__, len(train), size),
+            Resized(test.__getitem__, len(test), size),
+            classes,
+            size,
+            _digest(content.encode(), str(size).encode()),
+        )
+    names = "\n".join(
+        f"{Path(path).relative_to(root)} {label}"
+        for path, label in [*train.samples, *test.samples]
+    )
+    return ImageSet(
+        settings.name,
+        Resized(train.samples.__getitem__, len(train.samples), size),
+        Resized(test.samples.__getitem__, len(test.samples), size),
+        classes,
+        size,
+        _digest(names.encode(errors="surrogateescape"), str(size).encode()),
+    )
+
+
+def cifar10(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+    """CIFAR-10, 50,000 and 10,000 images of 32 pixels, enlarged."""
+    del seed
+    root = _folder(settings, cache)
+    train, test = (
+        _opened(
+            "CIFAR-10",
+            root,
+            lambda part=part: datasets.CIFAR10(root, train=part, download=settings.download),
+        )
+        for part in (True, False)
+    )
+    return _of_torchvision(settings, root, train, test)
+
+
+def imagenette(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+    """Imagenette: ten classes of ImageNet, shorter side 320 pixels as fast.ai publishes it."""
+    del seed
+    root = _folder(settings, cache)
+    present = (root / "imagenette2-320").is_dir()
+    train, test = (
+        _opened(
+            "Imagenette",
+            root,
+            lambda part=part: datasets.Imagenette(
+                root, part, size="320px", download=settings.download and not present
+            ),
+        )
+        for part in ("train", "val")
+    )
+    train.samples, test.samples = train._samples, test._samples  # noqa: SLF001 - no public name
+    train.classes = test.classes = [names[0] for names in train.classes]
+    return _of_torchvision(settings, root, train, test)
+
+
+def imagefolder(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+    """A folder ``train`` and a folder ``val``, in each a folder of images for each class."""
+    del seed
+    root = _folder(settings, cache)
+    train, test = (
+        _opened(settings.name, root / part, lambda part=part: datasets.ImageFolder(root / part))
+        for part in ("train", "val")
+    )
+    return _of_torchvision(settings, root, train, test)
+
+
+def imagenet(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+    """ILSVRC-2012: torchvision's layout with the development kit, or plain train and val."""
+    root = _folder(settings, cache)
+    if not any((root / name).exists() for name in ("meta.bin", "ILSVRC2012_devkit_t12.tar.gz")):
+        return imagefolder(settings, cache, seed)
+    train, test = (
+        _opened("ImageNet", root, lambda part=part: datasets.ImageNet(root, part))
+        for part in ("train", "val")
+    )
+    train.classes = test.classes = [names[0] for names in train.classes]
+    return _of_torchvision(settings, root, train, test)
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """Read a gzip'ed IDX file of bytes: magic with the number of dimensions, sizes, values."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+        sizes = np.frombuffer(content, ">i4", count=content[3], offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sizes)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        message = f"{path}: not a readable IDX file ({one_line(error)}); install it again"
+        raise DataError(message) from None
+
+
+class _Idx:
+    """One part of Debian's Fashion-MNIST, in the form of torchvision's class."""
+
+    classes = datasets.FashionMNIST.classes
+
+    def __init__(self, root: Path, part: str) -> None:
+        self.data = _read_idx(root / f"{part}-images-idx3-ubyte.gz")
+        self.targets: list[int] = _read_idx(root / f"{part}-labels-idx1-ubyte.gz").tolist()
+        if len(self.data) != len(self.targets):
+            message = f"{root}: {part} has {len(self.data)} images, {len(self.targets)} labels"
+            raise DataError(message)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.data[index]), self.targets[index]
+
+
+def fashion_mnist(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+    """Fashion-MNIST: torchvision's layout, or Debian's package as it lies in its folder."""
+    del seed
+    if settings.root is None and not settings.download and DEBIAN_FASHION_MNIST.is_dir():
+        root = DEBIAN_FASHION_MNIST
+    else:
+        root = _folder(settings, cache)
+    if (root / "train-images-idx3-ubyte.gz").is_file():
+        return _of_torchvision(settings, root, _Idx(root, "train"), _Idx(root, "t10k"))
+    train, test = (
+        _opened(
+            "Fashion-MNIST",
+            root,
+            lambda part=part: datasets.FashionMNIST(root, train=part, download=settings.download),
+        )
+        for part in (True, False)
+    )
+    return _of_torchvision(settings, root, train, test)
+
+
+# -- synthetic -----------------------------------------------------------------------------------
+
+SYNTHETIC_STEPS: Final = 1000
+SYNTHETIC_IMAGES: Final = 128  # one batch, drawn once and reused
+
+
+def synthetic(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+    """Noise with random labels, for benchmarks only: one batch, shown again at every step."""
+    del cache
+    source = generator(seed, "synthetic")
+    size = _stored(settings)
+    num_classes = settings.num_classes or 1000
+    images = torch.randint(
+        0, 256, (SYNTHETIC_IMAGES, 3, size, size), dtype=torch.uint8, generator=source
+    )
+    labels = torch.randint(0, num_classes, (SYNTHETIC_IMAGES,), generator=source).tolist()
+    rows = list(range(SYNTHETIC_IMAGES))
+    return ImageSet(
+        "synthetic",
+        InMemory(images, labels, rows * SYNTHETIC_STEPS),
+        InMemory(images, labels, rows),
+        [str(number) for number in range(num_classes)],
+        size,
+        _digest(repr((seed, size, num_classes)).encode()),
+    )
+
+
+SETS: Final[dict[str, Callable[[DataSettings, Path, int], ImageSet]]] = {
+    "photos": photos,
+    "fashion_mnist": fashion_mnist,
+    "cifar10": cifar10,
+    "imagenette": imagenette,
+    "imagefolder": imagefolder,
+    "imagenet": imagenet,
+    "synthetic": synthetic,
+}
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def check_root(settings: DataSettings, cache: Path) -> None:
+    """Raise DataError where the set's folder is missing, before anything is made."""
+    if settings.name not in SETS:
+        refuse_choice("data", settings.name, SETS)
+    if settings.name in {"photos", "synthetic"}:
+        return
+    if (
+        settings.name == "fashion_mnist"
+        and settings.root is None
+        and DEBIAN_FASHION_MNIST.is_dir()
+    ):
+        return
+    _folder(settings, cache)
+
+
+def open_set(settings: DataSettings, cache: Path, seed: int = 0) -> ImageSet:
+    """Open the data set ``settings.name``; downloads, if asked to, into ``cache`` under a lock.
+
+    Raises DataError where images are missing, SettingsError where the classes do not fit.
+    """
+    check_root(settings, cache)
+    if settings.download:
+        with _locked(cache / "download.lock"):
+            found = SETS[settings.name](settings, cache, seed)
+    else:
+        found = SETS[settings.name](settings, cache, seed)
+    wanted = settings.num_classes
+    if wanted is not None and wanted != len(found.classes):
+        message = (
+            f"model.num_classes={wanted}: data={found.name} has {len(found.classes)} classes; "
+            "leave model.num_classes out"
+        )
+        raise SettingsError(message)
+    if found.stored_size < settings.image_size:
+        message = (
+            f"model.image_size={settings.image_size}: data={found.name} is stored at "
+            f"{found.stored_size} pixels; give that or less"
+        )
+        raise SettingsError(message)
+    return found
+
+
+def _locked(path: Path, timeout: float = 3600.0) -> FileLock:
+    """Return a held file lock, its folder made; raises DataError where it cannot be had."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path, timeout=timeout).acquire().lock
+    except (OSError, Timeout) as error:
+        message = f"cache_dir={path.parent}: {one_line(error)}; give another cache_dir"
+        raise DataError(message) from None
+
+
+# -- statistics ----------------------------------------------------------------------------------
+
+
+def statistics(images: ImageSet, cache: Path, workers: int = 0) -> Statistics:
+    """Return the mean image and colours of the training images, computed once and kept.
+
+    Kept in ``cache`` under the set's fingerprint, behind a file lock; one pass over the images.
+    """
+    path = cache / "statistics" / f"{images.name}-{images.fingerprint[:16]}.safetensors"
+    if not path.exists():
+        with _locked(path.with_suffix(".lock")):
+            if not path.exists():
+                found = _measure(images, workers)
+                unfinished = path.with_suffix(".part")
+                safetensors.torch.save_file(
+                    {"mean": found.mean, "std": found.std, "axes": found.axes}, unfinished
+                )
+                unfinished.replace(path)
+    try:
+        return Statistics(**safetensors.torch.load_file(path))
+    except (OSError, TypeError, safetensors.SafetensorError) as error:
+        message = f"{path}: damaged ({one_line(error)}); remove it, it is computed again"
+        raise DataError(message) from None
+
+
+def _measure(images: ImageSet, workers: int) -> Statistics:
+    """Pass over the training images once: mean image, colour covariance (section 4.1)."""
+    side = images.stored_size
+    total = torch.zeros(3, side, side, dtype=torch.float64)
+    products = torch.zeros(3, 3, dtype=torch.float64)
+    count = 0
+    loader = DataLoader(
+        images.train,  # pyright: ignore[reportArgumentType] - sized and indexed is enough
+        STATISTICS_BATCH,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+    for batch, _ in tqdm(loader, desc="mean image", unit="batch", leave=False, delay=2):
+        pixels = batch.double()
+        total += pixels.sum(0)
+        colours = pixels.transpose(0, 1).flatten(1)
+        products += colours @ colours.T
+        count += len(batch)
+    return principal_colours(total / count, products / (count * side * side))

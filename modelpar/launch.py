@@ -1,0 +1,324 @@
+"""The two doors: under torchrun, or starting torchrun's agent for each Hydra job.
+
+Door 1, ``torchrun -m modelpar.train``: the ranks are there already; each composes the settings
+for itself.  Door 2, ``python -m modelpar.train``: Hydra runs the job, and the job is torchrun's
+agent, which starts the ranks.  Both end with the exit statuses of ``modelpar.errors``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+import uuid
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from modelpar import config, mesh
+from modelpar.errors import LaunchError, PeerLostError, RunError, SettingsError, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from omegaconf import DictConfig
+
+    from modelpar.mesh import Mesh
+
+SWEEPS: Final = ("--multirun", "-m")
+PATIENCE: Final = 5.0  # s that a rank waits for local rank 0 to speak first
+HANDLED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One main: its name in ``conf/``, what checks its settings, and what every rank runs.
+
+    ``check`` raises for all that can be known before a process starts, and creates nothing but
+    what the cache holds.  ``work`` gets typed settings, the mesh and the run directory, and
+    returns the objective.  Both must be functions of a module, for ``spawn`` to find them.
+    """
+
+    name: str
+    check: Callable[[Any, Path | None], None]
+    work: Callable[[Any, Mesh, Path], float]
+
+
+def enter(job: Job) -> NoReturn:
+    """Run ``job`` through the door it came by, and end the process with its exit status."""
+    sys.exit(_torchrun_door(job) if "RANK" in os.environ else _own_door(job))
+
+
+def enter_alone(name: str, work: Callable[[Any], None]) -> NoReturn:
+    """Run a main that needs no other process, with the same settings and exit statuses."""
+    words = sys.argv[1:]
+    ends: list[BaseException] = []
+
+    def run(cfg: DictConfig) -> None:
+        try:
+            settings = config.to_object(name, cfg)
+            config.VALIDATORS[name](settings)
+            work(settings)
+        except RunError as error:
+            ends.append(error)
+
+    try:
+        if not _has_flags(words):
+            config.read(name, words)
+        _hydra_main(name, run)
+    except (RunError, KeyboardInterrupt) as error:
+        ends.append(error)
+    for error in ends:
+        status, line = _status(error)
+        _say(line)
+        sys.exit(status)
+    sys.exit(0)
+
+
+# -- door 1: under torchrun ----------------------------------------------------------------------
+
+
+def _torchrun_door(job: Job) -> int:
+    overrides = sys.argv[1:]
+    run_dir: Path | None = None
+    try:
+        _refuse_sweep(job, overrides)
+        if _has_flags(overrides):
+            if mesh.local_rank() == 0:
+                _hydra_main(job.name, lambda _: None)
+            return 0
+        settings, named = _read(job, overrides)
+        mesh.check_world(settings.columns, settings.replicas, mesh.world_size())
+        settings.replicas = mesh.world_size() // settings.columns
+        job.check(settings, named)
+        with mesh.opened(settings.columns, settings.device, settings.comm.timeout) as ranks:
+            text = mesh.tell_all(str(named or _new_run_dir(job, overrides)), ranks)
+            run_dir = Path(text)
+            _work(job, settings, ranks, run_dir)
+    except BaseException as error:  # noqa: BLE001 - every end has its status
+        return _end(error, run_dir)
+    return 0
+
+
+def _refuse_sweep(job: Job, overrides: list[str]) -> None:
+    """Raise SettingsError for -m: each rank would sweep by itself."""
+    if any(flag in overrides for flag in SWEEPS):
+        words = " ".join(f"'{word}'" if "," in word else word for word in overrides)
+        message = f"-m does not go under torchrun; run python -m modelpar.{job.name} {words}"
+        raise SettingsError(message)
+
+
+def _read(job: Job, overrides: list[str]) -> tuple[Any, Path | None]:
+    """Return the validated settings, and the run directory where one was given."""
+    composed = config.compose_settings(job.name, overrides)
+    settings = config.to_object(job.name, composed)
+    config.VALIDATORS[job.name](settings)
+    given = getattr(settings, "run_dir", None)
+    if given is None and any(word.startswith("hydra.run.dir=") for word in overrides):
+        given = composed.hydra.run.dir
+    return settings, Path(given) if given is not None else None
+
+
+def _new_run_dir(job: Job, overrides: list[str]) -> Path:
+    """Return Hydra's output directory for a run that starts now."""
+    return Path(str(config.compose_settings(job.name, overrides).hydra.run.dir))
+
+
+def _end(error: BaseException, run_dir: Path | None) -> int:
+    """Say in one line why a rank under torchrun ends, and return its exit status.
+
+    torchrun ends the others as soon as one is gone, so local rank 0 speaks and they wait.
+    """
+    if mesh.local_rank() > 0:
+        time.sleep(PATIENCE)
+    status, line = _status(error)
+    _record(run_dir, status, line)
+    if status == 1 and not isinstance(error, KeyboardInterrupt):
+        traceback.print_exception(error)
+    _say(line)
+    return status
+
+
+# -- door 2: our own -----------------------------------------------------------------------------
+
+
+def _own_door(job: Job) -> int:
+    words = sys.argv[1:]
+    ends: list[RunError] = []
+
+    def run(cfg: DictConfig) -> float | None:
+        try:
+            return _launched(job, cfg)
+        except RunError as error:
+            if any(flag in words for flag in SWEEPS):
+                _say(str(error))  # a sweep says so at once; Hydra decides whether it goes on
+                raise RuntimeError(str(error)) from None
+            ends.append(error)
+            return None
+
+    try:
+        if not _has_flags(words):
+            settings, run_dir = _read(job, words)
+            settings, _ = _placed(settings)
+            job.check(settings, run_dir)
+        _hydra_main(job.name, run)
+    except RunError as error:
+        ends.append(error)
+    except KeyboardInterrupt:
+        _say("stopped")
+        return 130  # 128 + SIGINT, as shells count
+    if ends:
+        _say(str(ends[0]))
+        return ends[0].status
+    return 0
+
+
+def _has_flags(words: list[str]) -> bool:
+    """Whether Hydra is asked for something of its own: --help, --cfg, -m and the like."""
+    return any(word.startswith("-") for word in words)
+
+
+def _hydra_main(name: str, task: Callable[[DictConfig], Any]) -> None:
+    """Hand over to Hydra, which reads the command line and calls ``task`` for each job."""
+    config.register()
+    hydra.main(config_path=str(config.conf_dir()), config_name=name, version_base="1.3")(task)()
+
+
+def _placed(settings: Any) -> tuple[Any, int]:
+    """Fix device and number of ranks: the pair, or the whole net where there is just one GPU."""
+    ranks = settings.columns * settings.replicas
+    one_gpu = (
+        mesh.choose_device("auto", ranks) == "cpu" and mesh.choose_device("auto", 1) == "cuda"
+    )
+    if settings.device == "auto" and settings.replicas == 1 and one_gpu:
+        settings.columns, ranks = 1, 1
+    settings.device = mesh.choose_device(settings.device, ranks)
+    return settings, ranks
+
+
+def _launched(job: Job, cfg: DictConfig) -> float:
+    """Start torchrun's agent for one Hydra job; return the objective of its ranks."""
+    settings = config.to_object(job.name, cfg)
+    config.VALIDATORS[job.name](settings)
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    settings, ranks = _placed(settings)
+    job.check(settings, run_dir)
+    cores = len(os.sched_getaffinity(0))
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        # A restarted pair that shares the agent's store reads stale addresses and hangs.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    for chatty in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)  # we say it in one line
+    agent = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # a free port: parallel jobs do not collide
+        max_restarts=getattr(settings, "restarts", 0),
+    )
+    (run_dir / "log" / "exit.json").unlink(missing_ok=True)
+    with _signals_restored():
+        try:
+            results = elastic_launch(agent, _rank)(job, asdict(settings), str(run_dir))
+        except SignalException as error:  # Hydra would take it for a failed job and go on
+            message = f"signal {error.sigval}"
+            raise KeyboardInterrupt(message) from None
+        except ChildFailedError as error:
+            raise _cause(error, run_dir) from None
+    return next(iter(results.values()))
+
+
+@contextmanager
+def _signals_restored() -> Generator[None]:
+    """Give back the handlers that the agent replaces and never restores."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            with suppress(ValueError):  # not the main thread: nothing was replaced
+                signal.signal(number, handler)
+
+
+def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
+    """Run in each process that the agent starts."""
+    place = Path(run_dir)
+    try:
+        settings = config.to_object(job.name, OmegaConf.create(plain))
+        with mesh.opened(settings.columns, settings.device, settings.comm.timeout) as ranks:
+            return _work(job, settings, ranks, place)
+    except RunError as error:
+        if isinstance(error, PeerLostError):
+            time.sleep(PATIENCE)  # the lost rank's own end comes first
+        _record(place, error.status, str(error))
+        sys.exit(error.status)
+
+
+def _cause(error: ChildFailedError, run_dir: Path) -> RunError:
+    """Return what the first rank to fail died of."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        often = ", often out of memory" if failure.exitcode == -signal.SIGKILL else ""
+        return PeerLostError(f"rank {rank} was ended by {failure.signal_name()}{often}")
+    with suppress(OSError, ValueError, KeyError):
+        end = json.loads((run_dir / "log" / "exit.json").read_text())
+        for kind in RunError.__subclasses__():
+            if kind.status == end["status"] == failure.exitcode:
+                return kind(end["line"])
+    told: Any = failure.message
+    if not isinstance(told, dict):
+        return LaunchError(f"rank {rank} ended with status {failure.exitcode}: {told}")
+    sys.stderr.write(told["extraInfo"]["py_callstack"])  # a bug: once, from who failed first
+    return RunError(f"rank {rank}: {one_line(Exception(told['message']))}")
+
+
+# -- both ----------------------------------------------------------------------------------------
+
+
+def _work(job: Job, settings: Any, ranks: Mesh, run_dir: Path) -> float:
+    if ranks.rank == 0:
+        print(f"modelpar: {ranks.describe()}, {settings.precision}", flush=True)  # noqa: T201
+    return job.work(settings, ranks, run_dir)
+
+
+def _status(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, RunError):
+        return error.status, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped"
+    return 1, f"{type(error).__name__}: {one_line(error)}"
+
+
+def _record(run_dir: Path | None, status: int, line: str) -> None:
+    """Leave status and line in the run directory, where it exists."""
+    if run_dir is None or not run_dir.is_dir():
+        return
+    with suppress(OSError):
+        (run_dir / "log").mkdir(exist_ok=True)
+        when = datetime.now().astimezone().isoformat(timespec="seconds")
+        end = {"status": status, "line": line, "time": when, "rank": os.environ.get("RANK", "0")}
+        (run_dir / "log" / "exit.json").write_text(json.dumps(end) + "\n")
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"modelpar: {line}\n")
+    sys.stderr.flush()

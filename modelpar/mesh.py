@@ -1,0 +1,270 @@
+"""Processes and devices: the group, the 2-D mesh of replicas and columns, and its collectives.
+
+This is the one place that calls a collective.  Each checks contiguity and dtype first, since gloo
+returns wrong numbers, without an error, for tensors that are not contiguous.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from modelpar.errors import LaunchError, PeerLostError, SettingsError, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from torch import Tensor, nn
+
+AXES: Final = ("replica", "column")
+CARRIED: Final = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.uint8,
+)
+
+
+def generator(seed: int, *keys: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator that is a pure function of ``seed`` and ``keys``, on ``device``.
+
+    The keys say what is drawn (a layer, an epoch, a step), never which rank draws it: that is
+    what makes one process and two follow the same trajectory.
+    """
+    digest = hashlib.blake2b(repr((seed, *keys)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands among ``replicas`` x ``columns`` processes, and its groups."""
+
+    device: torch.device
+    replicas: int = 1
+    columns: int = 1
+    replica: int = 0
+    column: int = 0
+    pair: dist.ProcessGroup | None = None  # the columns of this replica
+    peers: dist.ProcessGroup | None = None  # this column in all replicas
+
+    @property
+    def rank(self) -> int:
+        """The process's number in the world: columns of one replica are neighbours."""
+        return self.replica * self.columns + self.column
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+        return self.replicas * self.columns
+
+    def describe(self) -> str:
+        """Say in one line what the run stands on."""
+        kind = "GPU" if self.device.type == "cuda" else "CPU process"
+        backend = {"cuda": "NCCL", "cpu": "gloo"}[self.device.type]
+        net = "two columns" if self.columns > 1 else "the whole net"
+        shared = f" x {self.replicas} replicas" if self.replicas > 1 else ""
+        if self.world_size == 1:
+            return f"{net} on one {kind}"
+        return f"{net}{shared} on {self.world_size} {kind}{_s(self.world_size)} ({backend})"
+
+    def replicate(self, net: nn.Module) -> nn.Module:
+        """Wrap ``net`` so that its gradients are averaged over the replicas, and only there."""
+        if self.peers is None:
+            return net
+        # NCCL: one bucket, so that the replicas' all-reduce starts after the pair's last crossing;
+        # two communicators of one GPU must not run unordered.
+        megabytes = (
+            sum(weight.numel() * weight.element_size() for weight in net.parameters()) >> 20
+        )
+        return DistributedDataParallel(
+            net,
+            process_group=self.peers,
+            bucket_cap_mb=megabytes + 1 if self.device.type == "cuda" else None,
+        )
+
+
+def _s(count: int) -> str:
+    return "es" if count > 1 else ""
+
+
+def world_size() -> int:
+    """Return the number of processes the launcher started (1 without a launcher)."""
+    return _env_int("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """Return this process's number on its host."""
+    return _env_int("LOCAL_RANK", 0)
+
+
+def _env_int(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        message = f"{name}={text}: the launcher must set a whole number; start with torchrun"
+        raise LaunchError(message)
+    return int(text)
+
+
+def choose_device(device: str, local_processes: int) -> str:
+    """Return ``cuda`` or ``cpu`` for the setting ``device``; auto takes GPUs if each rank has one.
+
+    Raises SettingsError where ``device=cuda`` asks for more GPUs than there are.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if found >= local_processes else "cpu"
+    if device == "cuda" and found < local_processes:
+        message = (
+            f"device=cuda: {found} GPUs for {local_processes} processes on this host; "
+            "give columns=1 for one GPU, or device=cpu"
+        )
+        raise SettingsError(message)
+    return device
+
+
+def check_world(columns: int, replicas: int, size: int) -> int:
+    """Return how many replicas ``size`` processes make; raises SettingsError where none fit."""
+    if size % columns:
+        message = (
+            f"columns={columns}: {size} process{_s(size)} started, which is no multiple of it; "
+            f"give --nproc-per-node {columns * replicas}, or columns=1"
+        )
+        raise SettingsError(message)
+    if replicas > 1 and replicas * columns != size:
+        message = (
+            f"replicas={replicas}: needs {replicas * columns} processes, {size} started; "
+            f"give --nproc-per-node {replicas * columns}"
+        )
+        raise SettingsError(message)
+    return size // columns
+
+
+@contextmanager
+def opened(columns: int, device: str = "auto", timeout: float = 120.0) -> Generator[Mesh]:
+    """Start the process group that the launcher's environment describes; end it on the way out.
+
+    ``timeout`` in s holds for every collective.  A world of one process needs no group.  Raises
+    LaunchError where the group does not start.
+    """
+    size = world_size()
+    replicas = check_world(columns, 1, size)
+    kind = choose_device(device, _env_int("LOCAL_WORLD_SIZE", size))
+    place = torch.device(kind, local_rank()) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield Mesh(place)
+        return
+    if _env_int("LOCAL_WORLD_SIZE", 0) == size:  # one host: no port is open to others
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout),
+            device_id=place if kind == "cuda" else None,
+        )
+        mesh = init_device_mesh(kind, (replicas, columns), mesh_dim_names=AXES)
+    except (RuntimeError, ValueError) as error:
+        master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        message = f"no process group at {master}: {one_line(error)[:300]}"
+        raise LaunchError(message) from None
+    try:
+        replica, column = mesh.get_coordinate() or (0, 0)
+        yield Mesh(
+            place,
+            replicas=replicas,
+            columns=columns,
+            replica=replica,
+            column=column,
+            pair=mesh.get_group("column") if columns > 1 else None,
+            peers=mesh.get_group("replica") if replicas > 1 else None,
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _peer_named(operation: str) -> Generator[None]:
+    """Turn a backend's many-line error into one line that says who is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        message = f"{operation}: the other process is gone or silent ({one_line(error)[-160:]})"
+        raise PeerLostError(message) from None
+
+
+def _check(tensor: Tensor, operation: str) -> None:
+    if not tensor.is_contiguous():
+        message = f"{operation}: a tensor of shape {tuple(tensor.shape)} is not contiguous"
+        raise ValueError(message)
+    if tensor.dtype not in CARRIED:
+        message = f"{operation}: {tensor.dtype} is not carried"
+        raise ValueError(message)
+
+
+def swap(tensor: Tensor, pair: dist.ProcessGroup) -> tuple[Tensor, Callable[[], None]]:
+    """Start one send and one receive of equal shape and dtype between the two columns.
+
+    A collective of ``pair``.  Returns the tensor that will hold the peer's values, and a function
+    that waits for both; until then neither tensor may be touched.  Raises PeerLostError.
+    """
+    _check(tensor, "swap")
+    received = torch.empty_like(tensor)
+    peer = dist.get_global_rank(pair, 1 - dist.get_rank(pair))
+    with _peer_named("swap"):
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, tensor, peer, group=pair),
+                dist.P2POp(dist.irecv, received, peer, group=pair),
+            ]
+        )
+
+    def wait() -> None:
+        with _peer_named("swap"):
+            for work in works:
+                work.wait()
+
+    return received, wait
+
+
+def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum ``tensor`` in place over ``group`` (None: this process alone) and return it."""
+    if group is not None:
+        _check(tensor, "sum")
+        with _peer_named("sum"):
+            dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def all_agree(ok: bool, mesh: Mesh) -> bool:  # noqa: FBT001 - the one fact that is told
+    """Return whether every process of the mesh says ``ok``; a collective of the whole world."""
+    if mesh.world_size == 1:
+        return ok
+    refusals = torch.tensor([int(not ok)], dtype=torch.int64, device=mesh.device)
+    return int(sum_over(refusals, dist.group.WORLD)) == 0
+
+
+def tell_all(text: str, mesh: Mesh, max_bytes: int = 4096) -> str:
+    """Return rank 0's ``text`` on every process; a collective of the whole world."""
+    if mesh.world_size == 1:
+        return text
+    letters = torch.zeros(max_bytes, dtype=torch.uint8)
+    if mesh.rank == 0:
+        encoded = text.encode()[:max_bytes]
+        letters[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    letters = letters.to(mesh.device)
+    _check(letters, "broadcast")
+    with _peer_named("broadcast"):
+        dist.broadcast(letters, src=0)
+    return bytes(letters.cpu().tolist()).rstrip(b"\0").decode()

@@ -1,0 +1,359 @@
+"""The net of section 3.5: ``AlexNet``, the whole on one device; ``Column``, one device's half.
+
+Read the two ``forward`` side by side: they differ where the columns talk, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from modelpar.errors import CheckpointError
+from modelpar.mesh import generator
+from modelpar.net import paper
+from modelpar.net.crossing import Crossing, arrive, depart, summed
+from modelpar.net.layers import ACTIVATIONS, AcrossMaps, Draw, Dropout, WithinMap, pool
+from modelpar.net.paper import COLUMNS, LAYERS, Plan, Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Self
+
+    from torch import Tensor
+
+    from modelpar.net.crossing import Link
+
+
+class _Blocks(nn.Module):
+    """What stands between the weights: padding, norms, activations, pools and dropout.
+
+    ``columns`` is how many columns' maps pass through.  It holds no weights.
+    """
+
+    def __init__(self, plan: Plan, columns: int, column: int) -> None:
+        super().__init__()
+        self.plan = plan
+        self.activate = ACTIVATIONS[plan.activation]
+        self.pool = pool(plan.pool)
+        response = plan.norm == "response"
+        within = response and plan.recipe.norms == "across_and_within"
+        across = AcrossMaps(plan.recipe.alpha, columns) if response else nn.Identity()
+        self.across = across
+        self.within = WithinMap() if within else nn.Identity()
+        self.drops = nn.ModuleDict(
+            {
+                name: Dropout(
+                    name,
+                    COLUMNS * LAYERS[name].outputs,
+                    slice(
+                        column * LAYERS[name].outputs, (column + columns) * LAYERS[name].outputs
+                    ),
+                    plan.dropout,
+                )
+                for name in ("fc6", "fc7")
+            }
+        )
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Add the zeros that 224 -> 55 needs: (N, 3, 224, 224) -> (N, 3, 227, 227)."""
+        return functional.pad(images, self.plan.conv1_padding)
+
+    def after_conv1(self, maps: Tensor) -> Tensor:
+        """Activate, normalize, pool: (N, C, 55, 55) -> (N, C, 27, 27) (section 3.5).
+
+        Run 145 normalizes conv1's linear response and rectifies after the pool.
+        """
+        if self.plan.recipe.norm1_input == "linear":
+            return self.activate(self.pool(self.across(maps)))
+        return self.pool(self.across(self.activate(maps)))
+
+    def after_conv2(self, maps: Tensor) -> Tensor:
+        """Activate, normalize, pool: (N, C, 27, 27) -> (N, C, 13, 13)."""
+        return self.pool(self.within(self.across(self.activate(maps))))
+
+    def after_conv5(self, maps: Tensor) -> Tensor:
+        """Activate, pool, lay out as units: (N, C, 13, 13) -> (N, C * 36)."""
+        return self.pool(self.activate(maps)).flatten(1)
+
+    def hidden(self, layer: str, units: Tensor) -> Tensor:
+        """Activate and drop the units (N, C) of fc6 or fc7."""
+        return self.drops[layer](self.activate(units))
+
+
+def _conv(plan: Plan, name: str, columns: int) -> nn.Conv2d:
+    """Return a convolution for ``columns`` columns; groups keep columns apart off a crossing."""
+    row = LAYERS[name]
+    image, crossed = name == "conv1", name in plan.crossing_at
+    return nn.Conv2d(
+        plan.inputs(name) * (1 if image else COLUMNS if crossed else columns),
+        row.outputs * columns,
+        row.kernel,
+        stride=row.stride,
+        padding=plan.padding(name),
+        groups=1 if image or crossed else columns,
+        device="meta",  # _fill brings the values
+    )
+
+
+def _linear(plan: Plan, name: str, columns: int, *, bias: bool = True) -> nn.Linear:
+    """Return a fully connected layer; its inputs are both columns' only at a crossing.
+
+    fc8 is split by its inputs: each column holds all classes for its own units.
+    """
+    crossed = name in plan.crossing_at
+    inputs = plan.inputs(name) * (columns if name == "fc8" else COLUMNS if crossed else 1)
+    outputs = plan.outputs(name) * (1 if name == "fc8" else columns)
+    return nn.Linear(inputs, outputs, bias=bias, device="meta")  # _fill brings the values
+
+
+def initial_weights(
+    plan: Plan, seed: int | None, names: Iterable[str] = LAYERS
+) -> dict[str, Tensor]:
+    """Draw the whole net's initial weights, float32: normal, biases constant (section 5).
+
+    A function of seed and layer alone, which ``split`` slices: so one process and two start
+    equal.  Without a seed torch's global generator is used.
+    """
+    state: dict[str, Tensor] = {}
+    for name in names:
+        row = LAYERS[name]
+        inputs = plan.inputs(name)
+        if name == "fc8" or name in plan.crossing_at:
+            inputs *= COLUMNS
+        outputs = plan.outputs(name) * (1 if name == "fc8" else COLUMNS)
+        shape = (outputs, inputs) + (row.kernel, row.kernel) * (row.kernel > 0)
+        source = None if seed is None else generator(seed, "init", name)
+        weight = torch.empty(shape, dtype=torch.float32, device="cpu")
+        state[f"{name}.weight"] = weight.normal_(0, plan.recipe.std(name), generator=source)
+        state[f"{name}.bias"] = torch.full((outputs,), row.bias, device="cpu")
+    return state
+
+
+def own_part(key: str, value: Tensor, column: int) -> Tensor | None:
+    """Return the part of the whole net's ``value`` that ``column`` owns; None: it owns none.
+
+    Outputs are halved, but fc8's inputs; its bias is column 0's.
+    """
+    if key == "fc8.bias":
+        return value if column == 0 else None
+    return value.chunk(COLUMNS, dim=1 if key == "fc8.weight" else 0)[column]
+
+
+def split(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return both columns' state dicts, views of the whole net's ``state``."""
+    return [
+        {
+            key: part
+            for key, value in state.items()
+            if (part := own_part(key, value, column)) is not None
+        }
+        for column in range(COLUMNS)
+    ]
+
+
+def merge(columns: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the whole net's state dict from both columns'; the inverse of ``split``."""
+    return {
+        key: value
+        if key == "fc8.bias"
+        else torch.cat([column[key] for column in columns], dim=1 if key == "fc8.weight" else 0)
+        for key, value in columns[0].items()
+    }
+
+
+def _fill(net: nn.Module, plan: Plan, seed: int | None, column: int | None) -> None:
+    """Give ``net`` its share of the initial weights, on torch's default device."""
+    device = torch.get_default_device()
+    for name in LAYERS:  # one whole layer in memory at a time
+        for key, value in initial_weights(plan, seed, [name]).items():
+            part = value if column is None else own_part(key, value, column)
+            if part is not None:
+                own = part.to(device).clone(memory_format=torch.contiguous_format)
+                setattr(net.get_submodule(name), key.partition(".")[2], nn.Parameter(own))
+
+
+def plan_from(
+    recipe: str | Recipe, num_classes: int, image_size: int, switches: dict[str, Any]
+) -> Plan:
+    """Return the plan of a recipe by name; raises SettingsError."""
+    rules = Recipe.named(recipe) if isinstance(recipe, str) else recipe
+    return Plan(rules, num_classes=num_classes, image_size=image_size, **switches)
+
+
+class AlexNet(nn.Module):
+    """The whole net on one device; its two columns are the groups of its convolutions.
+
+    Input (N, 3, S, S), pixels 0-255 less the mean; output (N, classes) logits.
+    """
+
+    def __init__(self, plan: Plan, seed: int | None = None) -> None:
+        super().__init__()
+        self.plan = plan
+        self.conv1 = _conv(plan, "conv1", COLUMNS)
+        self.conv2 = _conv(plan, "conv2", COLUMNS)
+        self.conv3 = _conv(plan, "conv3", COLUMNS)
+        self.conv4 = _conv(plan, "conv4", COLUMNS)
+        self.conv5 = _conv(plan, "conv5", COLUMNS)
+        self.fc6 = _linear(plan, "fc6", COLUMNS)
+        self.fc7 = _linear(plan, "fc7", COLUMNS)
+        self.fc8 = _linear(plan, "fc8", COLUMNS)
+        self.blocks = _Blocks(plan, COLUMNS, column=0)
+        _fill(self, plan, seed, column=None)
+
+    @classmethod
+    def from_recipe(
+        cls,
+        recipe: str | Recipe,
+        num_classes: int = paper.NUM_CLASSES,
+        image_size: int = paper.IMAGE_SIZE,
+        *,
+        seed: int | None = None,
+        **switches: Any,
+    ) -> Self:
+        """Return the net of ``paper``, ``code2012`` or ``clean``, with fresh weights.
+
+        ``switches`` are the fields of ``paper.Plan``.  Raises SettingsError.
+        """
+        return cls(plan_from(recipe, num_classes, image_size, switches), seed)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (N, classes) of ``images`` (N, 3, S, S)."""
+        blocks = self.blocks
+        x = blocks.pad(images)
+        x = blocks.after_conv1(self.conv1(x))  # (N, 96, 27, 27)
+        x = blocks.after_conv2(self.conv2(x))  # (N, 256, 13, 13)
+        x = blocks.activate(self.conv3(x))  # (N, 384, 13, 13), reads both columns
+        x = blocks.activate(self.conv4(x))  # (N, 384, 13, 13)
+        x = blocks.after_conv5(self.conv5(x))  # (N, 9216)
+        x = blocks.hidden("fc6", self._units("fc6", x))  # (N, 4096), reads both
+        x = blocks.hidden("fc7", self._units("fc7", x))  # (N, 4096), reads both
+        return self.fc8(x)
+
+    def _units(self, name: str, units: Tensor) -> Tensor:
+        """Apply fc6 or fc7; off a crossing each column's units read its own half alone."""
+        layer: nn.Linear = self.get_submodule(name)  # pyright: ignore[reportAssignmentType]
+        if name in self.plan.crossing_at:
+            return layer(units)
+        halves = zip(
+            units.chunk(COLUMNS, 1),
+            layer.weight.chunk(COLUMNS),
+            layer.bias.chunk(COLUMNS),
+            strict=True,
+        )
+        return torch.cat([functional.linear(*half) for half in halves], dim=1)
+
+    def fix_dropout(self, draw: Draw | None) -> None:
+        """Make the next forward's masks a function of ``draw``; None: torch's generator."""
+        _fix_dropout(self.blocks, draw)
+
+
+class Column(nn.Module):
+    """One device's half of the net: 48, 128, 192, 192, 128 kernels, 2048 and 2048 units.
+
+    Its state dict has the whole net's keys with this column's slices; fc8's bias is column 0's.
+    ``link`` leads to the other column; forward and backward are collectives of the pair.
+    """
+
+    def __init__(self, plan: Plan, link: Link, seed: int | None = None) -> None:
+        super().__init__()
+        self.plan = plan
+        self.link = link
+        self.conv1 = _conv(plan, "conv1", 1)
+        self.conv2 = _conv(plan, "conv2", 1)
+        self.conv3 = _conv(plan, "conv3", 1)
+        self.conv4 = _conv(plan, "conv4", 1)
+        self.conv5 = _conv(plan, "conv5", 1)
+        self.fc6 = _linear(plan, "fc6", 1)
+        self.fc7 = _linear(plan, "fc7", 1)
+        self.fc8 = _linear(plan, "fc8", 1, bias=link.column == 0)
+        self.blocks = _Blocks(plan, 1, link.column)
+        _fill(self, plan, seed, link.column)
+
+    @classmethod
+    def from_recipe(
+        cls,
+        recipe: str | Recipe,
+        link: Link,
+        num_classes: int = paper.NUM_CLASSES,
+        image_size: int = paper.IMAGE_SIZE,
+        *,
+        seed: int | None = None,
+        **switches: Any,
+    ) -> Self:
+        """Return the column at ``link``'s end of the net that ``AlexNet.from_recipe`` returns.
+
+        Without a ``seed`` both processes need torch's generator in the same state.
+        """
+        return cls(plan_from(recipe, num_classes, image_size, switches), link, seed)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (N, classes) of ``images`` (N, 3, S, S), the same on both columns."""
+        blocks = self.blocks
+        x = blocks.pad(images)
+        x = blocks.after_conv1(self.conv1(x))  # (N, 48, 27, 27)
+        x = blocks.after_conv2(self._read("conv2", x))  # (N, 128, 13, 13)
+        x = blocks.activate(self._read("conv3", x))  # (N, 192, 13, 13), crossing
+        x = blocks.activate(self._read("conv4", x))  # (N, 192, 13, 13)
+        x = blocks.after_conv5(self._read("conv5", x))  # (N, 4608)
+        x = blocks.hidden("fc6", self._read("fc6", x))  # (N, 2048), crossing
+        x = blocks.hidden("fc7", self._read("fc7", x))  # (N, 2048), crossing
+        return summed(self.fc8(x), self.link)  # crossing
+
+    def _read(self, name: str, own: Tensor) -> Tensor:
+        """Apply ``name`` to the own maps or units, or to both columns' at a crossing.
+
+        With overlap the own half of the product is computed while the peer's maps travel.
+        """
+        layer: nn.Conv2d | nn.Linear = self.get_submodule(name)  # pyright: ignore[reportAssignmentType]
+        if name not in self.plan.crossing_at:
+            return layer(own)
+        crossing = Crossing(self.link, name)
+        ticket = depart(own, crossing)
+        if not self.link.overlap:
+            peer = arrive(ticket, crossing)
+            both = (own, peer) if self.link.column == 0 else (peer, own)
+            return layer(torch.cat(both, dim=1))
+        halves = layer.weight.chunk(COLUMNS, dim=1)
+        own_half, peer_half = halves if self.link.column == 0 else halves[::-1]
+        half = _product(layer, own, own_half, layer.bias)
+        return half + _product(layer, arrive(ticket, crossing), peer_half, None)
+
+    def fix_dropout(self, draw: Draw | None) -> None:
+        """Make the next forward's masks a function of ``draw``; None: torch's generator."""
+        _fix_dropout(self.blocks, draw)
+
+
+def _product(
+    layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Apply ``layer`` with another weight and bias."""
+    if isinstance(layer, nn.Linear):
+        return functional.linear(x, weight, bias)
+    return functional.conv2d(x, weight, bias, layer.stride, layer.padding)
+
+
+def _fix_dropout(blocks: _Blocks, draw: Draw | None) -> None:
+    for drop in blocks.drops.values():
+        assert isinstance(drop, Dropout)  # noqa: S101 - ModuleDict forgets the type
+        drop.draw = draw
+
+
+def check_state(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError that names the first tensor of ``state`` that does not fit ``net``."""
+    own = net.state_dict()
+    for key in sorted(own.keys() | state.keys()):
+        if key not in state:
+            message = f"{source}: {key} is missing"
+            raise CheckpointError(message)
+        if key not in own:
+            message = f"{source}: {key} is none of this net's tensors"
+            raise CheckpointError(message)
+        if own[key].shape != state[key].shape:
+            message = (
+                f"{source}: {key} is {tuple(state[key].shape)}, this net's is "
+                f"{tuple(own[key].shape)}; give the classes and image size it was trained with"
+            )
+            raise CheckpointError(message)

@@ -1,0 +1,273 @@
+"""The numbers of the paper and of the code its authors ran in 2012, as one frozen table.
+
+Paper: Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural
+Networks", NIPS 2012; "section" and "table" mean its own.  Code: the authors' source as the
+Computer History Museum released it; "run N" is the training its ``layer-params-N.cfg`` logs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, Final, Literal, get_args, get_type_hints
+
+from modelpar import config
+from modelpar.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer as one column holds it (section 3.5; biases section 5; std run 145)."""
+
+    name: str
+    outputs: int  # kernels or units of one column
+    bias: float  # initial bias: 1 in conv2, conv4, conv5 and the hidden units, 0 elsewhere
+    code_std: float  # standard deviation of the initial weights in run 145
+    kernel: int = 0  # side of the kernel in pixels; 0: fully connected
+    stride: int = 1
+    padding: int = 0
+
+
+LAYERS: Final = MappingProxyType(
+    {
+        layer.name: layer
+        for layer in (
+            Layer("conv1", 48, bias=0.0, code_std=0.01, kernel=11, stride=4),
+            Layer("conv2", 128, bias=1.0, code_std=0.01, kernel=5, padding=2),
+            Layer("conv3", 192, bias=0.0, code_std=0.03, kernel=3, padding=1),
+            Layer("conv4", 192, bias=1.0, code_std=0.03, kernel=3, padding=1),
+            Layer("conv5", 128, bias=1.0, code_std=0.03, kernel=3, padding=1),
+            Layer("fc6", 2048, bias=1.0, code_std=0.01),
+            Layer("fc7", 2048, bias=1.0, code_std=0.01),
+            Layer("fc8", 1000, bias=0.0, code_std=0.01),
+        )
+    }
+)
+COLUMNS: Final = 2
+CROSSINGS: Final = ("conv3", "fc6", "fc7")  # the layers that read both columns; fc8 always does
+PAPER_STD: Final = 0.01  # section 5: every layer
+
+NUM_CLASSES: Final = 1000  # section 2
+IMAGE_SIZE: Final = 224  # section 4.1: side of a crop in pixels
+STORED_SIZE: Final = 256  # section 2: side of a stored image in pixels
+MIN_IMAGE_SIZE: Final = 64  # pixels; pool 5 still has one full window (from 52 on), as tested
+
+NORM_SIZE: Final = 5  # section 3.3: n, neighbouring maps
+NORM_ALPHA: Final = 1e-4  # section 3.3: alpha; the code divides it by n (run 145, cmrnorm)
+NORM_BETA: Final = 0.75  # section 3.3
+NORM_K: Final = 2.0  # section 3.3; run 145: minDiv
+WITHIN_SIZE: Final = 5  # run 145, rnorm: side of the window in pixels
+WITHIN_ALPHA: Final = 1e-3  # run 145, rnorm: divided by the window's 25 pixels
+WITHIN_BETA: Final = 0.75  # run 145, rnorm
+WITHIN_K: Final = 1.0  # run 145, rnorm
+DROPOUT: Final = 0.5  # section 4.2
+
+BATCH_SIZE: Final = 128  # section 5
+MOMENTUM: Final = 0.9  # section 5
+WEIGHT_DECAY: Final = 5e-4  # section 5
+RATE: Final = 0.01  # section 5: first learning rate of the weights
+BIAS_RATIO: Final = 2.0  # run 145: the biases' first rate is .02
+
+COLOUR_NOISE: Final = 0.1  # section 4.1: standard deviation of the three draws
+LENGTHS: Final = MappingProxyType({"plateau": 90, "run145": 91, "run170": 95})  # epochs
+PLATEAU_DROPS: Final = 3  # section 5: the rate was divided three times
+RATE_DIVISOR: Final = 10.0  # section 5
+RUN145_DROPS: Final = (25, 51, 79)  # run 145: epochs at which the weights' rate fell to a tenth
+RUN145_CONV1_SLOW: Final = (
+    67  # run 145: from this epoch conv1 learns at 1e-5, without colour noise
+)
+RUN145_CONV1_RATE: Final = 1e-5  # run 145
+RUN145_CONV1_FROZEN: Final = 72  # run 145: from this epoch conv1 stays as it is
+RUN170_WEIGHT_STEPS: Final = (250.0, 4)  # run 170: dexp, from lr to lr / 250 in 4 equal steps
+RUN170_BIAS_STEPS: Final = (10.0, 2)  # run 170: dexp, to a tenth in 2 equal steps
+RUN170_NOISE_OFF: Final = 68  # run 170: epoch from which colour noise is off
+RUN170_CONV1_FROZEN: Final = 74  # run 170
+
+CROP_CHUNK: Final = 32  # released code: images that share one draw of crop and flip
+
+# The authors' colour statistics of ImageNet: standard deviations along the principal axes
+# (0-255 units) and the axes themselves, one a row, in RGB (cuda-convnet2 make-data/input_meta).
+IMAGENET_COLOUR_STD: Final = (121.780, 37.094, 19.721)
+IMAGENET_COLOUR_AXES: Final = (
+    (-0.5635, -0.5762, -0.5920),
+    (-0.7126, -0.0235, 0.7012),
+    (0.4180, -0.8170, 0.3973),
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published error: top-1 and top-5 in %, on which set, with how many views, from where."""
+
+    top1: float | None
+    top5: float | None
+    test_set: str
+    views: int
+    source: str
+
+
+PUBLISHED: Final = MappingProxyType(
+    {
+        "table 1": Published(37.5, 17.0, "ILSVRC-2010 test", 10, "table 1"),
+        "table 1, one view": Published(39.0, 18.3, "ILSVRC-2010 test", 1, "section 6, footnote"),
+        "table 2": Published(40.7, 18.2, "ILSVRC-2012 validation", 10, "table 2, 1 CNN"),
+        "code2012": Published(40.664, 18.210, "ILSVRC-2012 validation", 10, "run 145"),
+        "clean": Published(40.53, 18.05, "ILSVRC-2012 validation", 10, "run 170"),
+        "clean, one view": Published(42.34, 19.58, "ILSVRC-2012 validation", 1, "run 170"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The training rules: one named switch for each place where paper and code differ.
+
+    ``conf/recipe/*.yaml`` says which recipe takes which side; the numbers are in this module.
+    The first value of each switch is the paper's, the second the code's.
+    """
+
+    name: str
+    weight_std: Literal["same", "wider_conv3_5"]
+    norm_alpha: Literal["per_term", "per_window"]
+    norm1_input: Literal["rectified", "linear"]
+    norms: Literal["across", "across_and_within"]
+    rates: Literal["equal", "double_bias"]
+    schedule: Literal["plateau", "run145", "run170"]
+    decay: Literal["all", "weights"]
+    colour_noise: Literal["added", "added_and_scaled"]
+    crops: Literal["per_image", "per_32"]
+    shuffle: Literal["every_epoch", "once"]
+    conv1_padding: Literal["around", "bottom_right"]
+    lr: float = RATE  # first learning rate of the weights
+    momentum: float = MOMENTUM
+    weight_decay: float = WEIGHT_DECAY
+
+    def __post_init__(self) -> None:
+        for key, kind in get_type_hints(Recipe).items():
+            value = getattr(self, key)
+            choices = get_args(kind)
+            if choices and value not in choices:
+                config.refuse_choice(f"recipe.{key}", value, choices)
+            if kind is float and not (math.isfinite(value) and value >= 0):
+                message = f"recipe.{key}={value}: give a finite number, 0 or more"
+                raise SettingsError(message)
+
+    @classmethod
+    def named(cls, name: str) -> Recipe:
+        """Return ``paper``, ``code2012`` or ``clean``; raises SettingsError for another name."""
+        return cls(**config.load_group("recipe", name))
+
+    @property
+    def alpha(self) -> float:
+        """Alpha as torch counts it, over the whole window: 5e-4 (paper) or 1e-4 (code)."""
+        return NORM_ALPHA * (NORM_SIZE if self.norm_alpha == "per_term" else 1)
+
+    def std(self, layer: str) -> float:
+        """Return the standard deviation of ``layer``'s initial weights."""
+        return PAPER_STD if self.weight_std == "same" else LAYERS[layer].code_std
+
+
+def _same_size(size: int, row: Layer) -> int:
+    return (size + 2 * row.padding - row.kernel) // row.stride + 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that fixes a net's shape and arithmetic: a recipe, the data's sizes, switches.
+
+    ``image_size`` is the side of a crop in pixels.  ``crossing_at`` names the layers that read
+    both columns; fc8 always sums both.  ``pool``: ``overlapping`` is 3 x 3 with stride 2 (section
+    3.4), ``tiled`` 2 x 2 with stride 2 (run 147), ``average`` the mean over 3 x 3 with stride 2.
+    """
+
+    recipe: Recipe
+    num_classes: int = NUM_CLASSES
+    image_size: int = IMAGE_SIZE
+    norm: Literal["response", "none"] = "response"
+    activation: Literal["relu", "tanh", "sigmoid", "elu"] = "relu"
+    pool: Literal["overlapping", "tiled", "average"] = "overlapping"
+    dropout: float = DROPOUT
+    crossing_at: tuple[str, ...] = CROSSINGS
+
+    def __post_init__(self) -> None:
+        for key, kind in get_type_hints(Plan).items():
+            choices = get_args(kind)
+            if isinstance(getattr(self, key), str) and getattr(self, key) not in choices:
+                config.refuse_choice(f"model.{key}", getattr(self, key), choices)
+        if self.num_classes < 1:
+            message = f"model.num_classes={self.num_classes}: give 1 or more"
+            raise SettingsError(message)
+        if self.image_size < MIN_IMAGE_SIZE:
+            message = f"model.image_size={self.image_size}: give {MIN_IMAGE_SIZE} pixels or more"
+            raise SettingsError(message)
+        if not 0 <= self.dropout < 1:
+            message = f"model.dropout={self.dropout}: give the share dropped, 0 <= dropout < 1"
+            raise SettingsError(message)
+        for name in self.crossing_at:
+            if name not in CROSSABLE:
+                config.refuse_choice("model.crossing_at", name, CROSSABLE)
+
+    @property
+    def conv1_padding(self) -> tuple[int, int, int, int]:
+        """Zero columns left and right, zero rows above and below the image."""
+        if self.recipe.conv1_padding == "around":
+            return (2, 2, 2, 2)  # torchvision's AlexNet
+        row = LAYERS["conv1"]  # the code rounds the output's side up: 224 -> 55 (layer.py)
+        missing = -(self.image_size - row.kernel) % row.stride
+        return (0, missing, 0, missing)
+
+    @property
+    def last_size(self) -> int:
+        """The side of pool 5's maps in pixels: 6 at 224."""
+        left, right, _, _ = self.conv1_padding
+        size = _same_size(self.image_size + left + right, LAYERS["conv1"])
+        size = self.pooled(size)
+        conv2 = size - 2 if self.pool == "tiled" else size  # trap 14: conv2 pads by 1 then
+        size = self.pooled(conv2)
+        conv5 = size - 2 if self.pool == "tiled" else size  # and conv5 by 0
+        return self.pooled(conv5)
+
+    def pooled(self, size: int) -> int:
+        """Return the side of a map of side ``size`` after pooling, rounded up as the code did."""
+        window = 2 if self.pool == "tiled" else 3
+        return -(-(size - window) // 2) + 1
+
+    def padding(self, layer: str) -> int:
+        """Return a convolution's zero padding; run 147 took one off conv2 and conv5."""
+        return LAYERS[layer].padding - (self.pool == "tiled" and layer in {"conv2", "conv5"})
+
+    def inputs(self, layer: str) -> int:
+        """Return how many maps or units of one column ``layer`` reads (conv1: the image's 3)."""
+        names = list(LAYERS)
+        if layer == "conv1":
+            return 3
+        previous = LAYERS[names[names.index(layer) - 1]].outputs
+        return previous * (self.last_size**2 if layer == "fc6" else 1)
+
+    def outputs(self, layer: str) -> int:
+        """Return the kernels or units of one column; for fc8 all classes."""
+        return self.num_classes if layer == "fc8" else LAYERS[layer].outputs
+
+
+CROSSABLE: Final = ("conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """Return the plan as plain values, as manifests and exported files record it."""
+    values = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    values["recipe"] = {field.name: getattr(plan.recipe, field.name) for field in fields(Recipe)}
+    values["crossing_at"] = list(plan.crossing_at)
+    return values
+
+
+def plan_of(values: dict[str, Any]) -> Plan:
+    """Return the plan that ``settings_of`` wrote down; raises SettingsError where it does not."""
+    values = dict(values)
+    try:
+        values["recipe"] = Recipe(**values["recipe"])
+        values["crossing_at"] = tuple(values["crossing_at"])
+        return Plan(**values)
+    except (KeyError, TypeError) as error:
+        message = f"not a description of a net: {error}"
+        raise SettingsError(message) from None

@@ -1,0 +1,44 @@
+"""Train the two-column net: ``torchrun --nproc-per-node 2 -m modelpar.train [key=value ...]``.
+
+Or ``python -m modelpar.train``, which starts the two processes itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, NoReturn
+
+from modelpar import config, launch
+from modelpar.training import engine, runs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from modelpar.config import TrainSettings
+    from modelpar.mesh import Mesh
+
+
+def check(settings: TrainSettings, run_dir: Path | None) -> None:
+    """Raise for all that can be wrong before a process starts; create nothing but the cache."""
+    if run_dir is not None:
+        config.check_run_dir(run_dir)
+        runs.check_same(run_dir, asdict(settings), settings.resume)
+    engine.prepare(settings)
+
+
+def work(settings: TrainSettings, mesh: Mesh, run_dir: Path) -> float:
+    """Train on this rank; return the last top-1 error in %."""
+    if mesh.rank == 0:
+        runs.begin(run_dir, asdict(settings))
+    return engine.train(settings, mesh, run_dir)
+
+
+def main() -> NoReturn:
+    """Enter through either door."""
+    launch.enter(launch.Job("train", check, work))
+
+
+if __name__ == "__main__":
+    from modelpar.train import main as installed_main  # spawn finds functions by module name
+
+    installed_main()

@@ -1,0 +1,313 @@
+"""Atomic sharded checkpoints: one safetensors file a column, a JSON manifest, one rename.
+
+A step's folder is whole or it is not there.  No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from modelpar.errors import CheckpointError, one_line
+from modelpar.mesh import Mesh, all_agree
+from modelpar.net.alexnet import merge, own_part
+from modelpar.net.paper import COLUMNS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+FORMAT: Final = 1
+MANIFEST: Final = "manifest.json"
+STATISTICS: Final = "statistics.safetensors"
+STEP_NAME: Final = re.compile(r"step-(\d{8})")
+SPARE: Final = 1.1  # free space asked for, as a multiple of what is written
+Kind = Literal["weights", "velocities"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published step: its folder and its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done since the run began."""
+        return int(self.manifest["step"])
+
+
+def part_name(columns: int, column: int, kind: Kind) -> str:
+    """Return the file name of one column's weights or velocities, or of the whole net's."""
+    owner = f"column-{column}" if columns > 1 else "whole"
+    return f"{owner}.{kind}.safetensors"
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
+def save(
+    folder: Path,
+    mesh: Mesh,
+    parts: Mapping[Kind, Mapping[str, Tensor]],
+    statistics: Mapping[str, Tensor],
+    manifest: Mapping[str, Any],
+    keep_last: int,
+) -> Path:
+    """Publish ``folder``/step-######## with every column's ``parts``; prune the older ones.
+
+    A collective of the whole mesh.  All write into one temporary folder; when all agree that
+    theirs is whole, rank 0 adds the manifest and renames.  Raises CheckpointError on every
+    process, with older checkpoints as they were.
+    """
+    final = folder / f"step-{int(manifest['step']):08d}"
+    saving = _Saving(final, folder / f".tmp-{final.name}", mesh, parts, statistics, manifest)
+    for work, mine in (
+        (saving.begin, mesh.rank == 0),
+        (saving.write, mesh.replica == 0),
+        (saving.publish, mesh.rank == 0),
+    ):
+        failure = ""
+        try:
+            if mine:
+                work()
+        except (OSError, ValueError, SafetensorError, CheckpointError) as error:
+            failure = one_line(error)
+        if not all_agree(not failure, mesh):
+            if mesh.rank == 0:
+                shutil.rmtree(saving.unfinished, ignore_errors=True)
+            message = (
+                f"{final}: not saved, {failure or 'the other process could not write its part'}; "
+                "older checkpoints are as they were"
+            )
+            raise CheckpointError(message)
+    if mesh.rank == 0:
+        prune(folder, keep_last)
+    return final
+
+
+@dataclass(frozen=True)
+class _Saving:
+    """One save under way: three stages, each agreed on before the next."""
+
+    final: Path
+    unfinished: Path
+    mesh: Mesh
+    parts: Mapping[Kind, Mapping[str, Tensor]]
+    statistics: Mapping[str, Tensor]
+    manifest: Mapping[str, Any]
+
+    def begin(self) -> None:
+        """Check the space and make the temporary folder: rank 0."""
+        own = sum(_num_bytes(part) for part in self.parts.values())
+        check_space(self.final.parent, self.mesh.columns * own)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.unfinished.mkdir(parents=True)
+
+    def write(self) -> None:
+        """Write this column's files, and what they should hash to."""
+        files: dict[str, Any] = {}
+        for kind, tensors in self.parts.items():
+            name = part_name(self.mesh.columns, self.mesh.column, kind)
+            files[name] = _write_tensors(self.unfinished / name, tensors)
+        if self.mesh.rank == 0:
+            files[STATISTICS] = _write_tensors(self.unfinished / STATISTICS, self.statistics)
+        _write_text(self.unfinished / f"files-{self.mesh.column}.json", json.dumps(files))
+
+    def publish(self) -> None:
+        """Write the manifest last, then give the folder its name: rank 0."""
+        files: dict[str, Any] = {}
+        for column in range(self.mesh.columns):
+            listed = self.unfinished / f"files-{column}.json"
+            files |= json.loads(listed.read_text())
+            listed.unlink()
+        whole = {"format": FORMAT, **self.manifest, "columns": self.mesh.columns, "files": files}
+        _write_text(self.unfinished / MANIFEST, json.dumps(whole, indent=1))
+        _sync_folder(self.unfinished)
+        earlier = self.final.with_name(f".old-{self.final.name}")
+        if self.final.exists():  # of the same run, which passes here again: aside until it is new
+            self.final.rename(earlier)
+        self.unfinished.rename(self.final)
+        _sync_folder(self.final.parent)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise CheckpointError where ``folder``'s disk has less than ``needed`` bytes to spare."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed * SPARE:
+        message = (
+            f"{folder}: a checkpoint needs {needed * SPARE / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
+            "free; make room or give another run_dir"
+        )
+        raise CheckpointError(message)
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Remove all but the newest ``keep_last`` steps: first out of sight by a rename, then gone."""
+    for old in _steps(folder)[:-keep_last]:
+        doomed = old.with_name(f".del-{old.name}")
+        with suppress(OSError):  # room is made again at the next save
+            old.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write, flush to disk, and return size and hash of what was meant to be written."""
+    content = safetensors.torch.save(
+        {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    )
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- finding and reading -------------------------------------------------------------------------
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Return the published step folders, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if STEP_NAME.fullmatch(path.name) and (path / MANIFEST).is_file()
+    )
+
+
+def newest(run_dir: Path) -> Checkpoint | None:
+    """Return the newest published step of a run, None where it has none."""
+    steps = _steps(run_dir / "checkpoints")
+    return open_step(steps[-1]) if steps else None
+
+
+def open_step(folder: Path) -> Checkpoint:
+    """Read a step's manifest; raises CheckpointError where it is damaged or from the future."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        names = manifest["files"]
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"{folder / MANIFEST}: not a readable manifest ({one_line(error)})"
+        raise CheckpointError(message) from None
+    if version != FORMAT:
+        message = f"{folder}: format {version}, this modelpar reads {FORMAT}; install a newer one"
+        raise CheckpointError(message)
+    for name in names:
+        if Path(name).name != name or name.startswith("."):
+            message = f"{folder / MANIFEST}: {name!r} is not a plain file name"
+            raise CheckpointError(message)
+    return Checkpoint(folder, manifest)
+
+
+def find(path: str) -> Checkpoint | Path:
+    """Resolve RUN_DIR (its newest step), STEP_DIR or FILE.safetensors; raises CheckpointError."""
+    place = Path(path).expanduser()
+    if place.is_file() and place.suffix == ".safetensors":
+        return place
+    if (place / MANIFEST).is_file():
+        return open_step(place)
+    found = newest(place)
+    if found is None:
+        message = f"checkpoint={path}: no checkpoint there; give a run, a step or a .safetensors"
+        raise CheckpointError(message)
+    return found
+
+
+def read_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file; with ``expected``, its size and hash must be the manifest's."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        message = f"{path}: cannot be read ({error.strerror})"
+        raise CheckpointError(message) from None
+    if expected is not None and (
+        len(content) != expected["bytes"]
+        or hashlib.sha256(content).hexdigest() != expected["sha256"]
+    ):
+        message = f"{path}: damaged, size or hash is not the manifest's; take an older step"
+        raise CheckpointError(message)
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
+        message = f"{path}: not a safetensors file ({one_line(error)})"
+        raise CheckpointError(message) from None
+
+
+def read_part(source: Checkpoint, kind: Kind, column: int | None) -> dict[str, Tensor]:
+    """Return a column's tensors, or the whole net's for None, however they were saved.
+
+    Every file that is read is checked against the manifest; raises CheckpointError.
+    """
+    saved = int(source.manifest["columns"])
+
+    def part(owner: int) -> dict[str, Tensor]:
+        name = part_name(saved, owner, kind)
+        if name not in source.manifest["files"]:
+            message = f"{source.folder / MANIFEST}: names no {name}"
+            raise CheckpointError(message)
+        return read_tensors(source.folder / name, source.manifest["files"][name])
+
+    if saved == 1:
+        whole = part(0)
+        if column is None:
+            return whole
+        sliced = {key: own_part(key, value, column) for key, value in whole.items()}
+        return {key: value for key, value in sliced.items() if value is not None}
+    if column is not None:
+        return part(column)
+    return merge([part(owner) for owner in range(COLUMNS)])
+
+
+def read_statistics(source: Checkpoint) -> dict[str, Tensor]:
+    """Return the mean image and colours the net was trained with."""
+    return read_tensors(source.folder / STATISTICS, source.manifest["files"].get(STATISTICS))
+
+
+def read_conv1(source: Checkpoint) -> Tensor:
+    """Return conv1's kernels of both columns, (96, 3, 11, 11), reading nothing else."""
+    saved = int(source.manifest["columns"])
+    kernels: list[Tensor] = []
+    for column in range(saved):
+        path = source.folder / part_name(saved, column, "weights")
+        with safetensors.safe_open(path, framework="pt") as file:
+            kernels.append(file.get_tensor("conv1.weight"))
+    return torch.cat(kernels)

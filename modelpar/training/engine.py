@@ -1,0 +1,459 @@
+"""One step, one epoch, one evaluation: how the net learns, on one process or many."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.nn import functional
+
+from modelpar import config
+from modelpar.errors import CheckpointError, DivergedError
+from modelpar.images.augment import Lens, Statistics
+from modelpar.images.loader import TestLoader, TrainLoader
+from modelpar.images.order import BatchOrder
+from modelpar.images.sets import open_set, statistics
+from modelpar.mesh import Mesh, sum_over
+from modelpar.net.alexnet import AlexNet, Column, check_state
+from modelpar.net.crossing import Link
+from modelpar.net.layers import Draw
+from modelpar.net.paper import Plan, Recipe, settings_of
+from modelpar.training import checkpoint
+from modelpar.training.metrics import ErrorCount, Errors
+from modelpar.training.monitor import Monitor, image_grid
+from modelpar.training.optimizer import MomentumDecay
+from modelpar.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from modelpar.config import CrossingSettings, DataSettings, ModelSettings, TrainSettings
+    from modelpar.images.loader import Batch
+    from modelpar.images.sets import ImageSet
+
+DTYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+Net = AlexNet | Column
+
+
+# -- the net on its devices ----------------------------------------------------------------------
+
+
+def plan_for(recipe: Recipe, model: ModelSettings, num_classes: int, image_size: int) -> Plan:
+    """Return the net that recipe, switches and data ask for; raises SettingsError."""
+    chosen = {
+        key: getattr(model, key)
+        for key in ("norm", "activation", "pool", "dropout")
+        if getattr(model, key) is not None
+    }
+    if model.crossing_at is not None:
+        chosen["crossing_at"] = tuple(model.crossing_at)
+    return Plan(recipe, num_classes=num_classes, image_size=image_size, **chosen)
+
+
+def build(plan: Plan, mesh: Mesh, precision: str, crossing: CrossingSettings, seed: int) -> Net:
+    """Return this process's part of the net on its device: a column, or the whole.
+
+    bfloat16 keeps float32 weights; the products are autocast.
+    """
+    if mesh.pair is None:
+        net: Net = AlexNet(plan, seed)
+    else:
+        wire = DTYPES[crossing.dtype or precision]
+        net = Column(plan, Link.between(mesh.pair, dtype=wire, overlap=crossing.overlap), seed)
+    return net.to(mesh.device, torch.float64 if precision == "float64" else torch.float32)
+
+
+def _cast(mesh: Mesh, precision: str) -> AbstractContextManager[Any]:
+    if precision == "bfloat16":
+        return torch.autocast(mesh.device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def _wide(precision: str) -> torch.dtype:
+    """Return the dtype of images, logits and loss."""
+    return torch.float64 if precision == "float64" else torch.float32
+
+
+# -- one step ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Learner:
+    """A net with what it takes to train it: the optimizer, the rates, the mesh."""
+
+    net: Net
+    mesh: Mesh
+    optimizer: MomentumDecay
+    schedule: Schedule
+    batch_size: int
+    seed: int
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        self.replicated = self.mesh.replicate(self.net)
+
+    def step(self, batch: Batch, step: int, rates: dict[str, float]) -> Tensor:
+        """Learn from one batch; return its mean loss over this replica, a scalar.
+
+        ``step`` counts from 0 and fixes the dropout masks.  A collective of the whole mesh.
+        """
+        mesh = self.mesh
+        first = mesh.replica * self.batch_size
+        total = mesh.replicas * self.batch_size
+        rows = slice(first, first + self.batch_size)
+        self.net.train()
+        self.net.fix_dropout(Draw(self.seed, step, rows, total))
+        self.optimizer.set_rates(rates)
+        wide = _wide(self.precision)
+        with _cast(mesh, self.precision):
+            logits = self.replicated(batch.images.to(wide))
+        loss = functional.cross_entropy(logits.to(wide), batch.labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+# -- one evaluation ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    net: Net,
+    mesh: Mesh,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    lens: Lens,
+    *,
+    views: int = 1,
+    precision: str = "float32",
+) -> Errors:
+    """Return the exact errors over ``batches`` of stored images, in each replica its share.
+
+    ``views`` 1: the central crop; 10: the probabilities of the ten views averaged (section 4.1).
+    A collective of the whole mesh.
+    """
+    net.eval()
+    count = ErrorCount()
+    wide = _wide(precision)
+
+    def log_probabilities(images: Tensor) -> Tensor:
+        with _cast(mesh, precision):
+            logits = net(images.to(wide))
+        return functional.log_softmax(logits.to(wide), dim=1)
+
+    for stored, labels in batches:
+        if views == 1:
+            answers = log_probabilities(lens.centre(stored))
+        else:
+            each = [log_probabilities(view) for view in lens.views(stored)]
+            answers = torch.stack(each).logsumexp(0) - math.log(len(each))
+        count.add(answers, labels)
+    return count.result(mesh.peers, mesh.device)
+
+
+# -- a whole training ----------------------------------------------------------------------------
+
+
+def chosen_data(data: DataSettings, model: ModelSettings) -> DataSettings:
+    """Return the data settings with the sizes that the model asks for."""
+    asked = {"image_size": model.image_size, "num_classes": model.num_classes}
+    return replace(data, **{key: value for key, value in asked.items() if value is not None})
+
+
+def prepare(settings: TrainSettings) -> tuple[ImageSet, Statistics, Plan]:
+    """Open the data, measure it, plan the net: all that can fail before any process group.
+
+    Raises SettingsError and DataError; creates nothing but what the cache holds.
+    """
+    data = chosen_data(settings.data, settings.model)
+    recipe = Recipe(**asdict(settings.recipe))
+    plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
+    cache = config.cache_dir(settings.cache_dir)
+    images = open_set(data, cache, settings.seed)
+    BatchOrder(len(images.train), settings.batch_size, settings.seed, replicas=settings.replicas)
+    plan = plan_for(recipe, settings.model, len(images.classes), data.image_size)
+    workers = data.workers if settings.workers is None else settings.workers
+    return images, statistics(images, cache, workers), plan
+
+
+def train(settings: TrainSettings, mesh: Mesh, run_dir: Path) -> float:
+    """Train in ``run_dir`` until epochs or steps are over; return the last top-1 error in %.
+
+    Goes on from the run's newest checkpoint where there is one.  A collective of the whole mesh.
+    """
+    images, stats, plan = prepare(settings)
+    training = _Training(settings, mesh, run_dir, images, stats, plan)
+    try:
+        return training.run()
+    finally:
+        training.close()
+
+
+class _Training:
+    """The state of one run: what ``train`` holds between steps."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        mesh: Mesh,
+        run_dir: Path,
+        images: ImageSet,
+        stats: Statistics,
+        plan: Plan,
+    ) -> None:
+        self.settings, self.mesh, self.run_dir = settings, mesh, run_dir
+        self.images, self.stats, self.plan = images, stats, plan
+        data, device = settings.data, mesh.device
+        workers = data.workers if settings.workers is None else settings.workers
+        recipe = plan.recipe
+        net = build(plan, mesh, settings.precision, settings.crossing, settings.seed)
+        epochs = settings.epochs or data.epochs
+        self.learner = Learner(
+            net,
+            mesh,
+            MomentumDecay(net, recipe),
+            Schedule(recipe, epochs),
+            settings.batch_size,
+            settings.seed,
+            settings.precision,
+        )
+        scaled = recipe.colour_noise == "added_and_scaled"
+        self.lens = Lens(stats, plan.image_size, scaled=scaled, device=device)
+        self.order = BatchOrder(
+            len(images.train),
+            settings.batch_size,
+            settings.seed,
+            replica=mesh.replica,
+            replicas=mesh.replicas,
+            every_epoch=recipe.shuffle == "every_epoch",
+        )
+        self.loader = TrainLoader(
+            images.train, self.order, self.lens, device, crops=recipe.crops, workers=workers
+        )
+        self.tests = TestLoader(
+            images.test,
+            settings.batch_size,
+            device,
+            replica=mesh.replica,
+            replicas=mesh.replicas,
+            workers=workers,
+        )
+        self.total = epochs * len(self.order)
+        if settings.steps is not None:
+            self.total = min(self.total, settings.steps)
+        every = settings.checkpoint_every
+        self.save_every = data.checkpoint_every if every is None else every
+        self.step = 0
+        self.last: float | None = None  # top-1 error in %
+        self._resume()
+        self.saved = self.step
+        self.monitor: Monitor | None = None
+        if mesh.rank == 0:
+            checkpoint.check_space(run_dir, self._bytes())
+            self.monitor = Monitor(
+                run_dir,
+                self.step,
+                self.total,
+                progress=settings.monitor.progress,
+                tensorboard=settings.monitor.tensorboard,
+            )
+
+    def run(self) -> float:
+        """Train to the end; return the last top-1 error in %."""
+        while self.step < self.total:
+            self._epoch()
+        if self.last is None:  # a finished run, taken up again
+            self._test()
+        return self.last or 0.0
+
+    def close(self) -> None:
+        """End what the run shows of itself."""
+        if self.monitor:
+            self.monitor.close()
+
+    def _epoch(self) -> None:
+        """Train from where the run stands to the end of its epoch, or of the run."""
+        epoch, start = divmod(self.step, len(self.order))
+        rates = self.learner.schedule.rates(epoch)
+        meter = _Meter(self.learner)
+        noise = self.learner.schedule.colour_noise(epoch)
+        for batch in self.loader.epoch(epoch, start, noise):
+            if self.monitor and self.step == 0:
+                self.monitor.images("batch/augmented", image_grid(batch.images), 0)
+            loss = self.learner.step(batch, self.step, rates)
+            self.step += 1
+            meter.add(batch)
+            ends = self.step == self.total
+            saves = bool(self.save_every) and self.step % self.save_every == 0
+            if self.step % self.settings.log_every == 0 or saves or ends:
+                self._log(meter, loss, epoch, rates)
+            if (start := start + 1) == len(self.order) or ends:
+                every = self.settings.data.evaluate_every
+                if ends or (epoch + 1) % every == 0:
+                    self._test()
+                    meter.pause()
+                    self.learner.schedule.plateau.observe(epoch, self.last or 0.0)
+            if saves or ends:
+                self._save()
+                meter.pause()
+            if ends:
+                return
+
+    def _log(self, meter: _Meter, loss: Tensor, epoch: int, rates: dict[str, float]) -> None:
+        mesh = self.mesh
+        mean = sum_over(loss.double().reshape(1), mesh.peers).item() / mesh.replicas
+        if not math.isfinite(mean):
+            message = (
+                f"step {self.step}: the loss is {mean}; lower recipe.lr, or go on from an older "
+                "checkpoint"
+            )
+            raise DivergedError(message)
+        row = {
+            "step": self.step,
+            "epoch": epoch,
+            "loss": mean,
+            "lr": rates["fc8.weight"],
+            **meter.take(),
+        }
+        if self.monitor:
+            self.monitor.train(row, rates)
+
+    def _test(self) -> None:
+        errors = evaluate(
+            self.learner.net,
+            self.mesh,
+            self.tests,
+            self.lens,
+            precision=self.settings.precision,
+        )
+        self.last = errors.top1
+        if self.monitor:
+            self.monitor.test(self.step, errors)
+
+    def _parts(self) -> dict[checkpoint.Kind, dict[str, Tensor]]:
+        return {
+            "weights": self.learner.net.state_dict(),
+            "velocities": self.learner.optimizer.velocities(),
+        }
+
+    def _bytes(self) -> int:
+        own = sum(
+            value.numel() * value.element_size()
+            for part in self._parts().values()
+            for value in part.values()
+        )
+        return own * self.mesh.columns
+
+    def _save(self) -> None:
+        if self.monitor:
+            self.monitor.flush()
+        folder = checkpoint.save(
+            self.run_dir / "checkpoints",
+            self.mesh,
+            self._parts(),
+            {"mean": self.stats.mean, "std": self.stats.std, "axes": self.stats.axes},
+            {
+                "step": self.step,
+                "epoch": self.step // len(self.order),
+                "schedule": self.learner.schedule.state(),
+                "top1": self.last,
+                "seed": self.settings.seed,
+                "images_a_step": self.settings.batch_size * self.mesh.replicas,
+                "precision": self.settings.precision,
+                "plan": settings_of(self.plan),
+                "data": asdict(chosen_data(self.settings.data, self.settings.model)),
+                "fingerprint": self.images.fingerprint,
+            },
+            self.settings.keep_last,
+        )
+        self.saved = self.step
+        if self.monitor:
+            self.monitor.kernels(checkpoint.read_conv1(checkpoint.open_step(folder)), self.step)
+
+    def _resume(self) -> None:
+        """Take up the run's newest checkpoint, or the one that ``resume`` names."""
+        resume = self.settings.resume
+        found = checkpoint.newest(self.run_dir)
+        if found is None and resume not in {"auto", "never"}:
+            named = checkpoint.find(resume)
+            if not isinstance(named, checkpoint.Checkpoint):
+                message = f"resume={resume}: weights alone; give a run or a step"
+                raise CheckpointError(message)
+            found = named
+        if found is None:
+            return
+        manifest = found.manifest
+        for key, now in (
+            ("plan", settings_of(self.plan)),
+            ("fingerprint", self.images.fingerprint),
+            ("seed", self.settings.seed),
+            ("images_a_step", self.settings.batch_size * self.mesh.replicas),
+        ):
+            if manifest.get(key) != now:
+                message = (
+                    f"{found.folder}: its {key} is not this run's; give the same settings, or "
+                    "another run_dir"
+                )
+                raise CheckpointError(message)
+        column = self.mesh.column if self.mesh.pair is not None else None
+        weights = checkpoint.read_part(found, "weights", column)
+        velocities = checkpoint.read_part(found, "velocities", column)
+        check_state(self.learner.net, weights, str(found.folder))
+        check_state(self.learner.net, velocities, f"{found.folder}, velocities")
+        self.learner.net.load_state_dict(weights)
+        for name, velocity in self.learner.optimizer.velocities().items():
+            velocity.copy_(velocities[name])
+        self.learner.schedule.load(manifest["schedule"])
+        self.step = found.step
+        self.last = manifest["top1"] if self.step >= self.total else None
+
+
+class _Meter:
+    """Time, waiting and bytes since the last row."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        self.link = learner.net.link if isinstance(learner.net, Column) else None
+        self.pause()
+
+    def pause(self) -> None:
+        """Start anew, after an evaluation or a save that no row should count."""
+        self.began = time.perf_counter()
+        self.waited, self.steps = 0.0, 0
+        self.crossed = self.link.seconds if self.link else 0.0
+        self.sent = self.link.bytes_sent if self.link else 0
+
+    def add(self, batch: Batch) -> None:
+        """Count one step."""
+        self.waited += batch.waited
+        self.steps += 1
+
+    def take(self) -> dict[str, float]:
+        """Return the means a step since the last row, and start anew."""
+        if self.learner.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        steps = max(1, self.steps)
+        images = steps * self.learner.batch_size
+        crossed = (self.link.seconds if self.link else 0.0) - self.crossed
+        sent = (self.link.bytes_sent if self.link else 0) - self.sent
+        row = {
+            "images_per_s": images / (time.perf_counter() - self.began),
+            "data_wait_s": self.waited / steps,
+            "crossing_s": crossed / steps,
+            "exchange_bytes_per_image": sent / images,
+        }
+        self.pause()
+        return row

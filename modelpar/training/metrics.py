@@ -1,0 +1,63 @@
+"""Exact top-1 and top-5 error: integer counts over every sample once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch.nn import functional
+
+from modelpar.mesh import sum_over
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+TOP: Final = 5
+
+
+@dataclass(frozen=True)
+class Errors:
+    """An evaluation's outcome: errors in %, mean loss in nats, over ``samples`` images."""
+
+    top1: float
+    top5: float
+    loss: float
+    samples: int
+
+
+class ErrorCount:
+    """Counts right answers and sums losses, so that any split of the samples adds up exactly."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(3, dtype=torch.int64)  # right in 1, right in 5, samples
+        self.loss = torch.zeros(1, dtype=torch.float64)
+
+    def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
+        """Count a batch: (N, classes) log-probabilities and N labels.
+
+        An answer is right within k if fewer than k classes are more probable; of equals the one
+        with the lower number comes first, as if all were sorted.  One that is not a number is
+        wrong.
+        """
+        own = log_probabilities.gather(1, labels[:, None])
+        classes = torch.arange(log_probabilities.shape[1], device=labels.device)
+        ahead = ~(log_probabilities <= own) | (
+            (log_probabilities == own) & (classes < labels[:, None])
+        )
+        place = ahead.sum(1)
+        right = [int((place < 1).sum()), int((place < TOP).sum()), len(labels)]
+        self.counts += torch.tensor(right, dtype=torch.int64)
+        self.loss += functional.nll_loss(log_probabilities.double(), labels, reduction="sum").cpu()
+
+    def result(self, group: ProcessGroup | None, device: torch.device) -> Errors:
+        """Return the errors over all that ``group`` counted; a collective of it (None: own)."""
+        one, five, samples = sum_over(self.counts.to(device), group).tolist()
+        loss = sum_over(self.loss.to(device), group).item()
+        return Errors(
+            top1=100 * (samples - one) / samples,
+            top5=100 * (samples - five) / samples,
+            loss=loss / samples,
+            samples=samples,
+        )

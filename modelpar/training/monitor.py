@@ -1,0 +1,152 @@
+"""What a run shows of itself: progress bar, metrics.jsonl, TensorBoard; rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.nn import functional
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from modelpar.training.metrics import Errors
+
+METRICS: Final = "metrics.jsonl"
+KERNELS: Final = "conv1.png"
+KERNEL_ROW: Final = 16  # kernels a row: three rows a column, as in figure 3
+LOGFILE_INTERVAL: Final = 10.0  # s between the bar's lines where nobody watches it move
+SHOWN: Final = 16  # images of the sample batch
+
+
+def kernel_picture(kernels: Tensor) -> Tensor:
+    """Return conv1's kernels (96, 3, 11, 11) as one picture (3, H, W) in 0..1, as figure 3 shows.
+
+    Column 0 above, column 1 below a wider gap.  Each kernel is scaled by its own largest weight
+    about mid-grey, and enlarged four times.
+    """
+    largest = kernels.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+    scaled = kernels.float() / largest / 2 + 0.5
+    halves = [
+        make_grid(half, nrow=KERNEL_ROW, padding=1, pad_value=1.0) for half in scaled.chunk(2)
+    ]
+    gap = torch.ones(3, 3, halves[0].shape[2])
+    picture = torch.cat([halves[0], gap, halves[1]], dim=1)
+    return functional.interpolate(picture[None], scale_factor=4, mode="nearest")[0]
+
+
+def image_grid(images: Tensor) -> Tensor:
+    """Return the first images of a batch (N, 3, S, S), less the mean, as one picture in 0..1."""
+    return make_grid(images[:SHOWN].cpu().float() / 255 + 0.5, nrow=4).clamp(0, 1)
+
+
+class Monitor:
+    """Writes rows, scalars and pictures of one run; every method is for rank 0.
+
+    ``step`` is where the run goes on: rows and events beyond it, left by a process that was
+    killed, are dropped, so that each step stands there once.
+    """
+
+    def __init__(
+        self, run_dir: Path, step: int, total: int, *, progress: bool, tensorboard: bool
+    ) -> None:
+        self.run_dir = run_dir
+        self.metrics = run_dir / METRICS
+        _drop_after(self.metrics, step)
+        self.file = self.metrics.open("a", buffering=1)
+        self.board = (
+            SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
+            if tensorboard
+            else None
+        )
+        self.bar: Any = tqdm(
+            total=total,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not progress,
+            mininterval=0.5 if sys.stderr.isatty() else LOGFILE_INTERVAL,
+        )
+
+    def train(self, row: Mapping[str, Any], rates: Mapping[str, float]) -> None:
+        """Record a training row, see the README's table of fields."""
+        self._write({"kind": "train", **row})
+        self.bar.set_postfix_str(
+            f"epoch {row['epoch']}, loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s, "
+            f"data {row['data_wait_s'] * 1e3:.0f} ms, crossing {row['crossing_s'] * 1e3:.0f} ms",
+            refresh=False,
+        )
+        self.bar.update(row["step"] - self.bar.n)
+        if self.board:
+            for key in ("loss", "epoch", "images_per_s", "data_wait_s", "crossing_s"):
+                self.board.add_scalar(f"train/{key}", row[key], row["step"])
+            for name in ("conv1.weight", "fc8.weight", "fc8.bias"):
+                self.board.add_scalar(f"rate/{name}", rates[name], row["step"])
+
+    def test(self, step: int, errors: Errors) -> None:
+        """Record an evaluation: errors in %, loss in nats."""
+        row = {"step": step, "loss": errors.loss, "top1": errors.top1, "top5": errors.top5}
+        self._write({"kind": "test", **row})
+        self.say(
+            f"step {step}: test top-1 error {errors.top1:.2f} %, top-5 {errors.top5:.2f} %, "
+            f"loss {errors.loss:.4f}, {errors.samples} images"
+        )
+        if self.board:
+            for key in ("loss", "top1", "top5"):
+                self.board.add_scalar(f"test/{key}", row[key], step)
+
+    def images(self, name: str, picture: Tensor, step: int) -> None:
+        """Show a picture (3, H, W) in 0..1 in TensorBoard."""
+        if self.board:
+            self.board.add_image(name, picture, step)
+
+    def kernels(self, kernels: Tensor, step: int) -> None:
+        """Show conv1's kernels of both columns, in TensorBoard and as ``conv1.png``."""
+        picture = kernel_picture(kernels)
+        save_image(picture, self.run_dir / KERNELS)
+        self.images("conv1/kernels", picture, step)
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        self.bar.write(line)
+
+    def flush(self) -> None:
+        """Bring everything to disk, as before a checkpoint is published."""
+        self.file.flush()
+        if self.board:
+            self.board.flush()
+
+    def close(self) -> None:
+        """End the bar and close the files."""
+        self.bar.close()
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the rows up to ``step``; a last line cut off by a kill goes too."""
+    if not path.exists():
+        return
+    kept: list[str] = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            logging.getLogger(__name__).warning("%s: dropped a damaged line", path)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text("".join(kept))
+    unfinished.replace(path)

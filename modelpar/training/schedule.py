@@ -1,0 +1,107 @@
+"""Learning rates over the epochs: divide by ten, the fixed epochs of run 145, dexp of run 170."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from modelpar.net import paper
+
+if TYPE_CHECKING:
+    from modelpar.net.paper import Recipe
+
+# Differs: section 5 gives no number for "stopped improving"; here it is five epochs without a new
+# best validation error.
+PATIENCE: Final = 5
+
+
+@dataclass
+class Plateau:
+    """Section 5's rule: a tenth of the rate when the validation error stops improving."""
+
+    best: float | None = None  # %
+    best_epoch: int = 0
+    drops: int = 0
+
+    def observe(self, epoch: int, error: float) -> None:
+        """Take the validation error in % at the end of ``epoch``."""
+        if self.best is None or error < self.best:
+            self.best, self.best_epoch = error, epoch
+        elif epoch - self.best_epoch >= PATIENCE and self.drops < paper.PLATEAU_DROPS:
+            self.drops += 1
+            self.best_epoch = epoch  # the lower rate has its own five epochs
+
+
+def dexp(progress: float, divisor: float, steps: int) -> float:
+    """Return 1 to 1/divisor in ``steps`` equal stretches of ``progress`` 0 to 1 (lr.cu)."""
+    stretch = min(int(progress * steps), steps - 1)
+    return divisor ** -(stretch / (steps - 1))
+
+
+class Schedule:
+    """The learning rates of a recipe over ``epochs``; fixed epochs scale with the length.
+
+    Differs: the paper and its code know one length of training; run 145's and run 170's epochs
+    are moved in proportion, so that a short training passes through the same stages.
+    """
+
+    def __init__(self, recipe: Recipe, epochs: int) -> None:
+        self.recipe = recipe
+        self.epochs = epochs
+        self.plateau = Plateau()
+
+    def _reached(self, epoch: int, published: int) -> bool:
+        """Whether ``epoch`` (from 0) has come to the published run's epoch ``published``."""
+        return epoch * paper.LENGTHS[self.recipe.schedule] >= published * self.epochs
+
+    def rates(self, epoch: int) -> dict[str, float]:
+        """Return the learning rate of each parameter, ``conv1.weight`` to ``fc8.bias``.
+
+        ``epoch`` counts from 0.  A rate of 0 means that the parameter is not updated at all.
+        """
+        recipe = self.recipe
+        weight, bias = self._factors(epoch)
+        ratio = paper.BIAS_RATIO if recipe.rates == "double_bias" else 1.0
+        rates: dict[str, float] = {}
+        for layer in paper.LAYERS:
+            rates[f"{layer}.weight"] = recipe.lr * weight
+            rates[f"{layer}.bias"] = recipe.lr * ratio * bias
+        if recipe.schedule == "run145" and self._reached(epoch, paper.RUN145_CONV1_SLOW):
+            rates["conv1.weight"] = paper.RUN145_CONV1_RATE * recipe.lr / paper.RATE
+        frozen = {
+            "run145": paper.RUN145_CONV1_FROZEN,
+            "run170": paper.RUN170_CONV1_FROZEN,
+        }.get(recipe.schedule)
+        if frozen is not None and self._reached(epoch, frozen):
+            rates["conv1.weight"] = rates["conv1.bias"] = 0.0
+        return rates
+
+    def _factors(self, epoch: int) -> tuple[float, float]:
+        """Return what multiplies the first rates of weights and of biases in ``epoch``."""
+        if self.recipe.schedule == "run145":  # its biases stay at .02 throughout
+            drops = sum(self._reached(epoch, drop) for drop in paper.RUN145_DROPS)
+            return paper.RATE_DIVISOR**-drops, 1.0
+        if self.recipe.schedule == "run170":
+            progress = epoch / self.epochs
+            return (
+                dexp(progress, *paper.RUN170_WEIGHT_STEPS),
+                dexp(progress, *paper.RUN170_BIAS_STEPS),
+            )
+        factor = paper.RATE_DIVISOR**-self.plateau.drops
+        return factor, factor
+
+    def colour_noise(self, epoch: int) -> float:
+        """Return the standard deviation of the colour draws in ``epoch``: 0.1, or 0 when off."""
+        off = {
+            "run145": paper.RUN145_CONV1_SLOW,
+            "run170": paper.RUN170_NOISE_OFF,
+        }.get(self.recipe.schedule)
+        return 0.0 if off is not None and self._reached(epoch, off) else paper.COLOUR_NOISE
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold of it."""
+        return asdict(self.plateau)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what ``state`` returned."""
+        self.plateau = Plateau(**state)

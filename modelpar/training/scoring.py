@@ -1,0 +1,155 @@
+"""Evaluating and exporting what a training left: a run, one of its steps, or one file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import safetensors
+import safetensors.torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+
+from modelpar import config
+from modelpar.config import DataSettings
+from modelpar.errors import CheckpointError, SettingsError, one_line
+from modelpar.images.augment import Lens, Statistics
+from modelpar.images.loader import TestLoader
+from modelpar.images.sets import open_set, statistics
+from modelpar.net.alexnet import AlexNet, check_state, own_part
+from modelpar.net.paper import Plan, plan_of, settings_of
+from modelpar.training import checkpoint
+from modelpar.training.checkpoint import Checkpoint, read_tensors
+from modelpar.training.engine import build, evaluate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from modelpar.config import EvaluateSettings
+    from modelpar.images.sets import ImageSet
+    from modelpar.mesh import Mesh
+    from modelpar.training.metrics import Errors
+
+METADATA: Final = "modelpar"  # key of the exported file's metadata: plan and data as JSON
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Weights with what is known about them; ``step`` is None for an exported file."""
+
+    source: Checkpoint | Path
+    plan: Plan
+    data: DataSettings | None
+    step: int | None
+
+    def weights(self, column: int | None) -> dict[str, Tensor]:
+        """Return a column's weights, or the whole net's for None; raises CheckpointError."""
+        if isinstance(self.source, Checkpoint):
+            return checkpoint.read_part(self.source, "weights", column)
+        whole = read_tensors(self.source)
+        if column is None:
+            return whole
+        sliced = {key: own_part(key, value, column) for key, value in whole.items()}
+        return {key: value for key, value in sliced.items() if value is not None}
+
+
+def find(path: str) -> Trained:
+    """Resolve RUN_DIR, STEP_DIR or FILE.safetensors; raises CheckpointError."""
+    source = checkpoint.find(path)
+    try:
+        if isinstance(source, Checkpoint):
+            plan, data = plan_of(source.manifest["plan"]), _data_of(source.manifest["data"])
+            return Trained(source, plan, data, source.step)
+        with safetensors.safe_open(source, framework="pt") as file:
+            told = json.loads((file.metadata() or {})[METADATA])
+        return Trained(source, plan_of(told["plan"]), _data_of(told["data"]), None)
+    except (KeyError, ValueError, SafetensorError, SettingsError) as error:
+        message = f"checkpoint={path}: does not say what net it holds ({one_line(error)})"
+        raise CheckpointError(message) from None
+
+
+def _data_of(values: dict[str, Any]) -> DataSettings:
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataSettings), values))  # pyright: ignore[reportReturnType]
+    except OmegaConfBaseException as error:
+        raise SettingsError(one_line(error)) from None
+
+
+def prepare(settings: EvaluateSettings) -> tuple[Trained, ImageSet, Statistics]:
+    """Find weights, images and mean image; raises for all that can fail before a process group."""
+    trained = find(settings.checkpoint)
+    data = settings.data or trained.data
+    if data is None:
+        message = f"checkpoint={settings.checkpoint}: does not name its images; give data=..."
+        raise SettingsError(message)
+    data.image_size = trained.plan.image_size
+    data.num_classes = trained.plan.num_classes
+    cache = config.cache_dir(settings.cache_dir)
+    images = open_set(data, cache)
+    if isinstance(trained.source, Checkpoint):  # the mean the net was trained with
+        stats = Statistics(**checkpoint.read_statistics(trained.source))
+        if stats.mean.shape[-1] != images.stored_size:
+            message = f"data={data.name}: stored at another size than {trained.source.folder}'s"
+            raise SettingsError(message)
+    else:
+        stats = statistics(images, cache, data.workers)
+    return trained, images, stats
+
+
+def score(settings: EvaluateSettings, mesh: Mesh) -> Errors:
+    """Return the exact errors over every test image once; a collective of the whole mesh."""
+    trained, images, stats = prepare(settings)
+    net = build(trained.plan, mesh, settings.precision, settings.crossing, seed=0)
+    weights = trained.weights(mesh.column if mesh.pair is not None else None)
+    check_state(net, weights, settings.checkpoint)
+    net.load_state_dict(weights)
+    batches = TestLoader(
+        images.test,
+        settings.batch_size,
+        mesh.device,
+        replica=mesh.replica,
+        replicas=mesh.replicas,
+        workers=settings.workers or 0,
+    )
+    lens = Lens(stats, trained.plan.image_size, scaled=False, device=mesh.device)
+    return evaluate(net, mesh, batches, lens, views=settings.views, precision=settings.precision)
+
+
+def describe(errors: Errors, views: int) -> str:
+    """Say the errors in one line, exactly enough to compare two evaluations."""
+    shown = "the central view" if views == 1 else f"{views} views"
+    return (
+        f"top-1 error {errors.top1:.4f} %, top-5 error {errors.top5:.4f} %, "
+        f"loss {errors.loss:.6f}, {errors.samples} images, {shown}"
+    )
+
+
+def export(path: str, out: Path) -> str:
+    """Write the whole net to one file that ``AlexNet`` loads; return what was written, in a line.
+
+    The metadata tells plan and data.  Raises CheckpointError.
+    """
+    trained = find(path)
+    weights = trained.weights(None)
+    check_state(AlexNet(trained.plan, seed=0), weights, path)
+    told = {
+        "plan": settings_of(trained.plan),
+        "data": OmegaConf.to_container(OmegaConf.structured(trained.data)),
+        "step": trained.step,
+    }
+    unfinished = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {key: value.contiguous() for key, value in weights.items()}
+        safetensors.torch.save_file(contiguous, unfinished, {METADATA: json.dumps(told)})
+        unfinished.replace(out)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        message = f"out={out}: not written ({one_line(error)})"
+        raise CheckpointError(message) from None
+    parameters = sum(value.numel() for value in weights.values())
+    return f"{out}: {len(weights)} tensors, {parameters:,} parameters, {trained.plan.recipe.name}"

@@ -1,0 +1,52 @@
+"""Fixtures of all tests: processes held for the session, seeds, a cache of the run's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ranks import Ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def pytest_report_header() -> str:
+    """Name what the results depend on."""
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that every test and every command it starts shares."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    return folder / "modelpar"
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Ranks]:
+    """Two gloo processes: the pair."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def two_pairs() -> Iterator[Ranks]:
+    """Four gloo processes: two replicas of the pair."""
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()

@@ -1,0 +1,194 @@
+"""Split changes nothing: the pair computes what the whole net computes, to 1e-12 in float64."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn import functional
+
+from modelpar import AlexNet, merge, split
+from modelpar.config import CrossingSettings
+from modelpar.images.loader import Batch
+from modelpar.mesh import Mesh
+from modelpar.net.alexnet import plan_from
+from modelpar.training.engine import Learner, build
+from modelpar.training.optimizer import MomentumDecay
+from modelpar.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from ranks import Ranks
+
+CLASSES = 10
+SIZE = 64
+BATCH = 4
+STEPS = 20
+RECIPES = ("paper", "code2012", "clean")
+CROSSINGS = {"conv3", "fc6", "fc7", "fc8"}
+
+
+def batches(steps: int, images: int) -> list[Batch]:
+    source = torch.Generator().manual_seed(7)
+    return [
+        Batch(
+            torch.randn(images, 3, SIZE, SIZE, generator=source) * 60,
+            torch.randint(0, CLASSES, (images,), generator=source),
+            0.0,
+        )
+        for _ in range(steps)
+    ]
+
+
+def learner(mesh: Mesh, recipe: str, switches: dict[str, Any], *, overlap: bool) -> Learner:
+    plan = plan_from(recipe, CLASSES, SIZE, switches)
+    net = build(plan, mesh, "float64", CrossingSettings(overlap=overlap), seed=3)
+    return Learner(
+        net,
+        mesh,
+        MomentumDecay(net, plan.recipe),
+        Schedule(plan.recipe, 91),
+        BATCH // mesh.replicas,
+        seed=3,
+        precision="float64",
+    )
+
+
+def outcome(mesh: Mesh, recipe: str, steps: int, how: dict[str, Any]) -> dict[str, Any]:
+    """Forward, gradients and a trajectory with dropout on; own part of everything."""
+    overlap = how.pop("overlap", True)
+    trained = learner(mesh, recipe, how, overlap=overlap)
+    net = trained.net
+    rows = slice(mesh.replica * trained.batch_size, (mesh.replica + 1) * trained.batch_size)
+    first = batches(1, BATCH)[0]
+    net.eval()
+    logits = net(first.images[rows].double())
+    functional.cross_entropy(logits, first.labels[rows]).backward()
+    gradients = {name: weight.grad.clone() for name, weight in net.named_parameters()}  # type: ignore[union-attr]
+    trained.optimizer.zero_grad()
+    losses = []
+    for step, batch in enumerate(batches(steps, BATCH)):
+        own = Batch(batch.images[rows], batch.labels[rows], 0.0)
+        losses.append(float(trained.step(own, step, trained.schedule.rates(0))))
+    return {
+        "logits": logits.detach(),
+        "gradients": gradients,
+        "losses": losses,
+        "weights": {key: value.detach() for key, value in net.state_dict().items()},
+        "velocities": trained.optimizer.velocities(),
+    }
+
+
+def whole_outcome(recipe: str, steps: int = STEPS, **how: Any) -> dict[str, Any]:
+    return outcome(Mesh(torch.device("cpu")), recipe, steps, how)
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    assert one.shape == other.shape
+    assert one.dtype == other.dtype == torch.float64
+    return float((one - other).norm() / other.norm().clamp(min=1e-300))
+
+
+def assert_equal_states(
+    parts: list[dict[str, torch.Tensor]], whole: dict[str, torch.Tensor]
+) -> None:
+    merged = merge(parts)
+    assert merged.keys() == whole.keys()
+    for key, value in whole.items():
+        assert relative(merged[key], value) < 1e-12, key
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_pair_equals_whole_net(pair: Ranks, recipe: str, *, overlap: bool) -> None:
+    whole = whole_outcome(recipe)
+    columns = pair.run(outcome, recipe, STEPS, {"overlap": overlap})
+    for column in columns:
+        assert relative(column["logits"], whole["logits"]) < 1e-12
+        assert column["losses"] == pytest.approx(whole["losses"], rel=1e-12)
+    for kind in ("gradients", "weights", "velocities"):
+        assert_equal_states([column[kind] for column in columns], whole[kind])
+    start = AlexNet.from_recipe(recipe, CLASSES, SIZE, seed=3).double().state_dict()
+    moved = [key for key in start if relative(whole["weights"][key], start[key]) > 1e-3]
+    assert "fc8.weight" in moved  # the trajectory is one
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"crossing_at": ("conv4", "fc6", "fc7")},
+        {"crossing_at": ()},
+        {"norm": "none", "activation": "tanh"},
+        {"pool": "tiled"},
+        {"pool": "average", "dropout": 0.2},
+    ],
+    ids=str,
+)
+def test_pair_equals_whole_net_with_switches(pair: Ranks, switches: dict[str, Any]) -> None:
+    whole = whole_outcome("code2012", 3, **switches)
+    columns = pair.run(outcome, "code2012", 3, switches)
+    assert relative(columns[0]["logits"], whole["logits"]) < 1e-12
+    for kind in ("gradients", "weights"):
+        assert_equal_states([column[kind] for column in columns], whole[kind])
+
+
+def test_two_pairs_equal_whole_net_on_the_global_batch(two_pairs: Ranks) -> None:
+    whole = whole_outcome("code2012")
+    ranks = two_pairs.run(outcome, "code2012", STEPS, {})
+    for replica in (0, 1):
+        columns = ranks[2 * replica : 2 * replica + 2]
+        rows = slice(replica * BATCH // 2, (replica + 1) * BATCH // 2)
+        assert relative(columns[0]["logits"], whole["logits"][rows]) < 1e-12
+        for kind in ("weights", "velocities"):
+            assert_equal_states([column[kind] for column in columns], whole[kind])
+    means = [
+        (one + other) / 2
+        for one, other in zip(ranks[0]["losses"], ranks[2]["losses"], strict=True)
+    ]
+    assert means == pytest.approx(whole["losses"], rel=1e-12)
+
+
+def counts(mesh: Mesh, size: int, classes: int) -> dict[str, Any]:
+    """Bytes and swaps of one training step, and the collectives torch saw."""
+    plan = plan_from("code2012", classes, size, {})
+    net = build(plan, mesh, "float32", CrossingSettings(), seed=0)
+    images = torch.randn(2, 3, size, size)
+    with CommDebugMode() as seen:
+        functional.cross_entropy(net(images), torch.tensor([0, 1])).backward()
+    return {
+        "sent": {key: value // 2 for key, value in net.link.sent.items()},  # type: ignore[union-attr]
+        "swaps": dict(net.link.swaps),  # type: ignore[union-attr]
+        "collectives": seen.get_total_counts(),
+    }
+
+
+def test_bytes_a_step_are_the_budget_and_nothing_else_crosses(pair: Ranks) -> None:
+    for counted in pair.run(counts, 224, 1000):
+        sent = counted["sent"]  # an image, float32
+        assert sent == {
+            ("conv3", "forward"): 86_528,
+            ("conv3", "backward"): 86_528,
+            ("fc6", "forward"): 18_432,
+            ("fc6", "backward"): 18_432,
+            ("fc7", "forward"): 8_192,
+            ("fc7", "backward"): 8_192,
+            ("fc8", "forward"): 4_000,
+        }
+        assert sum(sent.values()) == 230_304
+        assert counted["swaps"] == dict.fromkeys(sent, 1)
+        assert {layer for layer, _ in sent} == CROSSINGS  # none in conv1, conv2, conv4, conv5
+        assert counted["collectives"] == 0  # send and receive alone; no all-reduce, no gather
+
+
+def start_weights(mesh: Mesh, recipe: str) -> dict[str, torch.Tensor]:
+    plan = plan_from(recipe, 1000, 64, {})
+    return build(plan, mesh, "float32", CrossingSettings(), seed=11).state_dict()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes_start_from_the_slices_of_one(pair: Ranks, recipe: str) -> None:
+    whole = AlexNet.from_recipe(recipe, image_size=64, seed=11).state_dict()
+    for column, expected in zip(pair.run(start_weights, recipe), split(whole), strict=True):
+        assert column.keys() == expected.keys()
+        assert all(torch.equal(column[key], expected[key]) for key in expected)

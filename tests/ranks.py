@@ -1,0 +1,87 @@
+"""Real processes, held for the whole test run: functions go in, values come out."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
+TIMEOUT = 120.0  # s; a hang is the usual failure of a collective
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(rank: int, size: int, columns: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch  # noqa: PLC0415 - after the number of threads is set
+
+    from modelpar import mesh  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    with mesh.opened(columns, "cpu", timeout=60) as ranks:
+        while (task := pipe.recv()) is not None:
+            function, arguments = task
+            try:
+                pipe.send((True, function(ranks, *arguments)))
+            except BaseException:  # noqa: BLE001 - the test process raises it
+                pipe.send((False, traceback.format_exc()))
+
+
+class Ranks:
+    """``size`` gloo processes; ``run`` calls a function on all of them with their mesh."""
+
+    def __init__(self, size: int, columns: int = 2) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, size, columns, port, theirs), daemon=True
+            )
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Return ``function(mesh, *arguments)`` of every rank, in rank order."""
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        results: list[Any] = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(TIMEOUT):
+                message = f"rank {rank} did not answer within {TIMEOUT} s"
+                raise TimeoutError(message)
+            results.append(pipe.recv())
+        for rank, (fine, value) in enumerate(results):
+            if not fine:
+                message = f"rank {rank}:\n{value}"
+                raise AssertionError(message)
+        return [value for _, value in results]
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+            process.kill()
