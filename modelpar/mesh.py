@@ -90,6 +90,7 @@ class Mesh:
         return DistributedDataParallel(
             net,
             process_group=self.peers,
+            broadcast_buffers=False,  # they are constant
             bucket_cap_mb=megabytes + 1 if self.device.type == "cuda" else None,
         )
 

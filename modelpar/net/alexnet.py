@@ -14,7 +14,7 @@ from torch.nn import functional
 from modelpar.errors import CheckpointError
 from modelpar.mesh import generator
 from modelpar.net import paper
-from modelpar.net.crossing import Crossing, arrive, depart, summed
+from modelpar.net.crossing import Crossing, arrive, depart, halves, product, summed
 from modelpar.net.layers import ACTIVATIONS, AcrossMaps, Draw, Dropout, WithinMap, pool
 from modelpar.net.paper import COLUMNS, LAYERS, Plan, Recipe
 
@@ -40,8 +40,10 @@ class _Blocks(nn.Module):
         self.pool = pool(plan.pool)
         response = plan.norm == "response"
         within = response and plan.recipe.norms == "across_and_within"
-        across = AcrossMaps(plan.recipe.alpha, columns) if response else nn.Identity()
-        self.across = across
+        maps = {name: LAYERS[name].outputs for name in ("conv1", "conv2")}
+        alpha = plan.recipe.alpha
+        self.norm1 = AcrossMaps(maps["conv1"], alpha) if response else nn.Identity()
+        self.norm2 = AcrossMaps(maps["conv2"], alpha) if response else nn.Identity()
         self.within = WithinMap() if within else nn.Identity()
         self.drops = nn.ModuleDict(
             {
@@ -67,12 +69,12 @@ class _Blocks(nn.Module):
         Run 145 normalizes conv1's linear response and rectifies after the pool.
         """
         if self.plan.recipe.norm1_input == "linear":
-            return self.activate(self.pool(self.across(maps)))
-        return self.pool(self.across(self.activate(maps)))
+            return self.activate(self.pool(self.norm1(maps)))
+        return self.pool(self.norm1(self.activate(maps)))
 
     def after_conv2(self, maps: Tensor) -> Tensor:
         """Activate, normalize, pool: (N, C, 27, 27) -> (N, C, 13, 13)."""
-        return self.pool(self.within(self.across(self.activate(maps))))
+        return self.pool(self.within(self.norm2(self.activate(maps))))
 
     def after_conv5(self, maps: Tensor) -> Tensor:
         """Activate, pool, lay out as units: (N, C, 13, 13) -> (N, C * 36)."""
@@ -311,28 +313,23 @@ class Column(nn.Module):
         if name not in self.plan.crossing_at:
             return layer(own)
         crossing = Crossing(self.link, name)
-        ticket = depart(own, crossing)
+        column = self.link.column
         if not self.link.overlap:
-            peer = arrive(ticket, crossing)
-            both = (own, peer) if self.link.column == 0 else (peer, own)
+            peer = arrive(depart(own, crossing), crossing)
+            both = (own, peer) if column == 0 else (peer, own)
             return layer(torch.cat(both, dim=1))
-        halves = layer.weight.chunk(COLUMNS, dim=1)
-        own_half, peer_half = halves if self.link.column == 0 else halves[::-1]
-        half = _product(layer, own, own_half, layer.bias)
-        return half + _product(layer, arrive(ticket, crossing), peer_half, None)
+        if isinstance(layer, nn.Linear):
+            weight, bias = (value.to(own.dtype) for value in (layer.weight, layer.bias))
+            return product(own, weight, bias, crossing)
+        ticket = depart(own, crossing)
+        own_half, peer_half = halves(layer.weight, column)
+        shape = (LAYERS[name].stride, self.plan.padding(name))
+        out = functional.conv2d(own, own_half, layer.bias, *shape)
+        return out + functional.conv2d(arrive(ticket, crossing), peer_half, None, *shape)
 
     def fix_dropout(self, draw: Draw | None) -> None:
         """Make the next forward's masks a function of ``draw``; None: torch's generator."""
         _fix_dropout(self.blocks, draw)
-
-
-def _product(
-    layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Apply ``layer`` with another weight and bias."""
-    if isinstance(layer, nn.Linear):
-        return functional.linear(x, weight, bias)
-    return functional.conv2d(x, weight, bias, layer.stride, layer.padding)
 
 
 def _fix_dropout(blocks: _Blocks, draw: Draw | None) -> None:

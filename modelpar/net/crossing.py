@@ -13,6 +13,7 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.autograd import Function
 
 from modelpar.mesh import swap
@@ -20,7 +21,6 @@ from modelpar.mesh import swap
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
@@ -169,6 +169,52 @@ def arrive(ticket: Tensor, crossing: Crossing) -> Tensor:
     Adjoint: starts sending their gradient to the peer.
     """
     return _Arrive.apply(ticket, crossing)
+
+
+class _Product(Function):
+    """A fully connected layer over both columns' units.
+
+    Forward, the own half of the product is computed while the peer's units travel.  Adjoint: the
+    gradient of the peer's units is computed first and sent; the weights' gradient, one product
+    over both halves, hides its travel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, weight: Tensor, bias: Tensor, crossing: Crossing) -> Tensor:
+        travel = crossing.link.start(own, crossing.layer, "forward")
+        own_half, peer_half = halves(weight, crossing.link.column)
+        out = torch.addmm(bias, own, own_half.t())
+        peer = travel.end()
+        both = (own, peer) if crossing.link.column == 0 else (peer, own)
+        ctx.save_for_backward(torch.cat(both, dim=1), weight)
+        ctx.crossing = crossing
+        return out.addmm_(peer, peer_half.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (grad,) = grads
+        both, weight = ctx.saved_tensors
+        crossing: Crossing = ctx.crossing
+        own_half, peer_half = halves(weight, crossing.link.column)
+        travel = crossing.link.start(grad @ peer_half, crossing.layer, "backward")
+        weight_grad = grad.t() @ both
+        own_grad = grad @ own_half
+        return own_grad + travel.end(), weight_grad, grad.sum(0), None
+
+
+def product(own: Tensor, weight: Tensor, bias: Tensor, crossing: Crossing) -> Tensor:
+    """Return (N, M): a fully connected layer of weight (M, 2 C) over both columns' units (N, C).
+
+    A collective of the pair.  Adjoint: adds to the own units' gradient what the peer's layer has
+    for them.
+    """
+    return _Product.apply(own, weight, bias, crossing)
+
+
+def halves(weight: Tensor, column: int) -> tuple[Tensor, Tensor]:
+    """Return what of ``weight`` (M, 2 C, ...) reads the own column, and what reads the peer's."""
+    first, second = weight.chunk(2, dim=1)
+    return (first, second) if column == 0 else (second, first)
 
 
 class _Summed(Function):

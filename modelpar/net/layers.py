@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
+from torch.autograd import Function
 from torch.nn import functional
 
 from modelpar.mesh import generator
@@ -25,34 +26,63 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
+class _AcrossMaps(Function):
+    """y = x * s ** -beta, s = k + alpha / n * (sum of n squares), with a backward of its own.
+
+    The sum over neighbouring maps is a 1 x 1 convolution with a banded matrix of ones, which runs
+    as a matrix product: several times faster than torch's pooling over maps.  With beta = 3/4,
+    s ** -beta is r * sqrt(r) for r = 1 / sqrt(s).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, band: Tensor, slope: float) -> Tensor:
+        r = functional.conv2d(maps * maps, band).mul_(slope).add_(paper.NORM_K).rsqrt_()
+        scale = r.sqrt().mul_(r)
+        ctx.save_for_backward(maps, band, r, scale)
+        ctx.slope = slope
+        return maps * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        maps, band, r, scale = ctx.saved_tensors
+        # dx = g s^-b - 2 b alpha/n x * sum over the same neighbours of (g x s^-b / s)
+        straight = grads[0] * scale
+        around = functional.conv2d((straight * maps).mul_(r).mul_(r), band)
+        factor = -2 * paper.NORM_BETA * ctx.slope
+        return torch.addcmul(straight, maps, around, value=factor), None, None
+
+
 class AcrossMaps(nn.Module):
     """Response normalization over neighbouring maps of one column (section 3.3).
 
-    ``columns`` is how many columns' maps the input holds: (N, C, H, W) with C a multiple of it;
-    no window reaches over the seam between two.  ``alpha`` counts over the whole window, as in
-    torch: y = x / (k + alpha / n * sum of n squares) ** beta.
+    ``maps`` is how many maps a column has, so that no window reaches over the seam between two;
+    the input (N, C, H, W) may hold several columns.  ``alpha`` counts over the whole window, as
+    torch does: y = x / (k + alpha / n * sum of n squares) ** beta.
     """
 
-    def __init__(self, alpha: float, columns: int = 1) -> None:
+    def __init__(self, maps: int, alpha: float) -> None:
         super().__init__()
+        self.maps = maps
         self.alpha = alpha
-        self.columns = columns
+        place = torch.arange(maps)
+        near = (place[:, None] - place).abs() <= paper.NORM_SIZE // 2
+        self.register_buffer("band", near.float()[:, :, None, None], persistent=False)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the normalized maps, shaped as ``maps``."""
-        apart = maps.unflatten(1, (self.columns, -1)).flatten(0, 1)  # (N * columns, C / columns)
-        normal = functional.local_response_norm(
-            apart.float() if apart.dtype.itemsize < torch.float32.itemsize else apart,
-            paper.NORM_SIZE,
-            alpha=self.alpha,
-            beta=paper.NORM_BETA,
-            k=paper.NORM_K,
-        )
+        apart = maps.unflatten(1, (-1, self.maps)).flatten(0, 1)  # (N * columns, maps, H, W)
+        band = self.get_buffer("band")
+        slope = self.alpha / paper.NORM_SIZE
+        if maps.dtype.itemsize < band.dtype.itemsize:  # half precision: in float32 all the same
+            with torch.autocast(maps.device.type, enabled=False):
+                normal: Tensor = _AcrossMaps.apply(apart.float(), band, slope)
+        else:
+            normal = _AcrossMaps.apply(apart, band.to(maps.dtype), slope)
         return normal.to(maps.dtype).view_as(maps)
 
     def extra_repr(self) -> str:
-        """Name what is not a default."""
-        return f"alpha={self.alpha}, columns={self.columns}"
+        """Name what makes it."""
+        return f"{self.maps} maps, alpha={self.alpha}"
 
 
 class WithinMap(nn.Module):

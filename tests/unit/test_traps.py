@@ -31,7 +31,7 @@ def plan(recipe: str) -> Plan:
     ("recipe", "expected"), [("paper", 23.24), ("code2012", 43.87), ("clean", 43.87)]
 )
 def test_1_response_normalization_constants(recipe: str, expected: float) -> None:
-    norm = AcrossMaps(Recipe.named(recipe).alpha)
+    norm = AcrossMaps(48, Recipe.named(recipe).alpha)
     maps = torch.full((1, 48, 3, 3), 100.0)
     interior = norm(maps)[0, 2:-2]
     assert torch.allclose(interior, torch.full_like(interior, expected), atol=0.01)
@@ -42,7 +42,7 @@ def test_2_no_window_reaches_over_the_seam() -> None:
     maps = torch.randn(1, 96, 7, 7)
     other = maps.clone()
     other[:, 48] += 50
-    before, after = net.blocks.across(maps), net.blocks.across(other)
+    before, after = net.blocks.norm1(maps), net.blocks.norm1(other)
     assert torch.equal(before[:, :48], after[:, :48])
     assert not torch.equal(before[:, 49], after[:, 49])
 
@@ -51,16 +51,16 @@ def test_2_no_window_reaches_over_the_seam() -> None:
 def test_3_norm_before_pool(recipe: str) -> None:
     net = AlexNet(plan(recipe), seed=0)
     order: list[str] = []
-    for name in ("across", "within", "pool"):
+    for name in ("norm1", "norm2", "within", "pool"):
         block = net.blocks.get_submodule(name)
         block.register_forward_hook(lambda *_, name=name: order.append(name))
     net(torch.randn(1, 3, 64, 64))
     within = [] if recipe == "paper" else ["within"]
     identity = ["within"] if recipe == "paper" else []
     assert [name for name in order if name not in identity] == [
-        "across",
+        "norm1",
         "pool",
-        "across",
+        "norm2",
         *within,
         "pool",
         "pool",
@@ -71,7 +71,8 @@ def test_3_norm_before_pool(recipe: str) -> None:
 def test_3_what_enters_the_first_norm(recipe: str) -> None:
     net = AlexNet(plan(recipe), seed=0)
     entered: list[torch.Tensor] = []
-    net.blocks.across.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    for norm in (net.blocks.norm1, net.blocks.norm2):
+        norm.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
     net(torch.randn(1, 3, 64, 64) * 60)
     assert (float(entered[0].detach().min()) < 0) == (
         recipe in CODE

@@ -1,0 +1,70 @@
+"""Response normalization against torch's own layer and against a plain sum; gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn import functional
+
+from modelpar.net.layers import AcrossMaps, WithinMap, pool
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 5e-4])
+@pytest.mark.parametrize("columns", [1, 2])
+def test_across_maps_is_torchs_layer_in_each_column(columns: int, alpha: float) -> None:
+    maps = torch.randn(2, columns * 12, 5, 5, dtype=torch.float64) * 100
+    maps.requires_grad_()
+    expected = torch.cat(
+        [
+            functional.local_response_norm(part, 5, alpha, 0.75, 2.0)
+            for part in maps.chunk(columns, 1)
+        ],
+        dim=1,
+    )
+    weight = torch.randn_like(expected)
+    (wanted,) = torch.autograd.grad((expected * weight).sum(), maps)
+    found = AcrossMaps(12, alpha).double()(maps)
+    (gradient,) = torch.autograd.grad((found * weight).sum(), maps)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=0)
+    assert torch.allclose(gradient, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_across_maps_passes_gradcheck() -> None:
+    norm = AcrossMaps(7, 0.5).double()
+    maps = (torch.randn(2, 7, 3, 2, dtype=torch.float64) * 3).requires_grad_()
+    assert gradcheck(norm, (maps,))
+
+
+def test_across_maps_in_float32_is_exact_to_1e_6() -> None:
+    maps = torch.randn(4, 48, 9, 9) * 60
+    expected = functional.local_response_norm(maps.double(), 5, 1e-4, 0.75, 2.0)
+    found = AcrossMaps(48, 1e-4)(maps).double()
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-6
+
+
+def test_the_band_is_no_part_of_a_state_dict() -> None:
+    assert not AcrossMaps(48, 1e-4).state_dict()
+
+
+def test_within_map_is_the_sum_over_25_pixels() -> None:
+    maps = torch.randn(1, 2, 7, 7, dtype=torch.float64) * 30
+    found = WithinMap()(maps)
+    for top in range(7):
+        for left in range(7):
+            window = maps[:, :, max(0, top - 2) : top + 3, max(0, left - 2) : left + 3]
+            scale = (1 + 1e-3 / 25 * window.pow(2).sum((2, 3))) ** -0.75
+            assert torch.allclose(found[:, :, top, left], maps[:, :, top, left] * scale)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "expected"),
+    [("overlapping", 55, 27), ("overlapping", 13, 6), ("tiled", 55, 28), ("average", 27, 13)],
+)
+def test_pools_round_up(kind: str, size: int, expected: int) -> None:
+    assert pool(kind)(torch.zeros(1, 1, size, size)).shape[-1] == expected
+
+
+def test_overlapping_pool_takes_the_largest_of_nine() -> None:
+    maps = torch.arange(25.0).view(1, 1, 5, 5)
+    assert pool("overlapping")(maps).tolist() == [[[[12, 14], [22, 24]]]]
