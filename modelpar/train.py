@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
 from modelpar import config, launch
-from modelpar.training import engine, runs
+from modelpar.training import checkpoint, engine, runs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +23,8 @@ def check(settings: TrainSettings, run_dir: Path | None) -> None:
     if run_dir is not None:
         config.check_run_dir(run_dir)
         runs.check_same(run_dir, asdict(settings), settings.resume)
+    if settings.resume not in {"auto", "never"}:
+        checkpoint.find(settings.resume)
     engine.prepare(settings)
 
 

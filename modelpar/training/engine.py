@@ -273,11 +273,11 @@ class _Training:
 
     def run(self) -> float:
         """Train to the end; return the last top-1 error in %."""
+        if self.monitor and self.step >= self.total:
+            self.monitor.say(f"finished: {self.run_dir} is at step {self.step} of {self.total}")
         while self.step < self.total:
             self._epoch()
-        if self.last is None:  # a finished run, taken up again
-            self._test()
-        return self.last or 0.0
+        return math.nan if self.last is None else self.last
 
     def close(self) -> None:
         """End what the run shows of itself."""

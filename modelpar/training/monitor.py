@@ -117,7 +117,7 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
-        self.bar.write(line)
+        tqdm.write(line)
 
     def flush(self) -> None:
         """Bring everything to disk, as before a checkpoint is published."""

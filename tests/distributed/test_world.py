@@ -1,0 +1,78 @@
+"""The mesh on real processes: who is where, what all learn, what is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from modelpar.mesh import all_agree, sum_over, swap, tell_all
+
+if TYPE_CHECKING:
+    from ranks import Ranks
+
+    from modelpar.mesh import Mesh
+
+
+def place(mesh: Mesh) -> tuple[int, int, int, str]:
+    return mesh.rank, mesh.replica, mesh.column, mesh.describe()
+
+
+def test_columns_of_a_replica_are_neighbours(two_pairs: Ranks) -> None:
+    line = "two columns x 2 replicas on 4 CPU processes (gloo)"
+    assert two_pairs.run(place) == [
+        (0, 0, 0, line),
+        (1, 0, 1, line),
+        (2, 1, 0, line),
+        (3, 1, 1, line),
+    ]
+
+
+def agreement(mesh: Mesh, refusing: int) -> bool:
+    return all_agree(mesh.rank != refusing, mesh)
+
+
+def test_one_refusal_is_everyones(two_pairs: Ranks) -> None:
+    assert two_pairs.run(agreement, -1) == [True] * 4
+    for rank in range(4):
+        assert two_pairs.run(agreement, rank) == [False] * 4
+
+
+def told(mesh: Mesh) -> str:
+    return tell_all(f"runs/größe-{mesh.rank}", mesh)
+
+
+def test_all_learn_what_rank_0_says(two_pairs: Ranks) -> None:
+    assert two_pairs.run(told) == ["runs/größe-0"] * 4
+
+
+def sums(mesh: Mesh) -> tuple[float, float]:
+    one = sum_over(torch.tensor([float(10**mesh.rank)]), mesh.pair)
+    two = sum_over(torch.tensor([float(10**mesh.rank)]), mesh.peers)
+    return float(one), float(two)
+
+
+def test_sums_run_over_one_axis(two_pairs: Ranks) -> None:
+    assert two_pairs.run(sums) == [(11, 101), (11, 1010), (1100, 101), (1100, 1010)]
+
+
+def refusals(mesh: Mesh) -> list[str]:
+    assert mesh.pair is not None
+    found = []
+    for tensor in (torch.zeros(4, 3).t(), torch.zeros(2, dtype=torch.complex64)):
+        for call in (swap, sum_over):
+            try:
+                call(tensor, mesh.pair)
+            except ValueError as error:
+                found.append(str(error))
+    return found
+
+
+def test_a_tensor_that_gloo_would_get_wrong_is_refused(pair: Ranks) -> None:
+    for found in pair.run(refusals):
+        assert found == [
+            "swap: a tensor of shape (3, 4) is not contiguous",
+            "sum: a tensor of shape (3, 4) is not contiguous",
+            "swap: torch.complex64 is not carried",
+            "sum: torch.complex64 is not carried",
+        ]

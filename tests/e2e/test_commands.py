@@ -1,0 +1,275 @@
+"""The real commands, through both doors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modelpar import AlexNet, merge
+from modelpar.images.augment import Lens, Statistics
+from modelpar.training.checkpoint import find, newest, read_part, read_statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+SMALL = ["batch_size=16", "monitor.progress=false"]
+TIMEOUT = 180
+
+
+def run(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def ours(cwd: Path, *words: str, main: str = "train") -> subprocess.CompletedProcess[str]:
+    return run(["-m", f"modelpar.{main}", *words], cwd)
+
+
+def torchrun(
+    cwd: Path, *words: str, ranks: int = 2, main: str = "train"
+) -> subprocess.CompletedProcess[str]:
+    return run([*TORCHRUN, str(ranks), "-m", f"modelpar.{main}", *words], cwd)
+
+
+def fine(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def rows(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    found = newest(run_dir)
+    assert found is not None
+    return read_part(found, "weights", None)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps through door 2."""
+    folder = tmp_path_factory.mktemp("trained")
+    out = fine(ours(folder, *SMALL, "steps=6", "run_dir=run", "checkpoint_every=2"))
+    assert out.startswith("modelpar: two columns on 2 CPU processes (gloo), float32")
+    return folder / "run"
+
+
+def test_a_run_directory_is_the_contract(trained: Path) -> None:
+    names = {path.name.partition(".")[0] for path in trained.iterdir()}
+    assert names == {"config", "metrics", "events", "checkpoints", "log", "conv1"}
+    steps = sorted(path.name for path in (trained / "checkpoints").iterdir())
+    assert steps == ["step-00000004", "step-00000006"]  # the last two
+    train, test = rows(trained), rows(trained, "test")
+    assert [row["step"] for row in train] == list(range(1, 7))
+    assert set(train[0]) == {
+        "kind",
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "images_per_s",
+        "data_wait_s",
+        "crossing_s",
+        "exchange_bytes_per_image",
+    }
+    # 64 pixels: conv3 128 x 3 x 3, fc6 128, fc7 2048, both ways; 14 logits one way
+    expected = 4 * (2 * (128 * 9 + 128 + 2048) + 14)
+    assert [row["exchange_bytes_per_image"] for row in train] == [expected] * 6
+    (last,) = test
+    assert set(last) == {"kind", "step", "loss", "top1", "top5"}
+    assert last["step"] == 6
+    config = (trained / "config.yaml").read_text()
+    assert "name: code2012" in config
+    assert "${" not in config  # resolved
+
+
+def test_both_doors_and_one_process_give_one_result(tmp_path: Path) -> None:
+    how = [*SMALL, "steps=4", "precision=float64", "monitor.tensorboard=false"]
+    fine(ours(tmp_path, *how, "run_dir=two"))
+    fine(torchrun(tmp_path, *how, "run_dir=torchrun"))
+    out = fine(ours(tmp_path, *how, "run_dir=one", "columns=1"))
+    assert out.startswith("modelpar: the whole net on one CPU process, float64")
+    losses = {
+        name: [row["loss"] for row in rows(tmp_path / name)] for name in ("two", "torchrun", "one")
+    }
+    assert losses["two"] == losses["torchrun"]
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-12)
+    pair, again, whole = (weights(tmp_path / name) for name in ("two", "torchrun", "one"))
+    assert whole.keys() == pair.keys()
+    for key in whole:
+        assert torch.equal(pair[key], again[key])
+        assert float((pair[key] - whole[key]).norm() / whole[key].norm()) < 1e-12, key
+    errors = [rows(tmp_path / name, "test")[0]["top1"] for name in ("two", "torchrun", "one")]
+    assert errors[0] == errors[1] == errors[2]
+
+
+def test_resume_equals_no_interruption(tmp_path: Path, trained: Path) -> None:
+    how = [*SMALL, "run_dir=run", "monitor.tensorboard=false"]
+    fine(ours(tmp_path, *how, "steps=2"))
+    fine(torchrun(tmp_path, *how, "steps=5"))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with metrics.open("a") as file:  # left by a process that was killed after its checkpoint
+        file.write('{"kind": "train", "step": 6, "loss": 9.9}\n{"kind": "tra')
+    fine(ours(tmp_path, *how, "steps=6"))
+    once, again = weights(trained), weights(tmp_path / "run")
+    assert all(torch.equal(once[key], again[key]) for key in once)
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 7))
+    assert [row["loss"] for row in rows(tmp_path / "run")] == [
+        row["loss"] for row in rows(trained)
+    ]
+
+
+def test_a_finished_run_exits_0_and_stays_as_it_is(trained: Path) -> None:
+    before = (trained / "metrics.jsonl").read_text()
+    out = fine(ours(trained.parent, *SMALL, "steps=6", "run_dir=run", "checkpoint_every=2"))
+    assert "finished" in out
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_resume_takes_a_path_into_a_new_run(tmp_path: Path, trained: Path) -> None:
+    step = trained / "checkpoints" / "step-00000004"
+    fine(ours(tmp_path, *SMALL, "steps=6", "run_dir=new", f"resume={step}"))
+    once, again = weights(trained), weights(tmp_path / "new")
+    assert all(torch.equal(once[key], again[key]) for key in once)
+
+
+@pytest.mark.parametrize("views", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_evaluate_on_two_processes_equals_on_one(
+    tmp_path: Path, trained: Path, views: int
+) -> None:
+    how = [f"checkpoint={trained}", f"views={views}", "precision=float64"]
+    outputs = [
+        fine(ours(tmp_path, *how, main="evaluate")),
+        fine(ours(tmp_path, *how, "columns=1", main="evaluate")),
+        fine(torchrun(tmp_path, *how, main="evaluate")),
+    ]
+    lines = [out.splitlines()[-1] for out in outputs]
+    assert lines[0] == lines[1] == lines[2]
+    assert "280 images" in lines[0]
+    assert not list(tmp_path.iterdir())  # an evaluation writes nothing
+    if views == 1:
+        single = fine(ours(tmp_path, f"checkpoint={trained}", main="evaluate")).splitlines()[-1]
+        top1 = rows(trained, "test")[0]["top1"]
+        assert f"top-1 error {top1:.4f} %" in single
+
+
+def test_export_is_one_file_that_the_whole_net_loads(tmp_path: Path, trained: Path) -> None:
+    out = tmp_path / "sub" / "net.safetensors"
+    said = fine(ours(tmp_path, f"checkpoint={trained}", f"out={out}", main="export"))
+    assert "16 tensors" in said
+    state = load_file(out)
+    net = AlexNet.from_recipe("code2012", 14, 64)
+    net.load_state_dict(state)
+    found = find(str(trained))
+    columns = [read_part(found, "weights", column) for column in (0, 1)]  # type: ignore[arg-type]
+    assert all(torch.equal(value, state[key]) for key, value in merge(columns).items())
+    statistics = Statistics(**read_statistics(found))  # type: ignore[arg-type]
+    lens = Lens(statistics, 64, scaled=False, device="cpu")
+    assert net.eval()(lens.centre(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))).shape == (1, 14)
+    line = fine(ours(tmp_path, f"checkpoint={out}", main="evaluate")).splitlines()[-1]
+    assert f"top-1 error {rows(trained, 'test')[0]['top1']:.4f} %" in line
+
+
+@pytest.mark.slow
+def test_two_replicas_train(tmp_path: Path) -> None:
+    how = ["monitor.progress=false", "steps=3", "precision=float64", "monitor.tensorboard=false"]
+    fine(ours(tmp_path, *how, "run_dir=four", "replicas=2", "batch_size=8"))
+    fine(ours(tmp_path, *how, "run_dir=one", "columns=1", "batch_size=16"))
+    four, one = (rows(tmp_path / name) for name in ("four", "one"))
+    assert [row["loss"] for row in four] == pytest.approx([row["loss"] for row in one], rel=1e-12)
+    pairs, whole = weights(tmp_path / "four"), weights(tmp_path / "one")
+    for key in whole:
+        assert float((pairs[key] - whole[key]).norm() / whole[key].norm()) < 1e-12, key
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+BAD = [
+    (["batchsize=4"], 2, "did you mean batch_size?"),
+    (["recipe.lr=inf"], 2, "recipe.lr=inf"),
+    (["model.num_classes=3"], 2, "data=photos has 14 classes"),
+    (["data=imagefolder", "data.root=nowhere"], 3, "nowhere: no such folder"),
+    (["resume=nowhere"], 4, "no checkpoint there"),
+]
+
+
+@pytest.mark.parametrize(("words", "status", "said"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_settings_are_one_line_and_leave_nothing(
+    tmp_path: Path, words: list[str], status: int, said: str
+) -> None:
+    done = ours(tmp_path, *words, "run_dir=run")
+    assert done.returncode == status, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("modelpar: ")
+    assert said in line
+    assert not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_under_torchrun_one_rank_speaks(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "batchsize=4")
+    assert done.returncode == 1  # torchrun's own
+    said = [line for line in done.stderr.splitlines() if line.startswith("modelpar: ")]
+    assert said == ["modelpar: batchsize: no such setting; did you mean batch_size?"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_world_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "run_dir=run", ranks=3)
+    assert "3 processes started, which is no multiple of it" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_runs_folder_is_refused_and_left_alone(trained: Path) -> None:
+    before = sorted(path.stat().st_mtime_ns for path in trained.rglob("*"))
+    done = ours(trained.parent, *SMALL, "steps=6", "run_dir=run", "seed=5")
+    assert done.returncode == 2
+    assert "seed=0, not 5" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(path.stat().st_mtime_ns for path in trained.rglob("*")) == before
+
+
+def test_a_sweep_under_torchrun_is_refused_with_the_right_command(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "-m", "seed=0,1")
+    assert "python -m modelpar.train -m 'seed=0,1'" in done.stderr
+
+
+def test_hydra_shows_settings_and_help(tmp_path: Path) -> None:
+    assert "name: code2012" in fine(ours(tmp_path, "--cfg", "job"))
+    assert "recipe" in fine(ours(tmp_path, "--help"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_each_start_without_run_dir_is_a_new_run(tmp_path: Path) -> None:
+    for _ in range(2):
+        fine(ours(tmp_path, *SMALL, "steps=1", "monitor.tensorboard=false"))
+    assert len(list((tmp_path / "outputs").glob("*/*/metrics.jsonl"))) == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_makes_a_folder_a_job(tmp_path: Path) -> None:
+    fine(ours(tmp_path, "-m", "seed=0,1", *SMALL, "steps=1", "run_dir=sweep"))
+    losses = [rows(tmp_path / "sweep" / name)[0]["loss"] for name in ("0", "1")]
+    assert losses[0] != losses[1]

@@ -1,0 +1,198 @@
+"""Checkpoints are whole or not there; each damage is named."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from modelpar import AlexNet, split
+from modelpar.errors import CheckpointError
+from modelpar.mesh import Mesh
+from modelpar.training import checkpoint
+from modelpar.training.checkpoint import Checkpoint, find, newest, open_step, read_part, save
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ONE = Mesh(torch.device("cpu"))
+
+
+def state(seed: int = 0) -> dict[str, torch.Tensor]:
+    net = AlexNet.from_recipe("code2012", 10, 64, seed=seed)
+    return {key: value.detach() for key, value in net.state_dict().items()}
+
+
+SMALL = {
+    f"{name}.{kind}": torch.randn(shape)
+    for name in ("conv1", "fc8")
+    for kind, shape in (("weight", (4, 6)), ("bias", (4,)))
+}
+
+
+def write(run_dir: Path, step: int, keep_last: int = 2, weights: Any = None) -> Path:
+    weights = SMALL if weights is None else weights
+    parts: Any = {"weights": weights, "velocities": weights}
+    return save(
+        run_dir / "checkpoints", ONE, parts, {"mean": torch.ones(1)}, {"step": step}, keep_last
+    )
+
+
+def test_what_is_saved_is_read(tmp_path: Path) -> None:
+    folder = write(tmp_path, 7)
+    found = newest(tmp_path)
+    assert found is not None
+    assert (found.step, found.folder) == (7, folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json",
+        "statistics.safetensors",
+        "whole.velocities.safetensors",
+        "whole.weights.safetensors",
+    ]
+    for kind in ("weights", "velocities"):
+        read = read_part(found, kind, None)  # type: ignore[arg-type]
+        assert read.keys() == SMALL.keys()
+        assert all(torch.equal(read[key], SMALL[key]) for key in SMALL)
+
+
+def test_the_whole_net_is_read_as_columns(tmp_path: Path) -> None:
+    whole = state()
+    write(tmp_path, 1, weights=whole)
+    found = newest(tmp_path)
+    assert found is not None
+    for column, expected in enumerate(split(whole)):
+        read = read_part(found, "weights", column)
+        assert read.keys() == expected.keys()
+        assert all(torch.equal(read[key], expected[key]) for key in expected)
+
+
+def test_the_last_ones_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        write(tmp_path, step, keep_last=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000005"]
+
+
+def test_a_step_that_is_passed_again_is_replaced_whole(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    other = {key: value + 1 for key, value in SMALL.items()}
+    write(tmp_path, 3, weights=other)
+    found = newest(tmp_path)
+    assert found is not None
+    assert torch.equal(read_part(found, "weights", None)["fc8.bias"], other["fc8.bias"])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_unfinished_and_foreign_folders_do_not_count(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    folder = tmp_path / "checkpoints"
+    for name in (".tmp-step-00000009", "step-00000008", "step-9-old", "my-step-00000007"):
+        (folder / name).mkdir()
+    (folder / ".tmp-step-00000009" / "manifest.json").write_text("{}")
+    (folder / "step-9-old" / "manifest.json").write_text("{}")
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["whole.weights.safetensors", "whole.velocities.safetensors", "statistics.safetensors"],
+)
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_each_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    folder = write(tmp_path, 3)
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+    path.write_bytes(bytes(content[:-5] if damage == "cut" else content))
+    if damage == "gone":
+        path.unlink()
+    found = newest(tmp_path)
+    assert found is not None
+    kind: Any = name.split(".")[1]
+    read = partial(read_part, found, kind, None)
+    if name.startswith("statistics"):
+        read = partial(checkpoint.read_statistics, found)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        read()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}'])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    folder = write(tmp_path, 3)
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        open_step(folder)
+
+
+def change(folder: Path, **values: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, 3)
+    change(folder, format=2)
+    with pytest.raises(CheckpointError, match="format 2"):
+        open_step(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", ".hidden"])
+def test_a_manifest_names_plain_files_only(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path, 3)
+    change(folder, files={name: {"bytes": 1, "sha256": ""}})
+    with pytest.raises(CheckpointError, match="plain file name"):
+        open_step(folder)
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(CheckpointError, match="make room"):
+        write(tmp_path, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_write_that_fails_leaves_the_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_text", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write(tmp_path, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    found = newest(tmp_path)
+    assert found is not None
+    assert read_part(found, "weights", None)
+
+
+def test_find_takes_a_run_a_step_or_a_file(tmp_path: Path) -> None:
+    folder = write(tmp_path, 4)
+    for place in (tmp_path, folder):
+        found = find(str(place))
+        assert isinstance(found, Checkpoint)
+        assert found.step == 4
+    file = folder / "whole.weights.safetensors"
+    assert find(str(file)) == file
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        find(str(tmp_path / "nowhere"))
+
+
+def test_only_one_column_need_be_read_for_the_picture(tmp_path: Path) -> None:
+    weights = state()
+    write(tmp_path, 1, weights=weights)
+    found = newest(tmp_path)
+    assert found is not None
+    assert torch.equal(checkpoint.read_conv1(found), weights["conv1.weight"])

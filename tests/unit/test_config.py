@@ -1,0 +1,187 @@
+"""Settings: what is accepted, and the one line each wrong one gets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from modelpar import Recipe, config
+from modelpar.errors import SettingsError
+from modelpar.net import paper
+from modelpar.training import engine, runs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def refused(overrides: list[str]) -> str:
+    with pytest.raises(SettingsError) as error:
+        engine.prepare(config.read("train", overrides))
+    line = str(error.value)
+    assert "\n" not in line
+    assert error.value.status == 2
+    return line
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("batchsize=4", "batchsize: no such setting; did you mean batch_size?"),
+        ("lr=0.1", "lr: no such setting; did you mean recipe.lr?"),
+        ("data.rot=x", "did you mean data.root?"),
+        ("+new=1", "new: no such setting"),
+        ("recipe.lr=abc", "recipe.lr: Value 'abc'"),
+        ("recipe.lr=", "recipe.lr"),
+        ("recipe.lr=nan", "recipe.lr=nan: give a finite number"),
+        ("recipe.lr=1e999", "recipe.lr=inf: give a finite number"),
+        ("recipe.lr=-1", "recipe.lr=-1.0"),
+        ("recipe.momentum=inf", "recipe.momentum=inf"),
+        ("recipe=code2013", "recipe=code2013: did you mean code2012?"),
+        ("recipe.crops=per_64", "recipe.crops=per_64: did you mean per_32?"),
+        ("data=photo", "data=photo: did you mean photos?"),
+        ("batch_size=0", "batch_size=0: give 1 or more"),
+        ("batch_size=1.5", "batch_size"),
+        ("batch_size=5000", "the data has only 2240"),
+        ("epochs=-3", "epochs=-3"),
+        ("steps=0", "steps=0"),
+        ("columns=3", "columns=3: give one of 1, 2"),
+        ("replicas=0", "replicas=0"),
+        ("seed=-1", "seed=-1"),
+        ("seed=1,2", "add -m to sweep"),
+        ("precision=float16", "precision=float16: did you mean bfloat16?"),
+        ("device=gpu", "device=gpu"),
+        ("crossing.dtype=int8", "crossing.dtype=int8"),
+        ("comm.timeout=0", "comm.timeout=0"),
+        ("comm.timeout=inf", "comm.timeout=inf"),
+        ("keep_last=1", "keep_last=1"),
+        ("checkpoint_every=-1", "checkpoint_every=-1"),
+        ("model.num_classes=15", "model.num_classes=15: data=photos has 14 classes"),
+        ("model.image_size=32", "model.image_size=32"),
+        ("model.image_size=97", "stored at 96 pixels"),
+        ("model.dropout=1", "model.dropout=1"),
+        ("model.norm=batchnorm", "model.norm=batchnorm"),
+        ("model.crossing_at=[conv7]", "model.crossing_at=conv7"),
+        ("seed=${oc.env:NO_SUCH_VARIABLE}", "NO_SUCH_VARIABLE"),
+        ("batch_size", "batch_size"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(override: str, expected: str) -> None:
+    assert expected in refused([override])
+
+
+def test_defaults_are_the_contract() -> None:
+    settings = config.read("train", [])
+    plain = asdict(settings)
+    assert plain["data"]["name"] == "photos"
+    assert plain["recipe"]["name"] == "code2012"
+    for key, value in {
+        "columns": 2,
+        "replicas": 1,
+        "batch_size": 128,
+        "seed": 0,
+        "precision": "float32",
+        "device": "auto",
+        "run_dir": None,
+        "resume": "auto",
+        "keep_last": 2,
+        "log_every": 1,
+        "restarts": 0,
+    }.items():
+        assert plain[key] == value
+    assert plain["crossing"] == {"dtype": None, "overlap": True}
+    assert plain["comm"] == {"timeout": 120.0}
+
+
+@pytest.mark.parametrize("name", ["paper", "code2012", "clean"])
+def test_each_recipe_composes_and_is_named(name: str) -> None:
+    settings = config.read("train", [f"recipe={name}"])
+    assert Recipe(**asdict(settings.recipe)) == Recipe.named(name)
+
+
+def test_the_recipes_differ_where_paper_and_code_do() -> None:
+    text, code = asdict(Recipe.named("paper")), asdict(Recipe.named("code2012"))
+    differing = {key for key in text if text[key] != code[key]}
+    assert differing == {
+        "name",
+        "weight_std",
+        "norm_alpha",
+        "norm1_input",
+        "norms",
+        "rates",
+        "schedule",
+        "decay",
+        "colour_noise",
+        "crops",
+        "shuffle",
+    }
+    clean = asdict(Recipe.named("clean"))
+    assert {key for key in clean if clean[key] != code[key]} == {"name", "schedule"}
+    assert paper.RATE == text["lr"] == code["lr"]
+
+
+@pytest.mark.parametrize("name", ["photos", "synthetic", "fashion_mnist", "cifar10", "imagenette"])
+def test_each_data_set_composes(name: str) -> None:
+    assert config.read("train", [f"data={name}"]).data.name == name
+
+
+def test_a_value_given_wins_over_the_datas_own() -> None:
+    settings = config.read("train", ["data=imagenet", "data.epochs=3", "workers=0"])
+    assert settings.data.epochs == 3
+    assert settings.workers == 0
+
+
+# -- a run directory that is used already ---------------------------------------------------------
+
+
+def begun(run_dir: Path, *overrides: str) -> dict[str, Any]:
+    settings = asdict(config.read("train", list(overrides)))
+    runs.begin(run_dir, settings)
+    return settings
+
+
+def test_the_same_run_may_go_on_with_more_epochs(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    begun(run_dir, "seed=1")
+    runs.check_same(run_dir, asdict(config.read("train", ["seed=1", "epochs=9"])), "auto")
+    assert OmegaConf.load(run_dir / "config.yaml").seed == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("seed=2", "seed=1, not 2"),
+        ("recipe=paper", "recipe.name=code2012, not paper"),
+        ("recipe.lr=0.1", "recipe.lr=0.01, not 0.1"),
+        ("batch_size=64", "batch_size=128, not 64"),
+        ("model.norm=none", "model.norm=None, not none"),
+        ("data=synthetic", "data.name=photos, not synthetic"),
+    ],
+)
+def test_another_run_is_refused_by_the_first_difference(
+    tmp_path: Path, override: str, named: str
+) -> None:
+    begun(tmp_path / "run", "seed=1")
+    settings = asdict(config.read("train", ["seed=1", override]))
+    with pytest.raises(SettingsError, match=named):
+        runs.check_same(tmp_path / "run", settings, "auto")
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(SettingsError, match="thesis"):
+        runs.check_same(tmp_path, {}, "auto")
+
+
+def test_resume_never_refuses_a_used_folder(tmp_path: Path) -> None:
+    settings = begun(tmp_path / "run")
+    with pytest.raises(SettingsError, match="resume=never"):
+        runs.check_same(tmp_path / "run", settings, "never")
+
+
+def test_a_run_dir_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="is a file"):
+        config.check_run_dir(tmp_path / "file" / "run")

@@ -1,0 +1,148 @@
+"""Order, draws and batches: functions of seed, epoch and position, of nothing else."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from modelpar.errors import DataError, SettingsError
+from modelpar.images.augment import Draws, Lens, Statistics
+from modelpar.images.loader import TestLoader, TrainLoader
+from modelpar.images.order import BatchOrder, sample_order
+
+CPU = torch.device("cpu")
+
+
+class Numbered:
+    """Image i is the constant i."""
+
+    def __init__(self, length: int, damaged: int | None = None) -> None:
+        self.length = length
+        self.damaged = damaged
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == self.damaged:
+            message = f"photo {index}.jpg: not a readable image"
+            raise DataError(message)
+        return torch.full((3, 10, 10), index, dtype=torch.uint8), index
+
+
+def lens() -> Lens:
+    return Lens(
+        Statistics(torch.zeros(3, 10, 10), torch.ones(3), torch.eye(3)),
+        8,
+        scaled=False,
+        device="cpu",
+    )
+
+
+def loader(workers: int = 0, **how: int | bool) -> TrainLoader:
+    order = BatchOrder(50, 8 // int(how.get("replicas", 1)), seed=1, **how)  # type: ignore[arg-type]
+    return TrainLoader(Numbered(50), order, lens(), CPU, crops="per_32", workers=workers)
+
+
+def test_once_means_the_same_order_in_each_epoch() -> None:
+    orders = [sample_order(3, epoch, 100, every_epoch=False) for epoch in range(3)]
+    assert torch.equal(orders[0], orders[2])
+    assert sorted(orders[0].tolist()) == list(range(100))
+    assert not torch.equal(orders[0], sample_order(4, 0, 100, every_epoch=False))
+
+
+def test_every_epoch_draws_anew() -> None:
+    one, other = (sample_order(3, epoch, 100, every_epoch=True) for epoch in (0, 1))
+    assert not torch.equal(one, other)
+    assert torch.equal(other, sample_order(3, 1, 100, every_epoch=True))
+
+
+def test_a_ragged_last_batch_is_dropped() -> None:
+    assert len(BatchOrder(50, 8, 0)) == 6
+    assert len(BatchOrder(50, 4, 0, replicas=2)) == 6
+
+
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    with pytest.raises(SettingsError, match="batch_size=51"):
+        BatchOrder(50, 51, 0)
+
+
+def test_replicas_share_the_global_batch() -> None:
+    whole = list(BatchOrder(50, 8, 1))
+    parts = [list(BatchOrder(50, 4, 1, replica=replica, replicas=2)) for replica in (0, 1)]
+    assert whole == [one + other for one, other in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_can_be_entered_anywhere(workers: int) -> None:
+    whole = [(b.images, b.labels) for b in loader().epoch(2, 0, 0.1)]
+    rest = [(b.images, b.labels) for b in loader(workers).epoch(2, 4, 0.1)]
+    assert len(whole) == 6
+    assert len(rest) == 2
+    for (images, labels), (again, labels_again) in zip(whole[4:], rest, strict=True):
+        assert torch.equal(images, again)
+        assert torch.equal(labels, labels_again)
+
+
+def test_two_replicas_see_what_one_process_sees() -> None:
+    whole = list(loader().epoch(0, 0, 0.1))
+    parts = [list(loader(replica=replica, replicas=2).epoch(0, 0, 0.1)) for replica in (0, 1)]
+    for number, batch in enumerate(whole):
+        both = torch.cat([part[number].images for part in parts])
+        assert torch.equal(batch.images, both)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_leaves_every_generator_alone(workers: int) -> None:
+    torch.manual_seed(3)
+    random.seed(3)
+    before = torch.get_rng_state(), random.getstate()
+    list(loader(workers).epoch(0, 0, 0.1))
+    list(TestLoader(Numbered(5), 2, CPU, workers=workers))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_line(workers: int) -> None:
+    tests = TestLoader(Numbered(9, damaged=7), 2, CPU, workers=workers)
+    with pytest.raises(DataError) as error:
+        list(tests)
+    assert str(error.value) == "photo 7.jpg: not a readable image"
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_every_test_image_is_seen_once(replicas: int) -> None:
+    seen: list[int] = []
+    for replica in range(replicas):
+        for _, labels in TestLoader(Numbered(10), 4, CPU, replica=replica, replicas=replicas):
+            seen += labels.tolist()
+    assert sorted(seen) == list(range(10))
+
+
+def test_crop_and_flip_are_shared_by_32_or_drawn_for_each() -> None:
+    shared = Draws.of_epoch(0, 0, 100, 32, "per_32")
+    for first in range(0, 100, 32):
+        chunk = shared.at(slice(first, min(first + 32, 100)))
+        assert len(chunk.corner.unique(dim=0)) == 1
+        assert len(chunk.flip.unique()) == 1
+        assert len(chunk.colour.unique(dim=0)) == len(chunk.colour)  # colour is each image's own
+    alone = Draws.of_epoch(0, 0, 20_000, 32, "per_image")
+    assert len(alone.corner.unique(dim=0)) == 33 * 33  # offsets 0 to 32 in each direction
+    assert float(alone.flip.float().mean()) == pytest.approx(0.5, abs=0.03)
+    assert not torch.equal(alone.corner, Draws.of_epoch(0, 1, 20_000, 32, "per_image").corner)
+
+
+def test_training_view_is_the_crop_flipped_less_the_central_mean() -> None:
+    mean = torch.randn(3, 10, 10)
+    view = Lens(Statistics(mean, torch.ones(3), torch.eye(3)), 8, scaled=True, device="cpu")
+    image = torch.randint(0, 256, (2, 3, 10, 10), dtype=torch.uint8)
+    draws = Draws(torch.tensor([[0, 2], [1, 0]]), torch.tensor([True, False]), torch.zeros(2, 3))
+    seen = view.training(image, draws, 0.0)
+    window = mean[:, 1:9, 1:9]
+    assert torch.equal(seen[0], image[0, :, 0:8, 2:10].flip(-1).float() - window)
+    assert torch.equal(seen[1], image[1, :, 1:9, 0:8].float() - window)
+    noisy = view.training(image, draws, 0.1)
+    assert torch.allclose(noisy, seen / 1.1)  # scaled although these draws are zero

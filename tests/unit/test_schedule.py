@@ -1,0 +1,92 @@
+"""The published rates over the epochs, and how they scale with the length."""
+
+from __future__ import annotations
+
+import pytest
+
+from modelpar import Recipe
+from modelpar.training.schedule import Schedule
+
+
+def rates(recipe: str, epoch: int, epochs: int) -> dict[str, float]:
+    return Schedule(Recipe.named(recipe), epochs).rates(epoch)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "weight", "conv1"),
+    [
+        (0, 1e-2, 1e-2),
+        (24, 1e-2, 1e-2),
+        (25, 1e-3, 1e-3),
+        (51, 1e-4, 1e-4),
+        (66, 1e-4, 1e-4),
+        (67, 1e-4, 1e-5),
+        (72, 1e-4, 0.0),
+        (79, 1e-5, 0.0),
+        (90, 1e-5, 0.0),
+    ],
+)
+def test_run_145(epoch: int, weight: float, conv1: float) -> None:
+    found = rates("code2012", epoch, 91)
+    assert found["fc8.weight"] == pytest.approx(weight)
+    assert found["conv1.weight"] == pytest.approx(conv1)
+    assert found["fc8.bias"] == pytest.approx(0.02)  # never divided
+    assert found["conv1.bias"] == pytest.approx(0.02 if epoch < 72 else 0.0)
+
+
+def test_run_145_colour_noise_goes_off_at_67() -> None:
+    schedule = Schedule(Recipe.named("code2012"), 91)
+    assert [schedule.colour_noise(epoch) for epoch in (0, 66, 67, 90)] == [0.1, 0.1, 0.0, 0.0]
+
+
+def test_run_170() -> None:
+    found = [rates("clean", epoch, 100) for epoch in (0, 24, 25, 49, 50, 74, 75, 99)]
+    assert [one["fc6.weight"] for one in found] == pytest.approx(
+        [1e-2, 1e-2, 1.587e-3, 1.587e-3, 2.52e-4, 2.52e-4, 4e-5, 4e-5], rel=1e-3
+    )
+    assert [one["fc6.bias"] for one in found] == pytest.approx([0.02] * 4 + [0.002] * 4)
+
+
+def test_run_170_late_changes() -> None:
+    schedule = Schedule(Recipe.named("clean"), 95)
+    assert [schedule.colour_noise(epoch) for epoch in (67, 68)] == [0.1, 0.0]
+    assert schedule.rates(73)["conv1.weight"] > 0
+    assert schedule.rates(74)["conv1.weight"] == schedule.rates(74)["conv1.bias"] == 0
+
+
+def test_fixed_epochs_scale_with_the_length() -> None:
+    short = Schedule(Recipe.named("code2012"), 10)
+    drops = [
+        epoch
+        for epoch in range(1, 10)
+        if short.rates(epoch)["fc7.weight"] < short.rates(epoch - 1)["fc7.weight"]
+    ]
+    assert drops == [3, 6, 9]  # 25, 51, 79 of 91
+    assert [short.colour_noise(epoch) for epoch in (7, 8)] == [0.1, 0.0]
+
+
+def test_plateau_waits_five_epochs_and_drops_three_times() -> None:
+    schedule = Schedule(Recipe.named("paper"), 90)
+    errors = [50.0, 40.0] + [41.0] * 30
+    seen = []
+    for epoch, error in enumerate(errors):
+        seen.append(schedule.rates(epoch)["conv1.weight"])
+        schedule.plateau.observe(epoch, error)
+    assert seen[:7] == [0.01] * 7
+    assert seen[7:12] == pytest.approx([1e-3] * 5)
+    assert seen[12:17] == pytest.approx([1e-4] * 5)
+    assert seen[17:] == pytest.approx([1e-5] * len(seen[17:]))  # three drops, no more
+
+
+def test_plateau_takes_up_where_it_was() -> None:
+    schedule = Schedule(Recipe.named("paper"), 90)
+    for epoch, error in enumerate([50.0] + [60.0] * 5):
+        schedule.plateau.observe(epoch, error)
+    again = Schedule(Recipe.named("paper"), 90)
+    again.load(schedule.state())
+    assert again.rates(6) == schedule.rates(6)
+    assert again.rates(6)["fc8.bias"] == pytest.approx(1e-3)  # equal rates: biases too
+
+
+def test_paper_rates_are_equal_for_all_layers() -> None:
+    assert set(rates("paper", 0, 90).values()) == {0.01}

@@ -1,0 +1,278 @@
+"""Each data set on small made files of its own layout, and on what the machine carries."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from modelpar.config import DataSettings
+from modelpar.errors import DataError, SettingsError
+from modelpar.images import sets
+from modelpar.images.sets import open_set, statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+def settings(name: str, **how: Any) -> DataSettings:
+    return DataSettings(
+        **{"name": name, "image_size": 64, "epochs": 1, "checkpoint_every": 0, **how}
+    )
+
+
+def picture(path: Path, size: tuple[int, int] = (90, 70), mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = torch.randint(0, 256, (size[1], size[0], 4), dtype=torch.uint8).numpy()
+    Image.fromarray(noise, "RGBA").convert(mode).save(path)
+
+
+def folder(root: Path, classes: Sequence[str] = ("ant", "bee")) -> Path:
+    for part in ("train", "val"):
+        for name in classes:
+            for number in range(2):
+                picture(root / part / name / f"{number}.png")
+    return root
+
+
+# -- photos ---------------------------------------------------------------------------------------
+
+
+def test_photos_train_and_test_cells_are_disjoint(tmp_path: Path) -> None:
+    found = open_set(settings("photos"), tmp_path)
+    train, test = found.train, found.test
+    assert isinstance(train, sets.InMemory)
+    assert isinstance(test, sets.InMemory)
+    assert not set(train.rows) & set(test.rows)
+    assert len(found.classes) == 14
+    for part, each in ((train, 160), (test, 20)):
+        counts = torch.bincount(torch.tensor([part.labels[row] for row in part.rows]))
+        assert counts.tolist() == [each] * 14  # balanced
+    image, label = train[0]
+    assert image.shape == (3, 96, 96)
+    assert image.dtype == torch.uint8
+    assert label == 0
+    cells = {bytes(train.images[row].numpy().tobytes()) for row in set(train.rows)}
+    held_out = {bytes(test.images[row].numpy().tobytes()) for row in set(test.rows)}
+    assert not cells & held_out  # no test pixel is ever trained on
+
+
+# -- folders of images ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "imagenet"])
+def test_folders_of_images(tmp_path: Path, name: str) -> None:
+    found = open_set(settings(name, root=str(folder(tmp_path))), tmp_path)
+    assert list(found.classes) == ["ant", "bee"]
+    assert (len(found.train), len(found.test)) == (4, 4)
+    image, label = found.test[3]
+    assert image.shape == (3, 73, 73)  # 64 * 256 / 224
+    assert label == 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "1"])
+def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+    root = folder(tmp_path)
+    suffix = "jpg" if mode == "CMYK" else "png"
+    picture(root / "train" / "ant" / f"a.{suffix}", mode=mode)
+    found = open_set(settings("imagefolder", root=str(root)), tmp_path)
+    assert all(found.train[index][0].shape == (3, 73, 73) for index in range(len(found.train)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (500, 33), (33, 500)])
+def test_images_of_any_size_become_the_central_square(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    root = folder(tmp_path)
+    picture(root / "train" / "ant" / "a.png", size)
+    found = open_set(settings("imagefolder", root=str(root)), tmp_path)
+    assert {found.train[index][0].shape[1:] for index in range(5)} == {(73, 73)}
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n cut"])
+def test_a_damaged_image_is_named(tmp_path: Path, content: bytes) -> None:
+    root = folder(tmp_path)
+    (root / "train" / "ant" / "broken.png").write_bytes(content)
+    found = open_set(settings("imagefolder", root=str(root)), tmp_path)
+    with pytest.raises(DataError, match=r"broken\.png: not a readable image"):
+        _ = [found.train[index] for index in range(len(found.train))]
+
+
+def test_other_classes_in_val_are_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    picture(root / "val" / "cow" / "0.png")
+    with pytest.raises(DataError, match="different classes"):
+        open_set(settings("imagefolder", root=str(root)), tmp_path)
+
+
+def test_an_empty_class_is_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    (root / "train" / "empty").mkdir()
+    with pytest.raises(DataError, match="empty"):
+        open_set(settings("imagefolder", root=str(root)), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "imagenet", "imagenette", "cifar10"])
+def test_a_missing_root_is_named_with_its_mend(tmp_path: Path, name: str) -> None:
+    missing = tmp_path / "nowhere"
+    with pytest.raises(DataError, match=r"data\.root=.*nowhere: no such folder"):
+        open_set(settings(name, root=str(missing)), tmp_path / "cache")
+    with pytest.raises(DataError, match=r"give data\.root=FOLDER"):
+        open_set(settings(name), tmp_path / "cache")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match="empty"):
+        open_set(settings(name, root=str(empty)), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_number_of_classes_must_fit(tmp_path: Path) -> None:
+    root = str(folder(tmp_path))
+    with pytest.raises(SettingsError, match=r"num_classes=5: data=imagefolder has 2"):
+        open_set(settings("imagefolder", root=root, num_classes=5), tmp_path)
+
+
+def test_an_unknown_set_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="did you mean photos"):
+        open_set(settings("photo"), tmp_path)
+
+
+def test_the_fingerprint_changes_with_the_images(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    before = open_set(settings("imagefolder", root=str(root)), tmp_path).fingerprint
+    assert open_set(settings("imagefolder", root=str(root)), tmp_path).fingerprint == before
+    picture(root / "train" / "bee" / "more.png")
+    assert open_set(settings("imagefolder", root=str(root)), tmp_path).fingerprint != before
+
+
+# -- torchvision's layouts ------------------------------------------------------------------------
+
+
+def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / datasets.CIFAR10.base_folder
+    base.mkdir()
+    pixels = torch.randint(0, 256, (4, 3072), dtype=torch.uint8).numpy()
+    batch = {"data": pixels, "labels": [0, 1, 2, 9]}
+    for name in [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]:
+        (base / name).write_bytes(pickle.dumps(batch))
+    names = {"label_names": [f"class {number}" for number in range(10)]}
+    (base / "batches.meta").write_bytes(pickle.dumps(names))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    found = open_set(settings("cifar10", root=str(tmp_path)), tmp_path)
+    assert (len(found.train), len(found.test)) == (20, 4)
+    assert found.train[3][0].shape == (3, 73, 73)
+    assert found.train[3][1] == 9
+
+
+def test_imagenette(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for wnid in datasets.Imagenette._WNID_TO_CLASS:
+            picture(tmp_path / "imagenette2-320" / part / wnid / "0.JPEG")
+    found = open_set(settings("imagenette", root=str(tmp_path)), tmp_path)
+    assert (len(found.train), len(found.test)) == (10, 10)
+    assert "tench" in found.classes
+    assert found.train[9][1] == 9
+
+
+def test_imagenet_as_torchvision_unpacks_it(tmp_path: Path) -> None:
+    wnids = {"n01": ("tench", "Tinca"), "n02": ("goldfish",)}
+    for part in ("train", "val"):
+        for wnid in wnids:
+            picture(tmp_path / part / wnid / "0.JPEG")
+    torch.save((wnids, ["n01", "n02"]), tmp_path / "meta.bin")
+    found = open_set(settings("imagenet", root=str(tmp_path)), tmp_path)
+    assert list(found.classes) == ["tench", "goldfish"]
+
+
+# -- Fashion-MNIST --------------------------------------------------------------------------------
+
+
+def idx(values: torch.Tensor) -> bytes:
+    sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+    return bytes([0, 0, 8, values.ndim]) + sizes + values.numpy().tobytes()
+
+
+def made_fashion(root: Path, count: int = 6) -> Path:
+    for part in ("train", "t10k"):
+        images = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8)
+        labels = (torch.arange(count) % 10).to(torch.uint8)
+        (root / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        (root / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    return root
+
+
+def test_fashion_mnist_as_debian_lays_it(tmp_path: Path) -> None:
+    found = open_set(settings("fashion_mnist", root=str(made_fashion(tmp_path))), tmp_path)
+    assert (len(found.train), len(found.test)) == (6, 6)
+    image, label = found.train[5]
+    assert image.shape == (3, 73, 73)
+    assert torch.equal(image[0], image[2])  # grey made RGB
+    assert label == 5
+    assert "Sneaker" in found.classes
+
+
+def test_fashion_mnist_as_torchvision_lays_it(tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in made_fashion(raw).glob("*.gz"):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    found = open_set(settings("fashion_mnist", root=str(tmp_path)), tmp_path)
+    assert (len(found.train), len(found.test)) == (6, 6)
+
+
+def test_a_cut_idx_file_is_named(tmp_path: Path) -> None:
+    path = made_fashion(tmp_path) / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: not a readable IDX"):
+        open_set(settings("fashion_mnist", root=str(tmp_path)), tmp_path)
+
+
+@pytest.mark.skipif(
+    not sets.DEBIAN_FASHION_MNIST.is_dir(),
+    reason="Debian's dataset-fashion-mnist is not installed",
+)
+def test_debians_package(tmp_path: Path) -> None:
+    found = open_set(settings("fashion_mnist"), tmp_path)
+    assert (len(found.train), len(found.test)) == (60_000, 10_000)
+
+
+# -- synthetic, statistics ------------------------------------------------------------------------
+
+
+def test_synthetic_is_one_batch_again_and_again(tmp_path: Path) -> None:
+    found = open_set(settings("synthetic", num_classes=7), tmp_path, seed=3)
+    assert len(found.train) == 1000 * 128
+    assert len(found.classes) == 7
+    assert torch.equal(found.train[5][0], found.train[5 + 128][0])
+    other = open_set(settings("synthetic", num_classes=7), tmp_path, seed=4)
+    assert not torch.equal(found.train[0][0], other.train[0][0])
+
+
+def test_statistics_are_those_of_the_training_images_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = open_set(settings("photos"), tmp_path)
+    measured = statistics(found, tmp_path)
+    images = torch.stack([found.train[index][0] for index in range(len(found.train))]).double()
+    assert torch.allclose(measured.mean.double(), images.mean(0), atol=1e-3)
+    pixels = images.transpose(0, 1).flatten(1)
+    covariance = torch.cov(pixels, correction=0)
+    rebuilt = (
+        measured.axes.double().T @ torch.diag(measured.std.double() ** 2) @ measured.axes.double()
+    )
+    assert torch.allclose(rebuilt, covariance, rtol=1e-4, atol=1e-2)
+    assert measured.std[0] > measured.std[1] > measured.std[2]
+    monkeypatch.setattr(sets, "_measure", lambda *_: pytest.fail("measured twice"))
+    again = statistics(found, tmp_path)
+    assert torch.equal(again.mean, measured.mean)
+    (kept,) = (tmp_path / "statistics").glob("*.safetensors")
+    kept.write_bytes(b"damaged")
+    with pytest.raises(DataError, match="damaged"):
+        statistics(found, tmp_path)
