@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def sample_order(seed: int, epoch: int, num_samples: int, *, every_epoch: bool) -> Tensor:
     """Return the samples of ``epoch`` (from 0) in their order: a permutation of 0..N-1.
 
-    The released code read its files in one fixed order, shuffled once when they were made;
-    ``every_epoch`` draws a new order for each epoch.
+    Differs: the released code read its files in one fixed order, shuffled once when they were
+    made; here the seed does that.  ``every_epoch`` draws a new order for each epoch.
     """
     source = generator(seed, "order", epoch if every_epoch else 0)
     return torch.randperm(num_samples, generator=source)

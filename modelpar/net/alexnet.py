@@ -103,7 +103,8 @@ def _conv(plan: Plan, name: str, columns: int) -> nn.Conv2d:
 def _linear(plan: Plan, name: str, columns: int, *, bias: bool = True) -> nn.Linear:
     """Return a fully connected layer; its inputs are both columns' only at a crossing.
 
-    fc8 is split by its inputs: each column holds all classes for its own units.
+    Differs: the code computed fc8 on one GPU; here it is split by its inputs, each column holding
+    all classes for its own units, so that both devices do equal work.
     """
     crossed = name in plan.crossing_at
     inputs = plan.inputs(name) * (columns if name == "fc8" else COLUMNS if crossed else 1)

@@ -277,6 +277,11 @@ class _Training:
             self.monitor.say(f"finished: {self.run_dir} is at step {self.step} of {self.total}")
         while self.step < self.total:
             self._epoch()
+        if self.monitor:
+            self.monitor.say(
+                f"{self.run_dir}: checkpoints, metrics.jsonl, conv1.png; "
+                f"tensorboard --logdir {self.run_dir}"
+            )
         return math.nan if self.last is None else self.last
 
     def close(self) -> None:
@@ -341,7 +346,7 @@ class _Training:
         )
         self.last = errors.top1
         if self.monitor:
-            self.monitor.test(self.step, errors)
+            self.monitor.test(self.step, errors, self.plan.num_classes)
 
     def _parts(self) -> dict[checkpoint.Kind, dict[str, Tensor]]:
         return {

@@ -92,13 +92,14 @@ class Monitor:
             for name in ("conv1.weight", "fc8.weight", "fc8.bias"):
                 self.board.add_scalar(f"rate/{name}", rates[name], row["step"])
 
-    def test(self, step: int, errors: Errors) -> None:
-        """Record an evaluation: errors in %, loss in nats."""
+    def test(self, step: int, errors: Errors, num_classes: int) -> None:
+        """Record an evaluation: errors in %, loss in nats; say it beside chance."""
         row = {"step": step, "loss": errors.loss, "top1": errors.top1, "top5": errors.top5}
         self._write({"kind": "test", **row})
         self.say(
-            f"step {step}: test top-1 error {errors.top1:.2f} %, top-5 {errors.top5:.2f} %, "
-            f"loss {errors.loss:.4f}, {errors.samples} images"
+            f"step {step}: test top-1 error {errors.top1:.2f} % (chance "
+            f"{100 - 100 / num_classes:.2f} %), top-5 {errors.top5:.2f} %, loss {errors.loss:.4f}, "
+            f"{errors.samples} images"
         )
         if self.board:
             for key in ("loss", "top1", "top5"):

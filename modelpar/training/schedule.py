@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from modelpar.net.paper import Recipe
 
 # Differs: section 5 gives no number for "stopped improving"; here it is five epochs without a new
-# best validation error.
+# best error, and the test images stand in for its validation images.
 PATIENCE: Final = 5
 
 
@@ -72,6 +72,7 @@ class Schedule:
             "run145": paper.RUN145_CONV1_FROZEN,
             "run170": paper.RUN170_CONV1_FROZEN,
         }.get(recipe.schedule)
+        # Differs: the logs name conv1's rate alone; its bias is frozen with its weights here.
         if frozen is not None and self._reached(epoch, frozen):
             rates["conv1.weight"] = rates["conv1.bias"] = 0.0
         return rates

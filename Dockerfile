@@ -1,0 +1,31 @@
+# Two columns in one container.  torch's wheel brings CUDA, cuDNN and NCCL, so a slim Python and
+# the host's driver are enough.
+#   docker build -t modelpar .
+#   docker run --init --gpus all --shm-size 8g -v /data/imagenet:/data:ro -v "$PWD/runs:/runs" \
+#     modelpar data=imagenet data.root=/data run_dir=/runs/first
+# --shm-size: loader processes hand over batches in shared memory, Docker gives 64 MB by default.
+ARG PYTHON=3.12
+FROM python:${PYTHON}-slim
+
+LABEL org.opencontainers.image.title="modelpar" \
+      org.opencontainers.image.description="AlexNet as it ran in 2012, split over two devices" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+ARG UID=1000
+ARG GID=1000
+RUN groupadd --gid "$GID" modelpar && useradd --uid "$UID" --gid "$GID" --create-home modelpar
+
+# Dependencies before source: a change of the code does not download torch again.
+WORKDIR /opt/modelpar
+COPY pyproject.toml ./
+RUN python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]))' \
+      > requirements.txt \
+    && pip install --no-cache-dir -r requirements.txt
+COPY README.md LICENSE ./
+COPY conf conf
+COPY modelpar modelpar
+RUN pip install --no-cache-dir --no-deps .
+
+USER modelpar
+WORKDIR /home/modelpar
+ENTRYPOINT ["modelpar-train"]
