@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 
 def check(settings: EvaluateSettings, run_dir: Path | None) -> None:
-    """Raise for all that can be wrong before a process starts."""
-    del run_dir  # an evaluation writes nothing
-    scoring.prepare(settings)
+    """Accept any: an evaluation writes nothing, and the rest is checked in preparing it."""
+    del settings, run_dir
 
 
-def work(settings: EvaluateSettings, mesh: Mesh, run_dir: Path) -> float:
+def work(
+    prepared: scoring.Prepared, settings: EvaluateSettings, mesh: Mesh, run_dir: Path
+) -> float:
     """Evaluate on this rank; rank 0 prints; return the top-1 error in %."""
     del run_dir
-    errors = scoring.score(settings, mesh)
+    errors = scoring.score(settings, prepared, mesh)
     if mesh.rank == 0:
         print(scoring.describe(errors, settings.views), flush=True)  # noqa: T201
     return errors.top1
@@ -34,7 +35,7 @@ def work(settings: EvaluateSettings, mesh: Mesh, run_dir: Path) -> float:
 
 def main() -> NoReturn:
     """Enter through either door."""
-    launch.enter(launch.Job("evaluate", check, work))
+    launch.enter(launch.Job("evaluate", check, scoring.prepare, work, keeps_runs=False))
 
 
 if __name__ == "__main__":

@@ -39,22 +39,27 @@ if TYPE_CHECKING:
     from modelpar.mesh import Mesh
 
 SWEEPS: Final = ("--multirun", "-m")
+THREADS_GIVEN: Final = "OMP_NUM_THREADS" in os.environ
 PATIENCE: Final = 5.0  # s that a rank waits for local rank 0 to speak first
 HANDLED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One main: its name in ``conf/``, what checks its settings, and what every rank runs.
+    """One main: its name in ``conf/``, what it needs before a group starts, what every rank runs.
 
-    ``check`` raises for all that can be known before a process starts, and creates nothing but
-    what the cache holds.  ``work`` gets typed settings, the mesh and the run directory, and
-    returns the objective.  Both must be functions of a module, for ``spawn`` to find them.
+    ``check`` raises where settings and run directory do not fit.  ``prepare`` raises for all else
+    that can be known before a process starts, creates nothing but what the cache holds, and
+    returns what ``work`` needs; ``work`` gets that, the settings, the mesh and the run directory,
+    and returns the objective.  All must be functions of a module, for ``spawn`` to find them.
+    ``keeps_runs``: whether it has a run directory at all.
     """
 
     name: str
     check: Callable[[Any, Path | None], None]
-    work: Callable[[Any, Mesh, Path], float]
+    prepare: Callable[[Any], Any]
+    work: Callable[[Any, Any, Mesh, Path], float]
+    keeps_runs: bool = True
 
 
 def enter(job: Job) -> NoReturn:
@@ -93,7 +98,7 @@ def enter_alone(name: str, work: Callable[[Any], None]) -> NoReturn:
 
 def _torchrun_door(job: Job) -> int:
     overrides = sys.argv[1:]
-    run_dir: Path | None = None
+    kept: Path | None = None
     try:
         _refuse_sweep(job, overrides)
         if _has_flags(overrides):
@@ -104,12 +109,13 @@ def _torchrun_door(job: Job) -> int:
         mesh.check_world(settings.columns, settings.replicas, mesh.world_size())
         settings.replicas = mesh.world_size() // settings.columns
         job.check(settings, named)
+        prepared = job.prepare(settings)
         with mesh.opened(settings.columns, settings.device, settings.comm.timeout) as ranks:
             text = mesh.tell_all(str(named or _new_run_dir(job, overrides)), ranks)
-            run_dir = Path(text)
-            _work(job, settings, ranks, run_dir)
+            kept = Path(text) if job.keeps_runs else None
+            _work(job, prepared, settings, ranks, Path(text))
     except BaseException as error:  # noqa: BLE001 - every end has its status
-        return _end(error, run_dir)
+        return _end(error, kept)
     return 0
 
 
@@ -157,13 +163,14 @@ def _end(error: BaseException, run_dir: Path | None) -> int:
 
 def _own_door(job: Job) -> int:
     words = sys.argv[1:]
+    sweeps = any(flag in words for flag in SWEEPS)
     ends: list[RunError] = []
 
     def run(cfg: DictConfig) -> float | None:
         try:
-            return _launched(job, cfg)
+            return _launched(job, cfg, checked=not sweeps)
         except RunError as error:
-            if any(flag in words for flag in SWEEPS):
+            if sweeps:
                 _say(str(error))  # a sweep says so at once; Hydra decides whether it goes on
                 raise RuntimeError(str(error)) from None
             ends.append(error)
@@ -174,6 +181,7 @@ def _own_door(job: Job) -> int:
             settings, run_dir = _read(job, words)
             settings, _ = _placed(settings)
             job.check(settings, run_dir)
+            job.prepare(settings)
         _hydra_main(job.name, run)
     except RunError as error:
         ends.append(error)
@@ -209,21 +217,22 @@ def _placed(settings: Any) -> tuple[Any, int]:
     return settings, ranks
 
 
-def _launched(job: Job, cfg: DictConfig) -> float:
-    """Start torchrun's agent for one Hydra job; return the objective of its ranks."""
+def _launched(job: Job, cfg: DictConfig, *, checked: bool) -> float:
+    """Start torchrun's agent for one Hydra job; return the objective of its ranks.
+
+    A job of a sweep is checked here; a single one was, before Hydra made its folder.
+    """
     settings = config.to_object(job.name, cfg)
     config.VALIDATORS[job.name](settings)
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     settings, ranks = _placed(settings)
-    job.check(settings, run_dir)
-    cores = len(os.sched_getaffinity(0))
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
-        # A restarted pair that shares the agent's store reads stale addresses and hangs.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+    if not checked:
+        job.check(settings, run_dir)
+        job.prepare(settings)
+    if not THREADS_GIVEN:  # of this job alone: the next of a sweep may have other ranks
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    # A restarted pair that shares the agent's store reads stale addresses and hangs.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     for chatty in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)  # we say it in one line
     agent = LaunchConfig(
@@ -235,7 +244,6 @@ def _launched(job: Job, cfg: DictConfig) -> float:
         rdzv_endpoint="localhost:0",  # a free port: parallel jobs do not collide
         max_restarts=getattr(settings, "restarts", 0),
     )
-    (run_dir / "log" / "exit.json").unlink(missing_ok=True)
     with _signals_restored():
         try:
             results = elastic_launch(agent, _rank)(job, asdict(settings), str(run_dir))
@@ -243,7 +251,9 @@ def _launched(job: Job, cfg: DictConfig) -> float:
             message = f"signal {error.sigval}"
             raise KeyboardInterrupt(message) from None
         except ChildFailedError as error:
-            raise _cause(error, run_dir) from None
+            cause = _cause(error)
+            _record(run_dir if job.keeps_runs else None, cause.status, str(cause))
+            raise cause from None
     return next(iter(results.values()))
 
 
@@ -261,43 +271,42 @@ def _signals_restored() -> Generator[None]:
 
 def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
     """Run in each process that the agent starts."""
-    place = Path(run_dir)
+    settings = config.to_object(job.name, OmegaConf.create(plain))
+    prepared = job.prepare(settings)
     try:
-        settings = config.to_object(job.name, OmegaConf.create(plain))
         with mesh.opened(settings.columns, settings.device, settings.comm.timeout) as ranks:
-            return _work(job, settings, ranks, place)
-    except RunError as error:
-        if isinstance(error, PeerLostError):
-            time.sleep(PATIENCE)  # the lost rank's own end comes first
-        _record(place, error.status, str(error))
-        sys.exit(error.status)
+            return _work(job, prepared, settings, ranks, Path(run_dir))
+    except PeerLostError:
+        time.sleep(PATIENCE)  # the lost rank's own end comes first
+        raise
 
 
-def _cause(error: ChildFailedError, run_dir: Path) -> RunError:
+def _cause(error: ChildFailedError) -> RunError:
     """Return what the first rank to fail died of."""
     rank, failure = error.get_first_failure()
+    told: Any = failure.message
+    if isinstance(told, dict):
+        name, _, line = one_line(Exception(told["message"])).partition(": ")
+        for kind in RunError.__subclasses__():
+            if kind.__name__ == name:
+                return kind(line)
+        sys.stderr.write(told["extraInfo"]["py_callstack"])  # a bug: once, from who failed first
+        return RunError(f"rank {rank}: {name}: {line}")
     if failure.exitcode < 0:
         often = ", often out of memory" if failure.exitcode == -signal.SIGKILL else ""
         return PeerLostError(f"rank {rank} was ended by {failure.signal_name()}{often}")
-    with suppress(OSError, ValueError, KeyError):
-        end = json.loads((run_dir / "log" / "exit.json").read_text())
-        for kind in RunError.__subclasses__():
-            if kind.status == end["status"] == failure.exitcode:
-                return kind(end["line"])
-    told: Any = failure.message
-    if not isinstance(told, dict):
-        return LaunchError(f"rank {rank} ended with status {failure.exitcode}: {told}")
-    sys.stderr.write(told["extraInfo"]["py_callstack"])  # a bug: once, from who failed first
-    return RunError(f"rank {rank}: {one_line(Exception(told['message']))}")
+    return LaunchError(f"rank {rank} ended with status {failure.exitcode}: {told}")
 
 
 # -- both ----------------------------------------------------------------------------------------
 
 
-def _work(job: Job, settings: Any, ranks: Mesh, run_dir: Path) -> float:
+def _work(job: Job, prepared: Any, settings: Any, ranks: Mesh, run_dir: Path) -> float:
     if ranks.rank == 0:
+        if job.keeps_runs:
+            (run_dir / "log" / "exit.json").unlink(missing_ok=True)  # of an earlier end
         print(f"modelpar: {ranks.describe()}, {settings.precision}", flush=True)  # noqa: T201
-    return job.work(settings, ranks, run_dir)
+    return job.work(prepared, settings, ranks, run_dir)
 
 
 def _status(error: BaseException) -> tuple[int, str]:

@@ -19,25 +19,24 @@ if TYPE_CHECKING:
 
 
 def check(settings: TrainSettings, run_dir: Path | None) -> None:
-    """Raise for all that can be wrong before a process starts; create nothing but the cache."""
+    """Raise where the run directory cannot be used, or what to resume from is not there."""
     if run_dir is not None:
         config.check_run_dir(run_dir)
         runs.check_same(run_dir, asdict(settings), settings.resume)
     if settings.resume not in {"auto", "never"}:
         checkpoint.find(settings.resume)
-    engine.prepare(settings)
 
 
-def work(settings: TrainSettings, mesh: Mesh, run_dir: Path) -> float:
+def work(prepared: engine.Prepared, settings: TrainSettings, mesh: Mesh, run_dir: Path) -> float:
     """Train on this rank; return the last top-1 error in %."""
     if mesh.rank == 0:
         runs.begin(run_dir, asdict(settings))
-    return engine.train(settings, mesh, run_dir)
+    return engine.train(settings, prepared, mesh, run_dir)
 
 
 def main() -> NoReturn:
     """Enter through either door."""
-    launch.enter(launch.Job("train", check, work))
+    launch.enter(launch.Job("train", check, engine.prepare, work))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def sample_order(seed: int, epoch: int, num_samples: int, *, every_epoch: bool) -> Tensor:
+def sample_order(seed: int, epoch: int, num_samples: int, shuffle: str) -> Tensor:
     """Return the samples of ``epoch`` (from 0) in their order: a permutation of 0..N-1.
 
     Differs: the released code read its files in one fixed order, shuffled once when they were
-    made; here the seed does that.  ``every_epoch`` draws a new order for each epoch.
+    made; here the seed does that with ``shuffle="once"``.  ``every_epoch`` draws a new order for
+    each epoch, ``never`` keeps that of the set.
     """
-    source = generator(seed, "order", epoch if every_epoch else 0)
+    if shuffle == "never":
+        return torch.arange(num_samples)
+    source = generator(seed, "order", epoch if shuffle == "every_epoch" else 0)
     return torch.randperm(num_samples, generator=source)
 
 
@@ -41,14 +44,14 @@ class BatchOrder(Sampler[list[int]]):
         *,
         replica: int = 0,
         replicas: int = 1,
-        every_epoch: bool = False,
+        shuffle: str = "once",
     ) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
         self.replica = replica
         self.replicas = replicas
-        self.every_epoch = every_epoch
+        self.shuffle = shuffle
         self.epoch = 0
         self.start = 0
         if len(self) < 1:
@@ -69,6 +72,6 @@ class BatchOrder(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the sample numbers of each batch from ``start`` to the epoch's end."""
-        order = sample_order(self.seed, self.epoch, self.num_samples, every_epoch=self.every_epoch)
+        order = sample_order(self.seed, self.epoch, self.num_samples, self.shuffle)
         for batch in range(self.start, len(self)):
             yield order[self.positions(batch)].tolist()

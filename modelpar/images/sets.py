@@ -52,7 +52,7 @@ class Images(Protocol):
 class ImageSet:
     """A data set: training and test images at their stored size, and the names of the classes.
 
-    ``fingerprint`` changes when the images do.
+    ``fingerprint`` changes when the images do.  ``shuffled``: whether training may mix them.
     """
 
     name: str
@@ -61,6 +61,7 @@ class ImageSet:
     classes: Sequence[str]
     stored_size: int
     fingerprint: str
+    shuffled: bool = True
 
 
 class InMemory(Dataset[Sample]):
@@ -149,13 +150,13 @@ def _cells(photograph: Tensor) -> Tensor:
     return cells[cells.float().mean(1).flatten(1).std(1) >= FLAT].contiguous()
 
 
-def photos(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+def photos(settings: DataSettings, cache: Path) -> ImageSet:
     """Which photograph is this crop from: 14 photographs of the scikit-image wheel.
 
     Cells of a grid, a fifth of each photograph's held out: no test pixel is ever trained on.
     Classes are balanced by showing the cells of small photographs more often.
     """
-    del settings, cache, seed  # the split never changes
+    del settings, cache
     from skimage import data  # noqa: PLC0415 - half a second, and only this set needs it
 
     cells: list[Tensor] = []
@@ -266,9 +267,8 @@ def _of_torchvision(
     )
 
 
-def cifar10(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+def cifar10(settings: DataSettings, cache: Path) -> ImageSet:
     """CIFAR-10, 50,000 and 10,000 images of 32 pixels, enlarged."""
-    del seed
     root = _folder(settings, cache)
     train, test = (
         _opened(
@@ -281,9 +281,8 @@ def cifar10(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
     return _of_torchvision(settings, root, train, test)
 
 
-def imagenette(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+def imagenette(settings: DataSettings, cache: Path) -> ImageSet:
     """Imagenette: ten classes of ImageNet, shorter side 320 pixels as fast.ai publishes it."""
-    del seed
     root = _folder(settings, cache)
     present = (root / "imagenette2-320").is_dir()
     train, test = (
@@ -301,9 +300,8 @@ def imagenette(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
     return _of_torchvision(settings, root, train, test)
 
 
-def imagefolder(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+def imagefolder(settings: DataSettings, cache: Path) -> ImageSet:
     """A folder ``train`` and a folder ``val``, in each a folder of images for each class."""
-    del seed
     root = _folder(settings, cache)
     train, test = (
         _opened(settings.name, root / part, lambda part=part: datasets.ImageFolder(root / part))
@@ -312,11 +310,11 @@ def imagefolder(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
     return _of_torchvision(settings, root, train, test)
 
 
-def imagenet(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+def imagenet(settings: DataSettings, cache: Path) -> ImageSet:
     """ILSVRC-2012: torchvision's layout with the development kit, or plain train and val."""
     root = _folder(settings, cache)
     if not any((root / name).exists() for name in ("meta.bin", "ILSVRC2012_devkit_t12.tar.gz")):
-        return imagefolder(settings, cache, seed)
+        return imagefolder(settings, cache)
     train, test = (
         _opened("ImageNet", root, lambda part=part: datasets.ImageNet(root, part))
         for part in ("train", "val")
@@ -355,9 +353,8 @@ class _Idx:
         return Image.fromarray(self.data[index]), self.targets[index]
 
 
-def fashion_mnist(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+def fashion_mnist(settings: DataSettings, cache: Path) -> ImageSet:
     """Fashion-MNIST: torchvision's layout, or Debian's package as it lies in its folder."""
-    del seed
     if settings.root is None and not settings.download and DEBIAN_FASHION_MNIST.is_dir():
         root = DEBIAN_FASHION_MNIST
     else:
@@ -377,39 +374,35 @@ def fashion_mnist(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
 
 # -- synthetic -----------------------------------------------------------------------------------
 
-SYNTHETIC_STEPS: Final = 1000
-SYNTHETIC_IMAGES: Final = 128  # one batch, drawn once and reused
+SYNTHETIC_STEPS: Final = 1000  # an epoch
 
 
-def synthetic(settings: DataSettings, cache: Path, seed: int) -> ImageSet:
+def synthetic(settings: DataSettings, seed: int, batch: int) -> ImageSet:
     """Noise with random labels, for benchmarks only: one batch, shown again at every step."""
-    del cache
     source = generator(seed, "synthetic")
     size = _stored(settings)
     num_classes = settings.num_classes or 1000
-    images = torch.randint(
-        0, 256, (SYNTHETIC_IMAGES, 3, size, size), dtype=torch.uint8, generator=source
-    )
-    labels = torch.randint(0, num_classes, (SYNTHETIC_IMAGES,), generator=source).tolist()
-    rows = list(range(SYNTHETIC_IMAGES))
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=source)
+    labels = torch.randint(0, num_classes, (batch,), generator=source).tolist()
+    rows = list(range(batch))
     return ImageSet(
         "synthetic",
         InMemory(images, labels, rows * SYNTHETIC_STEPS),
         InMemory(images, labels, rows),
         [str(number) for number in range(num_classes)],
         size,
-        _digest(repr((seed, size, num_classes)).encode()),
+        _digest(repr((seed, batch, size, num_classes)).encode()),
+        shuffled=False,
     )
 
 
-SETS: Final[dict[str, Callable[[DataSettings, Path, int], ImageSet]]] = {
+SETS: Final[dict[str, Callable[[DataSettings, Path], ImageSet]]] = {
     "photos": photos,
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
     "imagenette": imagenette,
     "imagefolder": imagefolder,
     "imagenet": imagenet,
-    "synthetic": synthetic,
 }
 
 
@@ -422,8 +415,8 @@ def _digest(*parts: bytes) -> str:
 
 def check_root(settings: DataSettings, cache: Path) -> None:
     """Raise DataError where the set's folder is missing, before anything is made."""
-    if settings.name not in SETS:
-        refuse_choice("data", settings.name, SETS)
+    if settings.name not in {*SETS, "synthetic"}:
+        refuse_choice("data", settings.name, (*SETS, "synthetic"))
     if settings.name in {"photos", "synthetic"}:
         return
     if (
@@ -435,17 +428,20 @@ def check_root(settings: DataSettings, cache: Path) -> None:
     _folder(settings, cache)
 
 
-def open_set(settings: DataSettings, cache: Path, seed: int = 0) -> ImageSet:
+def open_set(settings: DataSettings, cache: Path, seed: int = 0, batch: int = 128) -> ImageSet:
     """Open the data set ``settings.name``; downloads, if asked to, into ``cache`` under a lock.
 
+    ``seed`` and ``batch`` (images a step, of all replicas) are what synthetic is made from.
     Raises DataError where images are missing, SettingsError where the classes do not fit.
     """
     check_root(settings, cache)
-    if settings.download:
+    if settings.download and settings.name in SETS:
         with _locked(cache / "download.lock"):
-            found = SETS[settings.name](settings, cache, seed)
+            found = SETS[settings.name](settings, cache)
+    elif settings.name == "synthetic":
+        found = synthetic(settings, seed, batch)
     else:
-        found = SETS[settings.name](settings, cache, seed)
+        found = SETS[settings.name](settings, cache)
     wanted = settings.num_classes
     if wanted is not None and wanted != len(found.classes):
         message = (

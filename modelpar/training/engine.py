@@ -173,7 +173,16 @@ def chosen_data(data: DataSettings, model: ModelSettings) -> DataSettings:
     return replace(data, **{key: value for key, value in asked.items() if value is not None})
 
 
-def prepare(settings: TrainSettings) -> tuple[ImageSet, Statistics, Plan]:
+@dataclass(frozen=True)
+class Prepared:
+    """What a training needs before its processes meet."""
+
+    images: ImageSet
+    statistics: Statistics
+    plan: Plan
+
+
+def prepare(settings: TrainSettings) -> Prepared:
     """Open the data, measure it, plan the net: all that can fail before any process group.
 
     Raises SettingsError and DataError; creates nothing but what the cache holds.
@@ -182,20 +191,19 @@ def prepare(settings: TrainSettings) -> tuple[ImageSet, Statistics, Plan]:
     recipe = Recipe(**asdict(settings.recipe))
     plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
     cache = config.cache_dir(settings.cache_dir)
-    images = open_set(data, cache, settings.seed)
+    images = open_set(data, cache, settings.seed, settings.batch_size * settings.replicas)
     BatchOrder(len(images.train), settings.batch_size, settings.seed, replicas=settings.replicas)
     plan = plan_for(recipe, settings.model, len(images.classes), data.image_size)
     workers = data.workers if settings.workers is None else settings.workers
-    return images, statistics(images, cache, workers), plan
+    return Prepared(images, statistics(images, cache, workers), plan)
 
 
-def train(settings: TrainSettings, mesh: Mesh, run_dir: Path) -> float:
+def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path) -> float:
     """Train in ``run_dir`` until epochs or steps are over; return the last top-1 error in %.
 
     Goes on from the run's newest checkpoint where there is one.  A collective of the whole mesh.
     """
-    images, stats, plan = prepare(settings)
-    training = _Training(settings, mesh, run_dir, images, stats, plan)
+    training = _Training(settings, prepared, mesh, run_dir)
     try:
         return training.run()
     finally:
@@ -208,13 +216,12 @@ class _Training:
     def __init__(
         self,
         settings: TrainSettings,
+        prepared: Prepared,
         mesh: Mesh,
         run_dir: Path,
-        images: ImageSet,
-        stats: Statistics,
-        plan: Plan,
     ) -> None:
         self.settings, self.mesh, self.run_dir = settings, mesh, run_dir
+        images, stats, plan = prepared.images, prepared.statistics, prepared.plan
         self.images, self.stats, self.plan = images, stats, plan
         data, device = settings.data, mesh.device
         workers = data.workers if settings.workers is None else settings.workers
@@ -238,7 +245,7 @@ class _Training:
             settings.seed,
             replica=mesh.replica,
             replicas=mesh.replicas,
-            every_epoch=recipe.shuffle == "every_epoch",
+            shuffle=recipe.shuffle if images.shuffled else "never",
         )
         self.loader = TrainLoader(
             images.train, self.order, self.lens, device, crops=recipe.crops, workers=workers
@@ -259,7 +266,6 @@ class _Training:
         self.step = 0
         self.last: float | None = None  # top-1 error in %
         self._resume()
-        self.saved = self.step
         self.monitor: Monitor | None = None
         if mesh.rank == 0:
             checkpoint.check_space(run_dir, self._bytes())
@@ -302,22 +308,29 @@ class _Training:
             self.step += 1
             meter.add(batch)
             ends = self.step == self.total
-            saves = bool(self.save_every) and self.step % self.save_every == 0
-            if self.step % self.settings.log_every == 0 or saves or ends:
-                self._log(meter, loss, epoch, rates)
-            if (start := start + 1) == len(self.order) or ends:
-                every = self.settings.data.evaluate_every
-                if ends or (epoch + 1) % every == 0:
-                    self._test()
-                    meter.pause()
-                    self.learner.schedule.plateau.observe(epoch, self.last or 0.0)
-            if saves or ends:
+            saves = ends or bool(self.save_every and self.step % self.save_every == 0)
+            logs = (self.step - 1) % self.settings.log_every == 0
+            due = (
+                self.step % len(self.order) == 0
+                and (epoch + 1) % self.settings.data.evaluate_every == 0
+            )
+            if logs or saves:
+                row = self._row(loss, epoch, rates)
+                if logs and self.monitor:
+                    self.monitor.train(row | meter.take(), rates)
+            if due or ends:
+                error = self._test()
+                if due:  # never at an end that a longer run would not have
+                    self.learner.schedule.plateau.observe(epoch, error)
+            if saves:
                 self._save()
+            if due or saves:
                 meter.pause()
             if ends:
                 return
 
-    def _log(self, meter: _Meter, loss: Tensor, epoch: int, rates: dict[str, float]) -> None:
+    def _row(self, loss: Tensor, epoch: int, rates: dict[str, float]) -> dict[str, float]:
+        """Return step, epoch, loss and rate; raises DivergedError for a loss that is no number."""
         mesh = self.mesh
         mean = sum_over(loss.double().reshape(1), mesh.peers).item() / mesh.replicas
         if not math.isfinite(mean):
@@ -326,17 +339,10 @@ class _Training:
                 "checkpoint"
             )
             raise DivergedError(message)
-        row = {
-            "step": self.step,
-            "epoch": epoch,
-            "loss": mean,
-            "lr": rates["fc8.weight"],
-            **meter.take(),
-        }
-        if self.monitor:
-            self.monitor.train(row, rates)
+        return {"step": self.step, "epoch": epoch, "loss": mean, "lr": rates["fc8.weight"]}
 
-    def _test(self) -> None:
+    def _test(self) -> float:
+        """Evaluate, record, and return the top-1 error in %."""
         errors = evaluate(
             self.learner.net,
             self.mesh,
@@ -347,6 +353,7 @@ class _Training:
         self.last = errors.top1
         if self.monitor:
             self.monitor.test(self.step, errors, self.plan.num_classes)
+        return errors.top1
 
     def _parts(self) -> dict[checkpoint.Kind, dict[str, Tensor]]:
         return {
@@ -384,7 +391,6 @@ class _Training:
             },
             self.settings.keep_last,
         )
-        self.saved = self.step
         if self.monitor:
             self.monitor.kernels(checkpoint.read_conv1(checkpoint.open_step(folder)), self.step)
 

@@ -64,7 +64,7 @@ class Monitor:
         _drop_after(self.metrics, step)
         self.file = self.metrics.open("a", buffering=1)
         self.board = (
-            SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
+            SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
             if tensorboard
             else None
         )
@@ -96,10 +96,10 @@ class Monitor:
         """Record an evaluation: errors in %, loss in nats; say it beside chance."""
         row = {"step": step, "loss": errors.loss, "top1": errors.top1, "top5": errors.top5}
         self._write({"kind": "test", **row})
+        chance = 100 - 100 / num_classes
         self.say(
-            f"step {step}: test top-1 error {errors.top1:.2f} % (chance "
-            f"{100 - 100 / num_classes:.2f} %), top-5 {errors.top5:.2f} %, loss {errors.loss:.4f}, "
-            f"{errors.samples} images"
+            f"step {step}: test top-1 error {errors.top1:.2f} % (chance {chance:.2f} %), "
+            f"top-5 {errors.top5:.2f} %, loss {errors.loss:.4f}, {errors.samples} images"
         )
         if self.board:
             for key in ("loss", "top1", "top5"):

@@ -79,7 +79,16 @@ def _data_of(values: dict[str, Any]) -> DataSettings:
         raise SettingsError(one_line(error)) from None
 
 
-def prepare(settings: EvaluateSettings) -> tuple[Trained, ImageSet, Statistics]:
+@dataclass(frozen=True)
+class Prepared:
+    """What an evaluation needs before its processes meet."""
+
+    trained: Trained
+    images: ImageSet
+    statistics: Statistics
+
+
+def prepare(settings: EvaluateSettings) -> Prepared:
     """Find weights, images and mean image; raises for all that can fail before a process group."""
     trained = find(settings.checkpoint)
     data = settings.data or trained.data
@@ -97,25 +106,25 @@ def prepare(settings: EvaluateSettings) -> tuple[Trained, ImageSet, Statistics]:
             raise SettingsError(message)
     else:
         stats = statistics(images, cache, data.workers)
-    return trained, images, stats
+    return Prepared(trained, images, stats)
 
 
-def score(settings: EvaluateSettings, mesh: Mesh) -> Errors:
+def score(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
     """Return the exact errors over every test image once; a collective of the whole mesh."""
-    trained, images, stats = prepare(settings)
+    trained = prepared.trained
     net = build(trained.plan, mesh, settings.precision, settings.crossing, seed=0)
     weights = trained.weights(mesh.column if mesh.pair is not None else None)
     check_state(net, weights, settings.checkpoint)
     net.load_state_dict(weights)
     batches = TestLoader(
-        images.test,
+        prepared.images.test,
         settings.batch_size,
         mesh.device,
         replica=mesh.replica,
         replicas=mesh.replicas,
         workers=settings.workers or 0,
     )
-    lens = Lens(stats, trained.plan.image_size, scaled=False, device=mesh.device)
+    lens = Lens(prepared.statistics, trained.plan.image_size, scaled=False, device=mesh.device)
     return evaluate(net, mesh, batches, lens, views=settings.views, precision=settings.precision)
 
 

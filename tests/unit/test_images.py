@@ -47,16 +47,16 @@ def loader(workers: int = 0, **how: int | bool) -> TrainLoader:
 
 
 def test_once_means_the_same_order_in_each_epoch() -> None:
-    orders = [sample_order(3, epoch, 100, every_epoch=False) for epoch in range(3)]
+    orders = [sample_order(3, epoch, 100, "once") for epoch in range(3)]
     assert torch.equal(orders[0], orders[2])
     assert sorted(orders[0].tolist()) == list(range(100))
-    assert not torch.equal(orders[0], sample_order(4, 0, 100, every_epoch=False))
+    assert not torch.equal(orders[0], sample_order(4, 0, 100, "once"))
 
 
 def test_every_epoch_draws_anew() -> None:
-    one, other = (sample_order(3, epoch, 100, every_epoch=True) for epoch in (0, 1))
+    one, other = (sample_order(3, epoch, 100, "every_epoch") for epoch in (0, 1))
     assert not torch.equal(one, other)
-    assert torch.equal(other, sample_order(3, 1, 100, every_epoch=True))
+    assert torch.equal(other, sample_order(3, 1, 100, "every_epoch"))
 
 
 def test_a_ragged_last_batch_is_dropped() -> None:

@@ -14,6 +14,7 @@ from torchvision import datasets
 from modelpar.config import DataSettings
 from modelpar.errors import DataError, SettingsError
 from modelpar.images import sets
+from modelpar.images.order import BatchOrder
 from modelpar.images.sets import open_set, statistics
 
 if TYPE_CHECKING:
@@ -250,7 +251,13 @@ def test_synthetic_is_one_batch_again_and_again(tmp_path: Path) -> None:
     found = open_set(settings("synthetic", num_classes=7), tmp_path, seed=3)
     assert len(found.train) == 1000 * 128
     assert len(found.classes) == 7
-    assert torch.equal(found.train[5][0], found.train[5 + 128][0])
+    first = list(BatchOrder(len(found.train), 128, 3, shuffle="never"))[:3]
+    assert not found.shuffled
+    for batch in first[1:]:
+        assert all(
+            torch.equal(found.train[one][0], found.train[other][0])
+            for one, other in zip(first[0], batch, strict=True)
+        )
     other = open_set(settings("synthetic", num_classes=7), tmp_path, seed=4)
     assert not torch.equal(found.train[0][0], other.train[0][0])
 
