@@ -37,7 +37,7 @@ class DataSettings:
     num_classes: int | None = None  # None: as many as the data has
     epochs: int = MISSING
     evaluate_every: int = 1  # epochs
-    checkpoint_every: int = MISSING  # steps; 0: only at the end
+    checkpoint_every: int = 0  # steps; 0: only at the end
     workers: int = 2
 
 
@@ -132,7 +132,7 @@ class EvaluateSettings:
 
     checkpoint: str = MISSING  # RUN_DIR | STEP_DIR | FILE.safetensors
     views: int = 1
-    data: DataSettings | None = None  # None: the data the run was trained on
+    data: DataSettings = field(default_factory=lambda: DataSettings("", image_size=0, epochs=1))
     crossing: CrossingSettings = field(default_factory=CrossingSettings)
     comm: CommSettings = field(default_factory=CommSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
@@ -217,6 +217,10 @@ def compose_settings(main: str, overrides: Sequence[str]) -> DictConfig:
 
     Raises SettingsError, in one line and with the nearest key, for what Hydra refuses.
     """
+    for word in overrides:  # an optional group would take a name that is not there for none
+        group, _, name = word.partition("=")
+        if (conf_dir() / group).is_dir() and group.isidentifier():
+            load_group(group, name)
     try:
         with _hydra_started():
             settings = compose(main, overrides=list(overrides), return_hydra_config=True)
@@ -299,6 +303,8 @@ def validate_train(settings: TrainSettings) -> None:
     )
     _at_least(0, seed=settings.seed, restarts=settings.restarts)
     _at_least(0, checkpoint_every=settings.checkpoint_every)
+    _at_least(1, **{"data.epochs": settings.data.epochs})
+    _at_least(0, **{"data.checkpoint_every": settings.data.checkpoint_every})
     _at_least(2, keep_last=settings.keep_last)
 
 
@@ -322,7 +328,7 @@ def _validate_common(settings: TrainSettings | EvaluateSettings) -> None:
     _at_least(
         1, columns=settings.columns, replicas=settings.replicas, batch_size=settings.batch_size
     )
-    _at_least(0, workers=settings.workers)
+    _at_least(0, workers=settings.workers, **{"data.workers": settings.data.workers})
     if settings.columns not in {1, 2}:
         refuse_choice("columns", settings.columns, (1, 2))
     if settings.precision not in PRECISIONS:

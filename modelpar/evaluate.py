@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from modelpar.mesh import Mesh
 
 
-def check(settings: EvaluateSettings, run_dir: Path | None) -> None:
-    """Accept any: an evaluation writes nothing, and the rest is checked in preparing it."""
-    del settings, run_dir
+def prepare(settings: EvaluateSettings, run_dir: Path | None) -> scoring.Prepared:
+    """Open all that the evaluation needs; it writes nothing."""
+    del run_dir
+    return scoring.prepare(settings)
 
 
 def work(
@@ -35,7 +36,7 @@ def work(
 
 def main() -> NoReturn:
     """Enter through either door."""
-    launch.enter(launch.Job("evaluate", check, scoring.prepare, work, keeps_runs=False))
+    launch.enter(launch.Job("evaluate", prepare, work, keeps_runs=False))
 
 
 if __name__ == "__main__":

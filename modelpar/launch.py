@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from modelpar.mesh import Mesh
 
 SWEEPS: Final = ("--multirun", "-m")
+INFORMS: Final = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i")
 THREADS_GIVEN: Final = "OMP_NUM_THREADS" in os.environ
+END: Final = Path("log/exit.json")  # in a run directory: how it ended, if not well
 PATIENCE: Final = 5.0  # s that a rank waits for local rank 0 to speak first
 HANDLED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -48,16 +50,15 @@ HANDLED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 class Job:
     """One main: its name in ``conf/``, what it needs before a group starts, what every rank runs.
 
-    ``check`` raises where settings and run directory do not fit.  ``prepare`` raises for all else
-    that can be known before a process starts, creates nothing but what the cache holds, and
-    returns what ``work`` needs; ``work`` gets that, the settings, the mesh and the run directory,
-    and returns the objective.  All must be functions of a module, for ``spawn`` to find them.
-    ``keeps_runs``: whether it has a run directory at all.
+    ``prepare`` gets settings and run directory (None: a new one, or one that was checked), raises
+    for all that can be known before a process starts, creates nothing but what the cache holds,
+    and returns what ``work`` needs.  ``work`` gets that, the settings, the mesh and the run
+    directory, and returns the objective.  Both must be functions of a module, for ``spawn`` to
+    find them.  ``keeps_runs``: whether it has a run directory at all.
     """
 
     name: str
-    check: Callable[[Any, Path | None], None]
-    prepare: Callable[[Any], Any]
+    prepare: Callable[[Any, Path | None], Any]
     work: Callable[[Any, Any, Mesh, Path], float]
     keeps_runs: bool = True
 
@@ -100,31 +101,37 @@ def _torchrun_door(job: Job) -> int:
     overrides = sys.argv[1:]
     kept: Path | None = None
     try:
-        _refuse_sweep(job, overrides)
-        if _has_flags(overrides):
+        if any(word.startswith(INFORMS) for word in overrides):
             if mesh.local_rank() == 0:
                 _hydra_main(job.name, lambda _: None)
             return 0
+        _refuse_flags(job, overrides)
         settings, named = _read(job, overrides)
         mesh.check_world(settings.columns, settings.replicas, mesh.world_size())
         settings.replicas = mesh.world_size() // settings.columns
-        job.check(settings, named)
-        prepared = job.prepare(settings)
+        # Started again by torchrun, a rank finds its own run, whatever ``resume`` says.
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        prepared = job.prepare(settings, None if again else named)
         with mesh.opened(settings.columns, settings.device, settings.comm.timeout) as ranks:
-            text = mesh.tell_all(str(named or _new_run_dir(job, overrides)), ranks)
-            kept = Path(text) if job.keeps_runs else None
-            _work(job, prepared, settings, ranks, Path(text))
+            place = str(named or _new_run_dir(job, overrides))
+            run_dir = Path(mesh.gather_text(place, ranks)[0])
+            kept = run_dir if job.keeps_runs else None
+            _work(job, prepared, settings, ranks, run_dir)
     except BaseException as error:  # noqa: BLE001 - every end has its status
         return _end(error, kept)
     return 0
 
 
-def _refuse_sweep(job: Job, overrides: list[str]) -> None:
-    """Raise SettingsError for -m: each rank would sweep by itself."""
+def _refuse_flags(job: Job, overrides: list[str]) -> None:
+    """Raise SettingsError for -m, each rank would sweep by itself, and for Hydra's other flags."""
     if any(flag in overrides for flag in SWEEPS):
         words = " ".join(f"'{word}'" if "," in word else word for word in overrides)
         message = f"-m does not go under torchrun; run python -m modelpar.{job.name} {words}"
         raise SettingsError(message)
+    for word in overrides:
+        if word.startswith("-"):
+            message = f"{word} does not go under torchrun; run python -m modelpar.{job.name}"
+            raise SettingsError(message)
 
 
 def _read(job: Job, overrides: list[str]) -> tuple[Any, Path | None]:
@@ -146,14 +153,17 @@ def _new_run_dir(job: Job, overrides: list[str]) -> Path:
 def _end(error: BaseException, run_dir: Path | None) -> int:
     """Say in one line why a rank under torchrun ends, and return its exit status.
 
-    torchrun ends the others as soon as one is gone, so local rank 0 speaks and they wait.
+    torchrun ends the others as soon as one is gone, so local rank 0 speaks and they wait.  Who
+    failed first leaves its end in the run directory; who merely lost it adds nothing.
     """
+    status, line = _status(error)
+    if isinstance(error, PeerLostError) and (first := _recorded(run_dir)) is not None:
+        return first
+    _record(run_dir, status, line, int(os.environ["RANK"]))
+    if status == 1:
+        traceback.print_exception(error)
     if mesh.local_rank() > 0:
         time.sleep(PATIENCE)
-    status, line = _status(error)
-    _record(run_dir, status, line)
-    if status == 1 and not isinstance(error, KeyboardInterrupt):
-        traceback.print_exception(error)
     _say(line)
     return status
 
@@ -180,8 +190,7 @@ def _own_door(job: Job) -> int:
         if not _has_flags(words):
             settings, run_dir = _read(job, words)
             settings, _ = _placed(settings)
-            job.check(settings, run_dir)
-            job.prepare(settings)
+            job.prepare(settings, run_dir)
         _hydra_main(job.name, run)
     except RunError as error:
         ends.append(error)
@@ -227,8 +236,7 @@ def _launched(job: Job, cfg: DictConfig, *, checked: bool) -> float:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     settings, ranks = _placed(settings)
     if not checked:
-        job.check(settings, run_dir)
-        job.prepare(settings)
+        job.prepare(settings, run_dir)
     if not THREADS_GIVEN:  # of this job alone: the next of a sweep may have other ranks
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     # A restarted pair that shares the agent's store reads stale addresses and hangs.
@@ -252,7 +260,8 @@ def _launched(job: Job, cfg: DictConfig, *, checked: bool) -> float:
             raise KeyboardInterrupt(message) from None
         except ChildFailedError as error:
             cause = _cause(error)
-            _record(run_dir if job.keeps_runs else None, cause.status, str(cause))
+            rank, _ = error.get_first_failure()
+            _record(run_dir if job.keeps_runs else None, cause.status, str(cause), rank)
             raise cause from None
     return next(iter(results.values()))
 
@@ -272,7 +281,7 @@ def _signals_restored() -> Generator[None]:
 def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
     """Run in each process that the agent starts."""
     settings = config.to_object(job.name, OmegaConf.create(plain))
-    prepared = job.prepare(settings)
+    prepared = job.prepare(settings, None)
     try:
         with mesh.opened(settings.columns, settings.device, settings.comm.timeout) as ranks:
             return _work(job, prepared, settings, ranks, Path(run_dir))
@@ -304,7 +313,7 @@ def _cause(error: ChildFailedError) -> RunError:
 def _work(job: Job, prepared: Any, settings: Any, ranks: Mesh, run_dir: Path) -> float:
     if ranks.rank == 0:
         if job.keeps_runs:
-            (run_dir / "log" / "exit.json").unlink(missing_ok=True)  # of an earlier end
+            (run_dir / END).unlink(missing_ok=True)  # of an earlier end
         print(f"modelpar: {ranks.describe()}, {settings.precision}", flush=True)  # noqa: T201
     return job.work(prepared, settings, ranks, run_dir)
 
@@ -317,15 +326,24 @@ def _status(error: BaseException) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {one_line(error)}"
 
 
-def _record(run_dir: Path | None, status: int, line: str) -> None:
+def _record(run_dir: Path | None, status: int, line: str, rank: int) -> None:
     """Leave status and line in the run directory, where it exists."""
     if run_dir is None or not run_dir.is_dir():
         return
     with suppress(OSError):
         (run_dir / "log").mkdir(exist_ok=True)
         when = datetime.now().astimezone().isoformat(timespec="seconds")
-        end = {"status": status, "line": line, "time": when, "rank": os.environ.get("RANK", "0")}
-        (run_dir / "log" / "exit.json").write_text(json.dumps(end) + "\n")
+        end = {"status": status, "line": line, "rank": rank, "time": when}
+        (run_dir / END).write_text(json.dumps(end) + "\n")
+
+
+def _recorded(run_dir: Path | None) -> int | None:
+    """Return the exit status that another rank of this run has left, None where none has."""
+    if run_dir is None:
+        return None
+    with suppress(OSError, ValueError, KeyError):
+        return int(json.loads((run_dir / END).read_text())["status"])
+    return None
 
 
 def _say(line: str) -> None:

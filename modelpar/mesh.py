@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from modelpar.errors import LaunchError, PeerLostError, SettingsError, one_line
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 AXES: Final = ("replica", "column")
+TEXT_BYTES: Final = 4096
 CARRIED: Final = (
     torch.float32,
     torch.float64,
@@ -70,13 +72,15 @@ class Mesh:
 
     def describe(self) -> str:
         """Say in one line what the run stands on."""
-        kind = "GPU" if self.device.type == "cuda" else "CPU process"
-        backend = {"cuda": "NCCL", "cpu": "gloo"}[self.device.type]
+        one, many, backend = {
+            "cuda": ("GPU", "GPUs", "NCCL"),
+            "cpu": ("CPU process", "CPU processes", "gloo"),
+        }[self.device.type]
         net = "two columns" if self.columns > 1 else "the whole net"
         shared = f" x {self.replicas} replicas" if self.replicas > 1 else ""
         if self.world_size == 1:
-            return f"{net} on one {kind}"
-        return f"{net}{shared} on {self.world_size} {kind}{_s(self.world_size)} ({backend})"
+            return f"{net} on one {one}"
+        return f"{net}{shared} on {self.world_size} {many} ({backend})"
 
     def replicate(self, net: nn.Module) -> nn.Module:
         """Wrap ``net`` so that its gradients are averaged over the replicas, and only there."""
@@ -90,13 +94,9 @@ class Mesh:
         return DistributedDataParallel(
             net,
             process_group=self.peers,
-            broadcast_buffers=False,  # they are constant
+            forward_sync_buffers=False,  # they are constant
             bucket_cap_mb=megabytes + 1 if self.device.type == "cuda" else None,
         )
-
-
-def _s(count: int) -> str:
-    return "es" if count > 1 else ""
 
 
 def world_size() -> int:
@@ -138,13 +138,13 @@ def check_world(columns: int, replicas: int, size: int) -> int:
     """Return how many replicas ``size`` processes make; raises SettingsError where none fit."""
     if size % columns:
         message = (
-            f"columns={columns}: {size} process{_s(size)} started, which is no multiple of it; "
+            f"columns={columns}: a world of {size} is no multiple of it; "
             f"give --nproc-per-node {columns * replicas}, or columns=1"
         )
         raise SettingsError(message)
     if replicas > 1 and replicas * columns != size:
         message = (
-            f"replicas={replicas}: needs {replicas * columns} processes, {size} started; "
+            f"replicas={replicas}: needs a world of {replicas * columns}, this one is {size}; "
             f"give --nproc-per-node {replicas * columns}"
         )
         raise SettingsError(message)
@@ -169,38 +169,49 @@ def opened(columns: int, device: str = "auto", timeout: float = 120.0) -> Genera
         return
     if _env_int("LOCAL_WORLD_SIZE", 0) == size:  # one host: no port is open to others
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    wait = timedelta(seconds=timeout)
     try:
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout),
+            timeout=wait,
             device_id=place if kind == "cuda" else None,
         )
-        mesh = init_device_mesh(kind, (replicas, columns), mesh_dim_names=AXES)
+        # The groups of init_device_mesh would wait for torch's default of half an hour.
+        grid = torch.arange(size).view(replicas, columns)
+        pair, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=wait)
+        peers, _ = dist.new_subgroups_by_enumeration(grid.t().tolist(), timeout=wait)
+        groups = cast("list[dist.ProcessGroup]", [peers, pair])
+        axes = DeviceMesh.from_group(groups, kind, grid, mesh_dim_names=AXES)
     except (RuntimeError, ValueError) as error:
         master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         message = f"no process group at {master}: {one_line(error)[:300]}"
         raise LaunchError(message) from None
     try:
-        replica, column = mesh.get_coordinate() or (0, 0)
+        replica, column = axes.get_coordinate() or (0, 0)
         yield Mesh(
             place,
             replicas=replicas,
             columns=columns,
             replica=replica,
             column=column,
-            pair=mesh.get_group("column") if columns > 1 else None,
-            peers=mesh.get_group("replica") if replicas > 1 else None,
+            pair=axes.get_group("column") if columns > 1 else None,
+            peers=axes.get_group("replica") if replicas > 1 else None,
         )
     finally:
         dist.destroy_process_group()
 
 
+LOST: Final = re.compile(r"onnection|imed out|gloo|NCCL|[Ss]ocket")
+
+
 @contextmanager
-def _peer_named(operation: str) -> Generator[None]:
-    """Turn a backend's many-line error into one line that says who is gone."""
+def peer_named(operation: str) -> Generator[None]:
+    """Turn a backend's many-line error into one line that says who is gone: PeerLostError."""
     try:
         yield
     except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
         message = f"{operation}: the other process is gone or silent ({one_line(error)[-160:]})"
         raise PeerLostError(message) from None
 
@@ -223,7 +234,7 @@ def swap(tensor: Tensor, pair: dist.ProcessGroup) -> tuple[Tensor, Callable[[], 
     _check(tensor, "swap")
     received = torch.empty_like(tensor)
     peer = dist.get_global_rank(pair, 1 - dist.get_rank(pair))
-    with _peer_named("swap"):
+    with peer_named("swap"):
         works = dist.batch_isend_irecv(
             [
                 dist.P2POp(dist.isend, tensor, peer, group=pair),
@@ -232,7 +243,7 @@ def swap(tensor: Tensor, pair: dist.ProcessGroup) -> tuple[Tensor, Callable[[], 
         )
 
     def wait() -> None:
-        with _peer_named("swap"):
+        with peer_named("swap"):
             for work in works:
                 work.wait()
 
@@ -243,29 +254,33 @@ def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum ``tensor`` in place over ``group`` (None: this process alone) and return it."""
     if group is not None:
         _check(tensor, "sum")
-        with _peer_named("sum"):
+        with peer_named("sum"):
             dist.all_reduce(tensor, group=group)
     return tensor
 
 
-def all_agree(ok: bool, mesh: Mesh) -> bool:  # noqa: FBT001 - the one fact that is told
-    """Return whether every process of the mesh says ``ok``; a collective of the whole world."""
+def gather_text(text: str, mesh: Mesh) -> list[str]:
+    """Return every process's ``text``, in rank order, cut at 4 KiB.
+
+    A collective of the whole world.
+    """
     if mesh.world_size == 1:
-        return ok
-    refusals = torch.tensor([int(not ok)], dtype=torch.int64, device=mesh.device)
-    return int(sum_over(refusals, dist.group.WORLD)) == 0
+        return [text]
+    own = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
+    encoded = text.encode()[:TEXT_BYTES]
+    if encoded:
+        own[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    own = own.to(mesh.device)
+    _check(own, "gather")
+    texts = [torch.empty_like(own) for _ in range(mesh.world_size)]
+    with peer_named("gather"):
+        dist.all_gather(texts, own)
+    return [bytes(one.cpu().tolist()).rstrip(b"\0").decode(errors="replace") for one in texts]
 
 
-def tell_all(text: str, mesh: Mesh, max_bytes: int = 4096) -> str:
-    """Return rank 0's ``text`` on every process; a collective of the whole world."""
-    if mesh.world_size == 1:
-        return text
-    letters = torch.zeros(max_bytes, dtype=torch.uint8)
-    if mesh.rank == 0:
-        encoded = text.encode()[:max_bytes]
-        letters[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    letters = letters.to(mesh.device)
-    _check(letters, "broadcast")
-    with _peer_named("broadcast"):
-        dist.broadcast(letters, src=0)
-    return bytes(letters.cpu().tolist()).rstrip(b"\0").decode()
+def first_complaint(complaint: str, mesh: Mesh) -> str:
+    """Return the first process's complaint that is not empty, the same on all; else nothing.
+
+    A collective of the whole world.
+    """
+    return next(filter(None, gather_text(complaint, mesh)), "")

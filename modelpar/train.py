@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
 from modelpar import config, launch
-from modelpar.training import checkpoint, engine, runs
+from modelpar.training import engine, runs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,25 +18,24 @@ if TYPE_CHECKING:
     from modelpar.mesh import Mesh
 
 
-def check(settings: TrainSettings, run_dir: Path | None) -> None:
-    """Raise where the run directory cannot be used, or what to resume from is not there."""
+def prepare(settings: TrainSettings, run_dir: Path | None) -> engine.Prepared:
+    """Open all that the training needs; raise where ``run_dir`` or what it resumes do not fit."""
     if run_dir is not None:
         config.check_run_dir(run_dir)
         runs.check_same(run_dir, asdict(settings), settings.resume)
-    if settings.resume not in {"auto", "never"}:
-        checkpoint.find(settings.resume)
+    prepared = engine.prepare(settings)
+    engine.find_start(settings, prepared, run_dir)
+    return prepared
 
 
 def work(prepared: engine.Prepared, settings: TrainSettings, mesh: Mesh, run_dir: Path) -> float:
     """Train on this rank; return the last top-1 error in %."""
-    if mesh.rank == 0:
-        runs.begin(run_dir, asdict(settings))
     return engine.train(settings, prepared, mesh, run_dir)
 
 
 def main() -> NoReturn:
     """Enter through either door."""
-    launch.enter(launch.Job("train", check, engine.prepare, work))
+    launch.enter(launch.Job("train", prepare, work))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import safetensors.torch
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
@@ -52,7 +54,8 @@ class Images(Protocol):
 class ImageSet:
     """A data set: training and test images at their stored size, and the names of the classes.
 
-    ``fingerprint`` changes when the images do.  ``shuffled``: whether training may mix them.
+    ``fingerprint`` changes with the images: their pixels where they are in memory, else their
+    names and sizes.  ``shuffled``: whether training may mix them.
     """
 
     name: str
@@ -112,7 +115,7 @@ class Resized(Dataset[Sample]):
                 with Image.open(image) as opened:
                     return self.transform(opened.convert("RGB")), label
             return self.transform(image.convert("RGB")), label
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             message = f"{name}: not a readable image ({one_line(error)}); mend or remove it"
             raise DataError(message) from None
 
@@ -225,7 +228,7 @@ def _opened(name: str, root: Path, build: Callable[[], Any]) -> Any:
     """Build a torchvision data set; its many complaints become one DataError."""
     try:
         return build()
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
         message = (
             f"data.root={root}: no {name} there ({one_line(error)[:200]}); give the folder that "
             "holds it, or data.download=true"
@@ -254,7 +257,7 @@ def _of_torchvision(
             _digest(content.encode(), str(size).encode()),
         )
     names = "\n".join(
-        f"{Path(path).relative_to(root)} {label}"
+        f"{Path(path).relative_to(root)} {label} {Path(path).stat().st_size}"
         for path, label in [*train.samples, *test.samples]
     )
     return ImageSet(
@@ -329,7 +332,7 @@ def _read_idx(path: Path) -> np.ndarray:
         content = gzip.decompress(path.read_bytes())
         sizes = np.frombuffer(content, ">i4", count=content[3], offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sizes)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         message = f"{path}: not a readable IDX file ({one_line(error)}); install it again"
         raise DataError(message) from None
 
@@ -458,12 +461,15 @@ def open_set(settings: DataSettings, cache: Path, seed: int = 0, batch: int = 12
     return found
 
 
-def _locked(path: Path, timeout: float = 3600.0) -> FileLock:
-    """Return a held file lock, its folder made; raises DataError where it cannot be had."""
+def _locked(path: Path) -> AcquireReturnProxy[FileLock]:
+    """Return a held file lock, its folder made; raises DataError where it cannot be had.
+
+    It waits without end: whoever holds it may be reading a million images.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path, timeout=timeout).acquire().lock
-    except (OSError, Timeout) as error:
+        return FileLock(path).acquire()
+    except OSError as error:
         message = f"cache_dir={path.parent}: {one_line(error)}; give another cache_dir"
         raise DataError(message) from None
 
@@ -499,8 +505,10 @@ def _measure(images: ImageSet, workers: int) -> Statistics:
     total = torch.zeros(3, side, side, dtype=torch.float64)
     products = torch.zeros(3, 3, dtype=torch.float64)
     count = 0
+    # Synthetic images are one batch, shown again and again: once is enough.
+    shown = images.train if images.shuffled else images.test
     loader = DataLoader(
-        images.train,  # pyright: ignore[reportArgumentType] - sized and indexed is enough
+        shown,  # pyright: ignore[reportArgumentType] - sized and indexed is enough
         STATISTICS_BATCH,
         num_workers=workers,
         generator=torch.Generator(),

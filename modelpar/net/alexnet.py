@@ -27,37 +27,27 @@ if TYPE_CHECKING:
     from modelpar.net.crossing import Link
 
 
-class _Blocks(nn.Module):
+class Blocks(nn.Module):
     """What stands between the weights: padding, norms, activations, pools and dropout.
 
-    ``columns`` is how many columns' maps pass through.  It holds no weights.
+    ``units`` is the slice of fc6's and fc7's 4096 units that pass through.  It holds no weights.
     """
 
-    def __init__(self, plan: Plan, columns: int, column: int) -> None:
+    def __init__(self, plan: Plan, units: slice) -> None:
         super().__init__()
         self.plan = plan
         self.activate = ACTIVATIONS[plan.activation]
         self.pool = pool(plan.pool)
         response = plan.norm == "response"
         within = response and plan.recipe.norms == "across_and_within"
-        maps = {name: LAYERS[name].outputs for name in ("conv1", "conv2")}
+        maps = {name: LAYERS[name].outputs for name in ("conv1", "conv2")}  # of one column
         alpha = plan.recipe.alpha
         self.norm1 = AcrossMaps(maps["conv1"], alpha) if response else nn.Identity()
         self.norm2 = AcrossMaps(maps["conv2"], alpha) if response else nn.Identity()
         self.within = WithinMap() if within else nn.Identity()
-        self.drops = nn.ModuleDict(
-            {
-                name: Dropout(
-                    name,
-                    COLUMNS * LAYERS[name].outputs,
-                    slice(
-                        column * LAYERS[name].outputs, (column + columns) * LAYERS[name].outputs
-                    ),
-                    plan.dropout,
-                )
-                for name in ("fc6", "fc7")
-            }
-        )
+        width = {name: COLUMNS * LAYERS[name].outputs for name in ("fc6", "fc7")}
+        self.drop6 = Dropout("fc6", width["fc6"], units, plan.dropout)
+        self.drop7 = Dropout("fc7", width["fc7"], units, plan.dropout)
 
     def pad(self, images: Tensor) -> Tensor:
         """Add the zeros that 224 -> 55 needs: (N, 3, 224, 224) -> (N, 3, 227, 227)."""
@@ -80,9 +70,17 @@ class _Blocks(nn.Module):
         """Activate, pool, lay out as units: (N, C, 13, 13) -> (N, C * 36)."""
         return self.pool(self.activate(maps)).flatten(1)
 
-    def hidden(self, layer: str, units: Tensor) -> Tensor:
-        """Activate and drop the units (N, C) of fc6 or fc7."""
-        return self.drops[layer](self.activate(units))
+    def after_fc6(self, units: Tensor) -> Tensor:
+        """Activate and drop the units (N, C)."""
+        return self.drop6(self.activate(units))
+
+    def after_fc7(self, units: Tensor) -> Tensor:
+        """Activate and drop the units (N, C)."""
+        return self.drop7(self.activate(units))
+
+    def fix_dropout(self, draw: Draw | None) -> None:
+        """Make the next forward's masks a function of ``draw``; None: torch's generator."""
+        self.drop6.draw = self.drop7.draw = draw
 
 
 def _conv(plan: Plan, name: str, columns: int) -> nn.Conv2d:
@@ -145,16 +143,15 @@ def own_part(key: str, value: Tensor, column: int) -> Tensor | None:
     return value.chunk(COLUMNS, dim=1 if key == "fc8.weight" else 0)[column]
 
 
+def part_of(state: Mapping[str, Tensor], column: int) -> dict[str, Tensor]:
+    """Return one column's state dict, views of the whole net's ``state``."""
+    parts = {key: own_part(key, value, column) for key, value in state.items()}
+    return {key: part for key, part in parts.items() if part is not None}
+
+
 def split(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Return both columns' state dicts, views of the whole net's ``state``."""
-    return [
-        {
-            key: part
-            for key, value in state.items()
-            if (part := own_part(key, value, column)) is not None
-        }
-        for column in range(COLUMNS)
-    ]
+    return [part_of(state, column) for column in range(COLUMNS)]
 
 
 def merge(columns: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -203,7 +200,7 @@ class AlexNet(nn.Module):
         self.fc6 = _linear(plan, "fc6", COLUMNS)
         self.fc7 = _linear(plan, "fc7", COLUMNS)
         self.fc8 = _linear(plan, "fc8", COLUMNS)
-        self.blocks = _Blocks(plan, COLUMNS, column=0)
+        self.blocks = Blocks(plan, slice(0, COLUMNS * LAYERS["fc6"].outputs))
         _fill(self, plan, seed, column=None)
 
     @classmethod
@@ -231,8 +228,8 @@ class AlexNet(nn.Module):
         x = blocks.activate(self.conv3(x))  # (N, 384, 13, 13), reads both columns
         x = blocks.activate(self.conv4(x))  # (N, 384, 13, 13)
         x = blocks.after_conv5(self.conv5(x))  # (N, 9216)
-        x = blocks.hidden("fc6", self._units("fc6", x))  # (N, 4096), reads both
-        x = blocks.hidden("fc7", self._units("fc7", x))  # (N, 4096), reads both
+        x = blocks.after_fc6(self._units("fc6", x))  # (N, 4096), reads both
+        x = blocks.after_fc7(self._units("fc7", x))  # (N, 4096), reads both
         return self.fc8(x)
 
     def _units(self, name: str, units: Tensor) -> Tensor:
@@ -250,7 +247,7 @@ class AlexNet(nn.Module):
 
     def fix_dropout(self, draw: Draw | None) -> None:
         """Make the next forward's masks a function of ``draw``; None: torch's generator."""
-        _fix_dropout(self.blocks, draw)
+        self.blocks.fix_dropout(draw)
 
 
 class Column(nn.Module):
@@ -272,7 +269,8 @@ class Column(nn.Module):
         self.fc6 = _linear(plan, "fc6", 1)
         self.fc7 = _linear(plan, "fc7", 1)
         self.fc8 = _linear(plan, "fc8", 1, bias=link.column == 0)
-        self.blocks = _Blocks(plan, 1, link.column)
+        first = link.column * LAYERS["fc6"].outputs
+        self.blocks = Blocks(plan, slice(first, first + LAYERS["fc6"].outputs))
         _fill(self, plan, seed, link.column)
 
     @classmethod
@@ -301,8 +299,8 @@ class Column(nn.Module):
         x = blocks.activate(self._read("conv3", x))  # (N, 192, 13, 13), crossing
         x = blocks.activate(self._read("conv4", x))  # (N, 192, 13, 13)
         x = blocks.after_conv5(self._read("conv5", x))  # (N, 4608)
-        x = blocks.hidden("fc6", self._read("fc6", x))  # (N, 2048), crossing
-        x = blocks.hidden("fc7", self._read("fc7", x))  # (N, 2048), crossing
+        x = blocks.after_fc6(self._read("fc6", x))  # (N, 2048), crossing
+        x = blocks.after_fc7(self._read("fc7", x))  # (N, 2048), crossing
         return summed(self.fc8(x), self.link)  # crossing
 
     def _read(self, name: str, own: Tensor) -> Tensor:
@@ -330,13 +328,7 @@ class Column(nn.Module):
 
     def fix_dropout(self, draw: Draw | None) -> None:
         """Make the next forward's masks a function of ``draw``; None: torch's generator."""
-        _fix_dropout(self.blocks, draw)
-
-
-def _fix_dropout(blocks: _Blocks, draw: Draw | None) -> None:
-    for drop in blocks.drops.values():
-        assert isinstance(drop, Dropout)  # noqa: S101 - ModuleDict forgets the type
-        drop.draw = draw
+        self.blocks.fix_dropout(draw)
 
 
 def check_state(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

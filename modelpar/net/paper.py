@@ -63,7 +63,6 @@ WITHIN_BETA: Final = 0.75  # run 145, rnorm
 WITHIN_K: Final = 1.0  # run 145, rnorm
 DROPOUT: Final = 0.5  # section 4.2
 
-BATCH_SIZE: Final = 128  # section 5
 MOMENTUM: Final = 0.9  # section 5
 WEIGHT_DECAY: Final = 5e-4  # section 5
 RATE: Final = 0.01  # section 5: first learning rate of the weights

@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError
 
 from modelpar.errors import CheckpointError, one_line
-from modelpar.mesh import Mesh, all_agree
-from modelpar.net.alexnet import merge, own_part
+from modelpar.mesh import Mesh, first_complaint
+from modelpar.net.alexnet import merge, part_of
 from modelpar.net.paper import COLUMNS
 
 if TYPE_CHECKING:
@@ -86,13 +86,10 @@ def save(
                 work()
         except (OSError, ValueError, SafetensorError, CheckpointError) as error:
             failure = one_line(error)
-        if not all_agree(not failure, mesh):
+        if complaint := first_complaint(failure, mesh):
             if mesh.rank == 0:
                 shutil.rmtree(saving.unfinished, ignore_errors=True)
-            message = (
-                f"{final}: not saved, {failure or 'the other process could not write its part'}; "
-                "older checkpoints are as they were"
-            )
+            message = f"{final}: not saved, {complaint}; older checkpoints are as they were"
             raise CheckpointError(message)
     if mesh.rank == 0:
         prune(folder, keep_last)
@@ -112,8 +109,7 @@ class _Saving:
 
     def begin(self) -> None:
         """Check the space and make the temporary folder: rank 0."""
-        own = sum(_num_bytes(part) for part in self.parts.values())
-        check_space(self.final.parent, self.mesh.columns * own)
+        check_space(self.final.parent, self.mesh.columns * num_bytes(self.parts))
         shutil.rmtree(self.unfinished, ignore_errors=True)
         self.unfinished.mkdir(parents=True)
 
@@ -168,8 +164,10 @@ def prune(folder: Path, keep_last: int) -> None:
             shutil.rmtree(doomed)
 
 
-def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in tensors.values())
+def num_bytes(parts: Mapping[Kind, Mapping[str, Tensor]]) -> int:
+    """Return the bytes of one column's tensors."""
+    tensors = (value for part in parts.values() for value in part.values())
+    return sum(value.numel() * value.element_size() for value in tensors)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -290,8 +288,7 @@ def read_part(source: Checkpoint, kind: Kind, column: int | None) -> dict[str, T
         whole = part(0)
         if column is None:
             return whole
-        sliced = {key: own_part(key, value, column) for key, value in whole.items()}
-        return {key: value for key, value in sliced.items() if value is not None}
+        return part_of(whole, column)
     if column is not None:
         return part(column)
     return merge([part(owner) for owner in range(COLUMNS)])

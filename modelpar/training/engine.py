@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.nn import functional
+from tqdm import tqdm
 
 from modelpar import config
 from modelpar.errors import CheckpointError, DivergedError
@@ -17,12 +18,12 @@ from modelpar.images.augment import Lens, Statistics
 from modelpar.images.loader import TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.images.sets import open_set, statistics
-from modelpar.mesh import Mesh, sum_over
+from modelpar.mesh import Mesh, first_complaint, peer_named, sum_over
 from modelpar.net.alexnet import AlexNet, Column, check_state
 from modelpar.net.crossing import Link
 from modelpar.net.layers import Draw
 from modelpar.net.paper import Plan, Recipe, settings_of
-from modelpar.training import checkpoint
+from modelpar.training import checkpoint, runs
 from modelpar.training.metrics import ErrorCount, Errors
 from modelpar.training.monitor import Monitor, image_grid
 from modelpar.training.optimizer import MomentumDecay
@@ -121,7 +122,8 @@ class Learner:
         with _cast(mesh, self.precision):
             logits = self.replicated(batch.images.to(wide))
         loss = functional.cross_entropy(logits.to(wide), batch.labels)
-        loss.backward()
+        with peer_named("gradients"):  # what DistributedDataParallel sums
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
@@ -198,13 +200,55 @@ def prepare(settings: TrainSettings) -> Prepared:
     return Prepared(images, statistics(images, cache, workers), plan)
 
 
+def find_start(
+    settings: TrainSettings, prepared: Prepared, run_dir: Path | None
+) -> checkpoint.Checkpoint | None:
+    """Return what the run goes on from: its newest checkpoint, or the one ``resume`` names.
+
+    Raises CheckpointError where that is none of this training's.
+    """
+    found = checkpoint.newest(run_dir) if run_dir is not None else None
+    if found is None and settings.resume not in {"auto", "never"}:
+        named = checkpoint.find(settings.resume)
+        if not isinstance(named, checkpoint.Checkpoint):
+            message = f"resume={settings.resume}: weights alone; give a run or a step"
+            raise CheckpointError(message)
+        found = named
+    if found is None:
+        return None
+    for key, now in (
+        ("plan", settings_of(prepared.plan)),
+        ("fingerprint", prepared.images.fingerprint),
+        ("seed", settings.seed),
+        ("images_a_step", settings.batch_size * settings.replicas),
+    ):
+        if found.manifest.get(key) != now:
+            message = (
+                f"{found.folder}: its {key} is not this training's; give the settings it was "
+                "made with, or another run_dir"
+            )
+            raise CheckpointError(message)
+    return found
+
+
 def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path) -> float:
     """Train in ``run_dir`` until epochs or steps are over; return the last top-1 error in %.
 
-    Goes on from the run's newest checkpoint where there is one.  A collective of the whole mesh.
+    Goes on from the run's newest checkpoint where there is one; a run that is over already is
+    left as it is.  A collective of the whole mesh.
     """
     training = _Training(settings, prepared, mesh, run_dir)
+    start = find_start(settings, prepared, run_dir)
+    if start is not None and start.step >= training.total:
+        if mesh.rank == 0:
+            tqdm.write(f"finished: {run_dir} is at step {start.step} of {training.total}")
+        return float(start.manifest["top1"])
+    if start is not None:
+        training.resume(start)
     try:
+        if mesh.rank == 0:
+            runs.begin(run_dir, asdict(settings))
+            training.open_monitor()
         return training.run()
     finally:
         training.close()
@@ -264,23 +308,23 @@ class _Training:
         every = settings.checkpoint_every
         self.save_every = data.checkpoint_every if every is None else every
         self.step = 0
-        self.last: float | None = None  # top-1 error in %
-        self._resume()
+        self.last = math.nan  # top-1 error in %
         self.monitor: Monitor | None = None
-        if mesh.rank == 0:
-            checkpoint.check_space(run_dir, self._bytes())
-            self.monitor = Monitor(
-                run_dir,
-                self.step,
-                self.total,
-                progress=settings.monitor.progress,
-                tensorboard=settings.monitor.tensorboard,
-            )
+
+    def open_monitor(self) -> None:
+        """Check the disk and open what the run shows of itself: rank 0."""
+        own = checkpoint.num_bytes(self._parts())
+        checkpoint.check_space(self.run_dir, own * self.mesh.columns)
+        self.monitor = Monitor(
+            self.run_dir,
+            self.step,
+            self.total,
+            progress=self.settings.monitor.progress,
+            tensorboard=self.settings.monitor.tensorboard,
+        )
 
     def run(self) -> float:
         """Train to the end; return the last top-1 error in %."""
-        if self.monitor and self.step >= self.total:
-            self.monitor.say(f"finished: {self.run_dir} is at step {self.step} of {self.total}")
         while self.step < self.total:
             self._epoch()
         if self.monitor:
@@ -288,7 +332,7 @@ class _Training:
                 f"{self.run_dir}: checkpoints, metrics.jsonl, conv1.png; "
                 f"tensorboard --logdir {self.run_dir}"
             )
-        return math.nan if self.last is None else self.last
+        return self.last
 
     def close(self) -> None:
         """End what the run shows of itself."""
@@ -333,13 +377,17 @@ class _Training:
         """Return step, epoch, loss and rate; raises DivergedError for a loss that is no number."""
         mesh = self.mesh
         mean = sum_over(loss.double().reshape(1), mesh.peers).item() / mesh.replicas
-        if not math.isfinite(mean):
+        self._require_finite(mean)
+        return {"step": self.step, "epoch": epoch, "loss": mean, "lr": rates["fc8.weight"]}
+
+    def _require_finite(self, loss: float) -> None:
+        """Raise DivergedError for a loss that is no finite number, the same on every process."""
+        if not math.isfinite(loss):
             message = (
-                f"step {self.step}: the loss is {mean}; lower recipe.lr, or go on from an older "
-                "checkpoint"
+                f"step {self.step}: the loss is {loss}; the last checkpoint is good, but the same "
+                "rate diverges again: start a new run_dir with a lower recipe.lr"
             )
             raise DivergedError(message)
-        return {"step": self.step, "epoch": epoch, "loss": mean, "lr": rates["fc8.weight"]}
 
     def _test(self) -> float:
         """Evaluate, record, and return the top-1 error in %."""
@@ -350,6 +398,7 @@ class _Training:
             self.lens,
             precision=self.settings.precision,
         )
+        self._require_finite(errors.loss)
         self.last = errors.top1
         if self.monitor:
             self.monitor.test(self.step, errors, self.plan.num_classes)
@@ -361,15 +410,10 @@ class _Training:
             "velocities": self.learner.optimizer.velocities(),
         }
 
-    def _bytes(self) -> int:
-        own = sum(
-            value.numel() * value.element_size()
-            for part in self._parts().values()
-            for value in part.values()
-        )
-        return own * self.mesh.columns
-
     def _save(self) -> None:
+        finite = all(bool(value.isfinite().all()) for value in self._parts()["weights"].values())
+        if first_complaint("" if finite else "not finite", self.mesh):
+            self._require_finite(math.nan)  # the update went wrong after a loss that was right
         if self.monitor:
             self.monitor.flush()
         folder = checkpoint.save(
@@ -394,42 +438,18 @@ class _Training:
         if self.monitor:
             self.monitor.kernels(checkpoint.read_conv1(checkpoint.open_step(folder)), self.step)
 
-    def _resume(self) -> None:
-        """Take up the run's newest checkpoint, or the one that ``resume`` names."""
-        resume = self.settings.resume
-        found = checkpoint.newest(self.run_dir)
-        if found is None and resume not in {"auto", "never"}:
-            named = checkpoint.find(resume)
-            if not isinstance(named, checkpoint.Checkpoint):
-                message = f"resume={resume}: weights alone; give a run or a step"
-                raise CheckpointError(message)
-            found = named
-        if found is None:
-            return
-        manifest = found.manifest
-        for key, now in (
-            ("plan", settings_of(self.plan)),
-            ("fingerprint", self.images.fingerprint),
-            ("seed", self.settings.seed),
-            ("images_a_step", self.settings.batch_size * self.mesh.replicas),
-        ):
-            if manifest.get(key) != now:
-                message = (
-                    f"{found.folder}: its {key} is not this run's; give the same settings, or "
-                    "another run_dir"
-                )
-                raise CheckpointError(message)
+    def resume(self, start: checkpoint.Checkpoint) -> None:
+        """Take up a checkpoint; nothing changes before all of it was read and fits."""
         column = self.mesh.column if self.mesh.pair is not None else None
-        weights = checkpoint.read_part(found, "weights", column)
-        velocities = checkpoint.read_part(found, "velocities", column)
-        check_state(self.learner.net, weights, str(found.folder))
-        check_state(self.learner.net, velocities, f"{found.folder}, velocities")
+        weights = checkpoint.read_part(start, "weights", column)
+        velocities = checkpoint.read_part(start, "velocities", column)
+        check_state(self.learner.net, weights, str(start.folder))
+        check_state(self.learner.net, velocities, f"{start.folder}, velocities")
         self.learner.net.load_state_dict(weights)
         for name, velocity in self.learner.optimizer.velocities().items():
             velocity.copy_(velocities[name])
-        self.learner.schedule.load(manifest["schedule"])
-        self.step = found.step
-        self.last = manifest["top1"] if self.step >= self.total else None
+        self.learner.schedule.load(start.manifest["schedule"])
+        self.step = start.step
 
 
 class _Meter:

@@ -15,15 +15,7 @@ if TYPE_CHECKING:
 
 CONFIG: Final = "config.yaml"
 # What makes two starts the same run: these give the same trajectory; the rest may change.
-SAME: Final = (
-    "data.name",
-    "data.image_size",
-    "recipe",
-    "model",
-    "batch_size",
-    "seed",
-    "precision",
-)
+SAME: Final = ("data.name", "data.image_size", "recipe", "model", "seed", "precision")
 HARMLESS: Final = frozenset({"log"})  # what Hydra and an earlier end leave behind
 
 
@@ -54,6 +46,13 @@ def check_same(run_dir: Path, settings: Mapping[str, Any], resume: str) -> None:
                 "give a new folder, or the same settings"
             )
             raise SettingsError(message)
+    old, new = (int(run.batch_size) * int(run.replicas) for run in (before, now))
+    if old != new:
+        message = (
+            f"run_dir={run_dir}: holds a run with {old} images a step (batch_size * replicas), "
+            f"not {new}; give a new folder, or the same settings"
+        )
+        raise SettingsError(message)
 
 
 def _first_difference(key: str, old: Any, new: Any) -> str:

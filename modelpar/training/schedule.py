@@ -78,26 +78,31 @@ class Schedule:
         return rates
 
     def _factors(self, epoch: int) -> tuple[float, float]:
-        """Return what multiplies the first rates of weights and of biases in ``epoch``."""
-        if self.recipe.schedule == "run145":  # its biases stay at .02 throughout
+        """Return what multiplies the first rates of weights and of biases in ``epoch``.
+
+        With equal rates the biases follow the weights; the code's went their own way.
+        """
+        progress = epoch / self.epochs
+        if self.recipe.schedule == "run145":
             drops = sum(self._reached(epoch, drop) for drop in paper.RUN145_DROPS)
-            return paper.RATE_DIVISOR**-drops, 1.0
-        if self.recipe.schedule == "run170":
-            progress = epoch / self.epochs
-            return (
-                dexp(progress, *paper.RUN170_WEIGHT_STEPS),
-                dexp(progress, *paper.RUN170_BIAS_STEPS),
-            )
-        factor = paper.RATE_DIVISOR**-self.plateau.drops
-        return factor, factor
+            weight, bias = paper.RATE_DIVISOR**-drops, 1.0  # its biases stay at .02 throughout
+        elif self.recipe.schedule == "run170":
+            weight = dexp(progress, *paper.RUN170_WEIGHT_STEPS)
+            bias = dexp(progress, *paper.RUN170_BIAS_STEPS)
+        else:
+            weight, bias = paper.RATE_DIVISOR**-self.plateau.drops, 1.0
+        return weight, weight if self.recipe.rates == "equal" else bias
 
     def colour_noise(self, epoch: int) -> float:
-        """Return the standard deviation of the colour draws in ``epoch``: 0.1, or 0 when off."""
-        off = {
-            "run145": paper.RUN145_CONV1_SLOW,
-            "run170": paper.RUN170_NOISE_OFF,
-        }.get(self.recipe.schedule)
-        return 0.0 if off is not None and self._reached(epoch, off) else paper.COLOUR_NOISE
+        """Return the standard deviation of the colour draws in ``epoch``: 0.1, or 0 when off.
+
+        The code's noise, which scales the image, went off towards the end; the paper's stays.
+        """
+        late = self.recipe.schedule == "run170"
+        off = paper.RUN170_NOISE_OFF if late else paper.RUN145_CONV1_SLOW
+        if self.recipe.colour_noise == "added_and_scaled" and self._reached(epoch, off):
+            return 0.0
+        return paper.COLOUR_NOISE
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold of it."""

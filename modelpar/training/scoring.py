@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import safetensors
@@ -18,7 +18,7 @@ from modelpar.errors import CheckpointError, SettingsError, one_line
 from modelpar.images.augment import Lens, Statistics
 from modelpar.images.loader import TestLoader
 from modelpar.images.sets import open_set, statistics
-from modelpar.net.alexnet import AlexNet, check_state, own_part
+from modelpar.net.alexnet import AlexNet, check_state, part_of
 from modelpar.net.paper import Plan, plan_of, settings_of
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, read_tensors
@@ -34,17 +34,20 @@ if TYPE_CHECKING:
     from modelpar.mesh import Mesh
     from modelpar.training.metrics import Errors
 
+TOLD: Final = ("step", "seed", "images_a_step")
 METADATA: Final = "modelpar"  # key of the exported file's metadata: plan and data as JSON
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights with what is known about them; ``step`` is None for an exported file."""
+    """Weights, and what their run's manifest or their file's metadata tell of them."""
 
     source: Checkpoint | Path
     plan: Plan
-    data: DataSettings | None
-    step: int | None
+    data: DataSettings
+    step: int
+    seed: int
+    images_a_step: int
 
     def weights(self, column: int | None) -> dict[str, Tensor]:
         """Return a column's weights, or the whole net's for None; raises CheckpointError."""
@@ -53,8 +56,7 @@ class Trained:
         whole = read_tensors(self.source)
         if column is None:
             return whole
-        sliced = {key: own_part(key, value, column) for key, value in whole.items()}
-        return {key: value for key, value in sliced.items() if value is not None}
+        return part_of(whole, column)
 
 
 def find(path: str) -> Trained:
@@ -62,12 +64,14 @@ def find(path: str) -> Trained:
     source = checkpoint.find(path)
     try:
         if isinstance(source, Checkpoint):
-            plan, data = plan_of(source.manifest["plan"]), _data_of(source.manifest["data"])
-            return Trained(source, plan, data, source.step)
-        with safetensors.safe_open(source, framework="pt") as file:
-            told = json.loads((file.metadata() or {})[METADATA])
-        return Trained(source, plan_of(told["plan"]), _data_of(told["data"]), None)
-    except (KeyError, ValueError, SafetensorError, SettingsError) as error:
+            told = source.manifest
+        else:
+            with safetensors.safe_open(source, framework="pt") as file:
+                told = json.loads((file.metadata() or {})[METADATA])
+        plan, data = plan_of(told["plan"]), _data_of(told["data"])
+        numbers = [int(told[key]) for key in TOLD]
+        return Trained(source, plan, data, *numbers)
+    except (KeyError, TypeError, ValueError, SafetensorError, SettingsError) as error:
         message = f"checkpoint={path}: does not say what net it holds ({one_line(error)})"
         raise CheckpointError(message) from None
 
@@ -86,19 +90,21 @@ class Prepared:
     trained: Trained
     images: ImageSet
     statistics: Statistics
+    workers: int
 
 
 def prepare(settings: EvaluateSettings) -> Prepared:
     """Find weights, images and mean image; raises for all that can fail before a process group."""
     trained = find(settings.checkpoint)
-    data = settings.data or trained.data
-    if data is None:
-        message = f"checkpoint={settings.checkpoint}: does not name its images; give data=..."
-        raise SettingsError(message)
-    data.image_size = trained.plan.image_size
-    data.num_classes = trained.plan.num_classes
+    data = settings.data
+    if not data.name:  # the run's own, but for what was given
+        data = replace(trained.data, download=data.download)
+        if settings.data.root is not None:
+            data = replace(data, root=settings.data.root)
+    plan = trained.plan
+    data = replace(data, image_size=plan.image_size, num_classes=plan.num_classes)
     cache = config.cache_dir(settings.cache_dir)
-    images = open_set(data, cache)
+    images = open_set(data, cache, trained.seed, trained.images_a_step)
     if isinstance(trained.source, Checkpoint):  # the mean the net was trained with
         stats = Statistics(**checkpoint.read_statistics(trained.source))
         if stats.mean.shape[-1] != images.stored_size:
@@ -106,7 +112,8 @@ def prepare(settings: EvaluateSettings) -> Prepared:
             raise SettingsError(message)
     else:
         stats = statistics(images, cache, data.workers)
-    return Prepared(trained, images, stats)
+    workers = data.workers if settings.workers is None else settings.workers
+    return Prepared(trained, images, stats, workers)
 
 
 def score(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
@@ -122,7 +129,7 @@ def score(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
         mesh.device,
         replica=mesh.replica,
         replicas=mesh.replicas,
-        workers=settings.workers or 0,
+        workers=prepared.workers,
     )
     lens = Lens(prepared.statistics, trained.plan.image_size, scaled=False, device=mesh.device)
     return evaluate(net, mesh, batches, lens, views=settings.views, precision=settings.precision)
@@ -148,7 +155,7 @@ def export(path: str, out: Path) -> str:
     told = {
         "plan": settings_of(trained.plan),
         "data": OmegaConf.to_container(OmegaConf.structured(trained.data)),
-        "step": trained.step,
+        **{key: getattr(trained, key) for key in TOLD},
     }
     unfinished = out.with_name(f".{out.name}.part")
     try:

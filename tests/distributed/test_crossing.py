@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch.nn import functional
 
-from modelpar.net.crossing import Crossing, Link, arrive, depart, summed
+from modelpar.net.crossing import Crossing, Link, arrive, depart, product, summed
 
 if TYPE_CHECKING:
     from ranks import Ranks
@@ -41,6 +42,54 @@ def test_exchange_and_its_adjoint_agree(pair: Ranks) -> None:
     forward, backward = zip(*pair.run(exchange_products), strict=True)
     assert sum(forward) == pytest.approx(sum(backward), rel=1e-14)
     assert forward[0] != pytest.approx(backward[0], rel=1e-3)  # only over the pair
+
+
+def product_products(mesh: Mesh) -> tuple[float, float]:
+    """<P x, g> and <x, P' g> of a layer over both columns' units."""
+    link = _link(mesh)
+    x = _random(mesh.column, 3, 4).requires_grad_()
+    weight = _random(20 + mesh.column, 6, 8)  # other units on each column
+    bias = torch.zeros(6, dtype=torch.float64)
+    g = _random(10 + mesh.column, 3, 6)
+    out = product(x, weight, bias, Crossing(link, "fc6"))
+    out.backward(g)
+    assert x.grad is not None
+    return float((out.detach() * g).sum()), float((x.detach() * x.grad).sum())
+
+
+def test_product_and_its_adjoint_agree(pair: Ranks) -> None:
+    forward, backward = zip(*pair.run(product_products), strict=True)
+    assert sum(forward) == pytest.approx(sum(backward), rel=1e-14)
+    assert forward[0] != pytest.approx(backward[0], rel=1e-3)  # only over the pair
+
+
+def product_gradients(mesh: Mesh) -> list[torch.Tensor]:
+    x = _random(mesh.column, 3, 4).requires_grad_()
+    weight = _random(20 + mesh.column, 6, 8).requires_grad_()
+    bias = _random(30 + mesh.column, 6).requires_grad_()
+    out = product(x, weight, bias, Crossing(_link(mesh), "fc6"))
+    out.backward(_random(10 + mesh.column, 3, 6))
+    return [out.detach(), x.grad, weight.grad, bias.grad]  # type: ignore[list-item]
+
+
+def test_product_is_the_layer_over_both(pair: Ranks) -> None:
+    both = torch.cat([_random(0, 3, 4), _random(1, 3, 4)], dim=1).requires_grad_()
+    weight = torch.cat([_random(20, 6, 8), _random(21, 6, 8)]).requires_grad_()
+    bias = torch.cat([_random(30, 6), _random(31, 6)]).requires_grad_()
+    out = functional.linear(both, weight, bias)
+    out.backward(torch.cat([_random(10, 3, 6), _random(11, 3, 6)], dim=1))
+    assert both.grad is not None
+    assert weight.grad is not None
+    assert bias.grad is not None
+    for column, found in enumerate(pair.run(product_gradients)):
+        expected = [
+            out.detach().chunk(2, 1)[column],
+            both.grad.chunk(2, 1)[column],
+            weight.grad.chunk(2)[column],
+            bias.grad.chunk(2)[column],
+        ]
+        for one, other in zip(found, expected, strict=True):
+            assert torch.allclose(one, other, rtol=1e-13, atol=1e-13)
 
 
 def exchanged(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,11 +40,11 @@ with mesh.opened(2, "cpu", 60) as ranks:
     net = Column.from_recipe("code2012", link, seed=0)
     images, labels = torch.randn({BATCH}, 3, 224, 224), torch.arange({BATCH})
     for step in range({STEPS} + 1):
-        mesh.all_agree(True, ranks)  # both have reached this step, and its bytes are over
+        mesh.gather_text(str(), ranks)  # both have reached this step, and its bytes are over
         if step == 1:
             before, counted = sent(), link.bytes_sent
         functional.cross_entropy(net(images), labels).backward()
-    mesh.all_agree(True, ranks)
+    mesh.gather_text(str(), ranks)
     print(json.dumps([sent() - before, link.bytes_sent - counted]))
 """
 

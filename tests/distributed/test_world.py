@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
-from modelpar.mesh import all_agree, sum_over, swap, tell_all
+from modelpar.mesh import first_complaint, gather_text, sum_over, swap
 
 if TYPE_CHECKING:
     from ranks import Ranks
@@ -28,22 +29,34 @@ def test_columns_of_a_replica_are_neighbours(two_pairs: Ranks) -> None:
     ]
 
 
-def agreement(mesh: Mesh, refusing: int) -> bool:
-    return all_agree(mesh.rank != refusing, mesh)
+def complaint(mesh: Mesh, refusing: int) -> str:
+    return first_complaint(f"rank {mesh.rank}: no" * (mesh.rank >= refusing), mesh)
 
 
-def test_one_refusal_is_everyones(two_pairs: Ranks) -> None:
-    assert two_pairs.run(agreement, -1) == [True] * 4
+def test_the_first_complaint_is_everyones(two_pairs: Ranks) -> None:
+    assert two_pairs.run(complaint, 4) == [""] * 4
     for rank in range(4):
-        assert two_pairs.run(agreement, rank) == [False] * 4
+        assert two_pairs.run(complaint, rank) == [f"rank {rank}: no"] * 4
 
 
-def told(mesh: Mesh) -> str:
-    return tell_all(f"runs/größe-{mesh.rank}", mesh)
+def told(mesh: Mesh) -> list[str]:
+    return gather_text(f"runs/größe-{mesh.rank}" if mesh.rank != 2 else "", mesh)
 
 
-def test_all_learn_what_rank_0_says(two_pairs: Ranks) -> None:
-    assert two_pairs.run(told) == ["runs/größe-0"] * 4
+def test_all_learn_what_each_says(two_pairs: Ranks) -> None:
+    assert two_pairs.run(told) == [["runs/größe-0", "runs/größe-1", "", "runs/größe-3"]] * 4
+
+
+def patience(mesh: Mesh) -> list[float]:
+    groups = [dist.group.WORLD, mesh.pair, mesh.peers]
+    return [
+        group._get_backend(torch.device("cpu")).options._timeout.total_seconds()  # type: ignore[union-attr]
+        for group in groups
+    ]
+
+
+def test_every_group_waits_as_long_as_it_was_told(two_pairs: Ranks) -> None:
+    assert two_pairs.run(patience) == [[60.0] * 3] * 4
 
 
 def sums(mesh: Mesh) -> tuple[float, float]:

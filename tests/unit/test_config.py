@@ -155,7 +155,7 @@ def test_the_same_run_may_go_on_with_more_epochs(tmp_path: Path) -> None:
         ("seed=2", "seed=1, not 2"),
         ("recipe=paper", "recipe.name=code2012, not paper"),
         ("recipe.lr=0.1", "recipe.lr=0.01, not 0.1"),
-        ("batch_size=64", "batch_size=128, not 64"),
+        ("batch_size=64", "128 images a step"),
         ("model.norm=none", "model.norm=None, not none"),
         ("data=synthetic", "data.name=photos, not synthetic"),
     ],

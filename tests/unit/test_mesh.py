@@ -46,8 +46,8 @@ def test_one_process_needs_no_group() -> None:
     with mesh.opened(1, "cpu") as alone:
         assert (alone.world_size, alone.rank, alone.pair, alone.peers) == (1, 0, None, None)
         assert alone.describe() == "the whole net on one CPU process"
-        assert mesh.all_agree(ok=False, mesh=alone) is False
-        assert mesh.tell_all("here", alone) == "here"
+        assert mesh.gather_text("here", alone) == ["here"]
+        assert mesh.first_complaint("no", alone) == "no"
 
 
 def test_generators_are_functions_of_their_keys() -> None:

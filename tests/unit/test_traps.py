@@ -1,7 +1,7 @@
 """The places where reproductions of the paper go wrong, each by a check of its right answer.
 
-Two more need processes: gradients at the exchange and a loss counted once, in
-``distributed/test_exact.py`` and ``distributed/test_crossing.py``.
+Numbers 7 and 8 need processes: gradients at the exchange, a loss counted once and the same inputs
+on both columns, in ``distributed/test_exact.py`` and ``distributed/test_training.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from modelpar import AlexNet, Plan, Recipe
 from modelpar.images.augment import Draws, Lens, Statistics, principal_colours
 from modelpar.mesh import Mesh
 from modelpar.net import paper
+from modelpar.net.baselines import OneColumn
 from modelpar.net.layers import AcrossMaps, Draw
 from modelpar.training.engine import evaluate
 from modelpar.training.optimizer import MomentumDecay
@@ -128,7 +129,7 @@ def test_5_conv3_is_dense_and_the_others_grouped() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_6_dropout_masks_in_training_and_halves_in_evaluation(recipe: str) -> None:
     net = AlexNet(plan(recipe), seed=0)
-    drop = net.blocks.drops["fc6"]
+    drop = net.blocks.drop6
     units = torch.rand(64, 4096) + 0.5
     drop.train()
     masked = drop(units)
@@ -143,7 +144,7 @@ def test_6_dropout_masks_in_training_and_halves_in_evaluation(recipe: str) -> No
 
 def test_6_a_mask_is_a_function_of_seed_step_and_layer() -> None:
     net = AlexNet(plan("code2012"), seed=0).train()
-    six, seven = net.blocks.drops["fc6"], net.blocks.drops["fc7"]
+    six, seven = net.blocks.drop6, net.blocks.drop7
     ones = torch.ones(8, 4096)
 
     def masks(seed: int, step: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -286,6 +287,15 @@ def test_12_ten_views_average_probabilities() -> None:
     probability = answers.softmax(1).mean(0)[0]
     assert errors.loss == pytest.approx(-float(probability.log()), rel=1e-6)
     assert errors.loss != pytest.approx(-float(answers.mean(0).log_softmax(0)[0]), rel=1e-2)
+
+
+def test_13_the_one_column_control_keeps_the_pairs_width() -> None:
+    net = OneColumn.from_recipe("code2012", seed=0)
+    assert net.conv5.weight.shape == (256, 192, 3, 3)
+    assert net.fc6.weight.shape == (4096, 9216)
+    assert net.fc7.weight.shape == (4096, 4096)
+    assert sum(weight.numel() for weight in net.parameters()) == 59_798_312
+    assert net(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
 
 
 def test_14_tiled_pooling_keeps_fc6() -> None:

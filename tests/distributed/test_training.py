@@ -1,0 +1,161 @@
+"""Whole trainings on real processes: the same inputs, exact resume over epochs, divergence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from PIL import Image
+
+from modelpar import config
+from modelpar.errors import DivergedError
+from modelpar.images.augment import Lens
+from modelpar.images.loader import TrainLoader
+from modelpar.images.order import BatchOrder
+from modelpar.training import engine
+from modelpar.training.checkpoint import newest, read_part
+
+if TYPE_CHECKING:
+    from ranks import Ranks
+
+    from modelpar.mesh import Mesh
+
+QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty training images of two classes: five steps of eight an epoch."""
+    root = tmp_path_factory.mktemp("images")
+    source = torch.Generator().manual_seed(0)
+    for part, count in (("train", 20), ("val", 5)):
+        for label, name in enumerate(("dark", "light")):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                noise = torch.randint(0, 128, (80, 80, 3), dtype=torch.uint8, generator=source)
+                Image.fromarray((noise + 100 * label).numpy()).save(
+                    root / part / name / f"{number}.png"
+                )
+    return root
+
+
+def overrides(images: Path, *more: str) -> list[str]:
+    return [
+        "data=imagefolder",
+        f"data.root={images}",
+        "model.image_size=64",
+        "workers=0",
+        "batch_size=8",
+        *QUIET,
+        *more,
+    ]
+
+
+def trained(mesh: Mesh, words: list[str], run_dir: str) -> float:
+    settings = config.read("train", words)
+    settings.replicas = mesh.replicas
+    return engine.train(settings, engine.prepare(settings), mesh, Path(run_dir))
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    keep = ("kind", "step", "epoch", "loss", "lr", "top1")
+    return [{key: row[key] for key in keep if key in row} for row in found]
+
+
+@pytest.mark.parametrize("recipe", ["paper", "code2012"])
+def test_resume_is_exact_over_epochs_and_their_ends(
+    pair: Ranks, images: Path, tmp_path: Path, recipe: str
+) -> None:
+    """Stopped inside an epoch, at its last step, at its first; evaluated in between."""
+    words = overrides(images, f"recipe={recipe}", "epochs=3", "recipe.lr=0.0005")
+    pair.run(trained, words, str(tmp_path / "once"))
+    for steps in (3, 5, 6, 14):
+        pair.run(trained, [*words, f"steps={steps}"], str(tmp_path / "often"))
+    pair.run(trained, words, str(tmp_path / "often"))
+    once, often = newest(tmp_path / "once"), newest(tmp_path / "often")
+    assert once is not None
+    assert often is not None
+    assert once.step == often.step == 15
+    assert once.manifest["schedule"] == often.manifest["schedule"]
+    for kind in ("weights", "velocities"):
+        one, other = (read_part(each, kind, None) for each in (once, often))  # type: ignore[arg-type]
+        assert all(torch.equal(one[key], other[key]) for key in one), kind
+    straight = rows(tmp_path / "once")
+    broken = [row for row in rows(tmp_path / "often") if row["kind"] == "train"]
+    assert [row for row in straight if row["kind"] == "train"] == broken
+    assert [row["step"] for row in straight if row["kind"] == "test"] == [5, 10, 15]
+
+
+def test_a_pairs_checkpoint_goes_on_in_one_process_and_back(
+    pair: Ranks, images: Path, tmp_path: Path
+) -> None:
+    words = overrides(images, "epochs=2", "precision=float64", "recipe.lr=0.0005")
+    pair.run(trained, [*words, "steps=3"], str(tmp_path / "run"))
+    alone = engine.Mesh(torch.device("cpu"))
+    trained(alone, [*words, "columns=1", "steps=6"], str(tmp_path / "run"))
+    pair.run(trained, words, str(tmp_path / "run"))
+    pair.run(trained, words, str(tmp_path / "once"))
+    mixed, once = newest(tmp_path / "run"), newest(tmp_path / "once")
+    assert mixed is not None
+    assert once is not None
+    for key, value in read_part(once, "weights", None).items():
+        other = read_part(mixed, "weights", None)[key]
+        assert float((value - other).norm() / value.norm()) < 1e-12, key
+
+
+def digests(mesh: Mesh, words: list[str]) -> list[str]:
+    settings = config.read("train", words)
+    found = engine.prepare(settings)
+    lens = Lens(found.statistics, 64, scaled=True, device="cpu")
+    order = BatchOrder(len(found.images.train), 4, 0, replica=mesh.replica, replicas=mesh.replicas)
+    loader = TrainLoader(found.images.train, order, lens, mesh.device, crops="per_32")
+    return [
+        hashlib.sha256(batch.images.numpy().tobytes() + batch.labels.numpy().tobytes()).hexdigest()
+        for batch in loader.epoch(1, 0, 0.1)
+    ]
+
+
+def test_both_columns_see_the_same_and_replicas_do_not(two_pairs: Ranks, images: Path) -> None:
+    zero, one, two, three = two_pairs.run(digests, overrides(images))
+    assert len(set(zero)) == 5
+    assert zero == one
+    assert two == three
+    assert not set(zero) & set(two)
+
+
+def diverged(mesh: Mesh, words: list[str], run_dir: str) -> str:
+    try:
+        trained(mesh, words, run_dir)
+    except DivergedError as error:
+        return str(error)
+    return ""
+
+
+def test_a_loss_that_is_no_number_stops_all_and_saves_nothing(
+    pair: Ranks, images: Path, tmp_path: Path
+) -> None:
+    words = overrides(images, "epochs=4", "recipe.lr=1e30", "checkpoint_every=1")
+    said = pair.run(diverged, words, str(tmp_path / "run"))
+    assert said[0] == said[1]
+    assert "the loss is nan" in said[0]
+    found = newest(tmp_path / "run")
+    if found is not None:
+        weights = read_part(found, "weights", None)
+        assert all(bool(value.isfinite().all()) for value in weights.values())
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_bfloat16_learns_too(pair: Ranks, images: Path, tmp_path: Path) -> None:
+    words = overrides(images, "epochs=2", "precision=bfloat16", "recipe.lr=0.0005")
+    pair.run(trained, words, str(tmp_path / "half"))
+    pair.run(trained, [*words, "precision=float32"], str(tmp_path / "full"))
+    half, full = (rows(tmp_path / name) for name in ("half", "full"))
+    assert [row["loss"] for row in half] == pytest.approx([row["loss"] for row in full], rel=0.1)
+    found = newest(tmp_path / "half")
+    assert found is not None
+    assert read_part(found, "weights", None)["fc6.weight"].dtype == torch.float32

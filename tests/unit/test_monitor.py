@@ -1,0 +1,69 @@
+"""What a run shows: rows once a step, kernels of both columns as one picture."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from modelpar.training.metrics import Errors
+from modelpar.training.monitor import Monitor, kernel_picture
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RATES = {"conv1.weight": 0.01, "fc8.weight": 0.01, "fc8.bias": 0.02}
+
+
+def row(step: int) -> dict[str, float]:
+    return {
+        "step": step,
+        "epoch": 0,
+        "loss": 1.0 / step,
+        "lr": 0.01,
+        "images_per_s": 1.0,
+        "data_wait_s": 0.0,
+        "crossing_s": 0.0,
+        "exchange_bytes_per_image": 0.0,
+    }
+
+
+def watched(run_dir: Path, start: int, end: int) -> None:
+    monitor = Monitor(run_dir, start, end, progress=False, tensorboard=True)
+    for step in range(start + 1, end + 1):
+        monitor.train(row(step), RATES)
+    monitor.test(end, Errors(top1=50.0, top5=10.0, loss=1.5, samples=20), num_classes=10)
+    monitor.kernels(torch.randn(96, 3, 11, 11), end)
+    monitor.close()
+
+
+def test_each_step_stands_once_after_a_run_was_cut_off(tmp_path: Path) -> None:
+    watched(tmp_path, 0, 5)
+    watched(tmp_path, 3, 6)  # taken up at its checkpoint, step 3
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in rows if one["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [one["step"] for one in rows if one["kind"] == "test"] == [6]
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in board.Scalars("test/top1")] == [6]
+    assert board.Images("conv1/kernels")[-1].step == 6
+    rates = board.Scalars("rate/fc8.bias")
+    assert round(rates[-1].value, 6) == 0.02
+
+
+def test_kernels_of_both_columns_are_one_picture(tmp_path: Path) -> None:
+    kernels = torch.zeros(96, 3, 11, 11)
+    kernels[48:, 0] = 1.0  # column 1: red
+    picture = kernel_picture(kernels)
+    height = picture.shape[1]
+    above, below = picture[:, : height // 2 - 6], picture[:, height // 2 + 7 :]
+    assert torch.equal(above[0], above[2])  # column 0: grey
+    assert float((below[0] - below[2]).max()) == 0.5
+    assert 0 <= float(picture.min()) <= float(picture.max()) <= 1
+    watched(tmp_path, 0, 1)
+    with Image.open(tmp_path / "conv1.png") as saved:
+        assert saved.size[0] == picture.shape[2]
