@@ -141,10 +141,16 @@ def test_resume_equals_no_interruption(tmp_path: Path, trained: Path) -> None:
 
 
 def test_a_finished_run_exits_0_and_stays_as_it_is(trained: Path) -> None:
-    before = (trained / "metrics.jsonl").read_text()
-    out = fine(ours(trained.parent, *SMALL, "steps=6", "run_dir=run", "checkpoint_every=2"))
+    def contents() -> dict[str, bytes]:
+        kept = [
+            path for path in trained.rglob("*") if path.is_file() and "hydra" not in path.parts
+        ]
+        return {str(path): path.read_bytes() for path in kept}
+
+    before = contents()
+    out = fine(ours(trained.parent, *SMALL, "steps=4", "run_dir=run", "checkpoint_every=2"))
     assert "finished" in out
-    assert (trained / "metrics.jsonl").read_text() == before
+    assert contents() == before
 
 
 def test_resume_takes_a_path_into_a_new_run(tmp_path: Path, trained: Path) -> None:
@@ -211,6 +217,7 @@ BAD = [
     (["model.num_classes=3"], 2, "data=photos has 14 classes"),
     (["data=imagefolder", "data.root=nowhere"], 3, "nowhere: no such folder"),
     (["resume=nowhere"], 4, "no checkpoint there"),
+    (["columns=1", "device=cuda"], 2, "device=cuda"),
 ]
 
 
@@ -237,7 +244,14 @@ def test_under_torchrun_one_rank_speaks(tmp_path: Path) -> None:
 
 def test_a_world_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "run_dir=run", ranks=3)
-    assert "3 processes started, which is no multiple of it" in done.stderr
+    assert "columns=2: a world of 3 is no multiple of it" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path, trained: Path) -> None:
+    done = ours(tmp_path, *SMALL, "seed=7", "run_dir=new", f"resume={trained}")
+    assert done.returncode == 4
+    assert "its seed is not this training's" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -57,6 +57,9 @@ def refused(overrides: list[str]) -> str:
         ("comm.timeout=0", "comm.timeout=0"),
         ("comm.timeout=inf", "comm.timeout=inf"),
         ("keep_last=1", "keep_last=1"),
+        ("data.workers=-1", "data.workers=-1"),
+        ("data.epochs=0", "data.epochs=0"),
+        ("data.checkpoint_every=-1", "data.checkpoint_every=-1"),
         ("checkpoint_every=-1", "checkpoint_every=-1"),
         ("model.num_classes=15", "model.num_classes=15: data=photos has 14 classes"),
         ("model.image_size=32", "model.image_size=32"),
@@ -93,6 +96,27 @@ def test_defaults_are_the_contract() -> None:
         assert plain[key] == value
     assert plain["crossing"] == {"dtype": None, "overlap": True}
     assert plain["comm"] == {"timeout": 120.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "checkpoint: not given; add checkpoint=..."),
+        (["checkpoint=x", "views=5"], "views=5: give one of 1, 10"),
+        (["checkpoint=x", "data=imagenete"], "data=imagenete: did you mean imagenet"),
+        (["checkpoint=x", "batch_size=0"], "batch_size=0"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_of_evaluate_is_one_line(words: list[str], expected: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        config.read("evaluate", words)
+    assert expected in str(error.value)
+
+
+def test_evaluate_takes_a_root_alone() -> None:
+    settings = config.read("evaluate", ["checkpoint=x", "data.root=/elsewhere"])
+    assert (settings.data.name, settings.data.root) == ("", "/elsewhere")
 
 
 @pytest.mark.parametrize("name", ["paper", "code2012", "clean"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from modelpar import Recipe
@@ -37,6 +39,20 @@ def test_run_145(epoch: int, weight: float, conv1: float) -> None:
 def test_run_145_colour_noise_goes_off_at_67() -> None:
     schedule = Schedule(Recipe.named("code2012"), 91)
     assert [schedule.colour_noise(epoch) for epoch in (0, 66, 67, 90)] == [0.1, 0.1, 0.0, 0.0]
+
+
+def changed(recipe: str, epochs: int, **switches: str) -> Schedule:
+    return Schedule(replace(Recipe.named(recipe), **switches), epochs)  # type: ignore[arg-type]
+
+
+def test_with_equal_rates_biases_follow_the_weights() -> None:
+    found = changed("code2012", 91, rates="equal").rates(30)
+    assert found["fc8.bias"] == found["fc8.weight"] == pytest.approx(1e-3)
+
+
+def test_colour_noise_ends_with_the_codes_rule_and_stays_with_the_papers() -> None:
+    assert changed("code2012", 91, colour_noise="added").colour_noise(90) == 0.1
+    assert changed("paper", 90, colour_noise="added_and_scaled").colour_noise(89) == 0.0
 
 
 def test_run_170() -> None:

@@ -144,12 +144,21 @@ def test_an_unknown_set_names_the_nearest(tmp_path: Path) -> None:
         open_set(settings("photo"), tmp_path)
 
 
+def test_a_damaged_meta_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "meta.bin").write_bytes(b"no pickle")
+    with pytest.raises(DataError, match="no ImageNet there"):
+        open_set(settings("imagenet", root=str(folder(tmp_path))), tmp_path)
+
+
 def test_the_fingerprint_changes_with_the_images(tmp_path: Path) -> None:
     root = folder(tmp_path)
     before = open_set(settings("imagefolder", root=str(root)), tmp_path).fingerprint
     assert open_set(settings("imagefolder", root=str(root)), tmp_path).fingerprint == before
+    picture(root / "train" / "bee" / "0.png", (91, 70))  # the same name
+    after = open_set(settings("imagefolder", root=str(root)), tmp_path).fingerprint
+    assert after != before
     picture(root / "train" / "bee" / "more.png")
-    assert open_set(settings("imagefolder", root=str(root)), tmp_path).fingerprint != before
+    assert open_set(settings("imagefolder", root=str(root)), tmp_path).fingerprint != after
 
 
 # -- torchvision's layouts ------------------------------------------------------------------------
@@ -228,9 +237,13 @@ def test_fashion_mnist_as_torchvision_lays_it(tmp_path: Path) -> None:
     assert (len(found.train), len(found.test)) == (6, 6)
 
 
-def test_a_cut_idx_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "flip", "other"])
+def test_a_damaged_idx_file_is_named(tmp_path: Path, damage: str) -> None:
     path = made_fashion(tmp_path) / "train-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:-40])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    damaged = {"cut": content[:-40], "flip": content, "other": b"<html>"}
+    path.write_bytes(damaged[damage])
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: not a readable IDX"):
         open_set(settings("fashion_mnist", root=str(tmp_path)), tmp_path)
 
@@ -258,6 +271,8 @@ def test_synthetic_is_one_batch_again_and_again(tmp_path: Path) -> None:
             torch.equal(found.train[one][0], found.train[other][0])
             for one, other in zip(first[0], batch, strict=True)
         )
+    mean = statistics(found, tmp_path).mean  # of one pass over the batch
+    assert torch.allclose(mean, found.test.images.float().mean(0), atol=1e-3)  # type: ignore[attr-defined]
     other = open_set(settings("synthetic", num_classes=7), tmp_path, seed=4)
     assert not torch.equal(found.train[0][0], other.train[0][0])
 
