@@ -212,7 +212,8 @@ def peer_named(operation: str) -> Generator[None]:
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
-        message = f"{operation}: the other process is gone or silent ({one_line(error)[-160:]})"
+        reason = re.sub(r"^\[[^]]*\]\s*", "", one_line(error)).partition(". ")[0]
+        message = f"{operation}: the other process is gone or silent ({reason[:160]})"
         raise PeerLostError(message) from None
 
 
