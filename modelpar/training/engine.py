@@ -242,7 +242,8 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
     if start is not None and start.step >= training.total:
         if mesh.rank == 0:
             tqdm.write(f"finished: {run_dir} is at step {start.step} of {training.total}")
-        return float(start.manifest["top1"])
+        top1 = start.manifest["top1"]
+        return math.nan if top1 is None else float(top1)
     if start is not None:
         training.resume(start)
     try:
@@ -425,7 +426,7 @@ class _Training:
                 "step": self.step,
                 "epoch": self.step // len(self.order),
                 "schedule": self.learner.schedule.state(),
-                "top1": self.last,
+                "top1": None if math.isnan(self.last) else self.last,
                 "seed": self.settings.seed,
                 "images_a_step": self.settings.batch_size * self.mesh.replicas,
                 "precision": self.settings.precision,

@@ -76,6 +76,9 @@ def test_resume_is_exact_over_epochs_and_their_ends(
     pair.run(trained, words, str(tmp_path / "once"))
     for steps in (3, 5, 6, 14):
         pair.run(trained, [*words, f"steps={steps}"], str(tmp_path / "often"))
+        stopped = newest(tmp_path / "often")
+        assert stopped is not None
+        assert (stopped.manifest["schedule"]["best"] is None) == (steps == 3)  # not due yet
     pair.run(trained, words, str(tmp_path / "often"))
     once, often = newest(tmp_path / "once"), newest(tmp_path / "often")
     assert once is not None

@@ -153,6 +153,7 @@ def test_a_finished_run_exits_0_and_stays_as_it_is(trained: Path) -> None:
     assert contents() == before
 
 
+@pytest.mark.slow
 def test_resume_takes_a_path_into_a_new_run(tmp_path: Path, trained: Path) -> None:
     step = trained / "checkpoints" / "step-00000004"
     fine(ours(tmp_path, *SMALL, "steps=6", "run_dir=new", f"resume={step}"))
