@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -241,6 +242,8 @@ def _launched(job: Job, cfg: DictConfig, *, checked: bool) -> float:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     # A restarted pair that shares the agent's store reads stale addresses and hangs.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # Inside joblib's workers the default is a context of joblib's own, which has no processes.
+    multiprocessing.set_start_method("spawn", force=True)
     for chatty in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)  # we say it in one line
     agent = LaunchConfig(

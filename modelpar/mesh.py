@@ -6,6 +6,7 @@ returns wrong numbers, without an error, for tensors that are not contiguous.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 AXES: Final = ("replica", "column")
 TEXT_BYTES: Final = 4096
+M_TRIM_THRESHOLD: Final = -1  # malloc.h
+M_MMAP_MAX: Final = -4  # malloc.h
 CARRIED: Final = (
     torch.float32,
     torch.float64,
@@ -151,6 +154,16 @@ def check_world(columns: int, replicas: int, size: int) -> int:
     return size // columns
 
 
+def keep_memory() -> bool:
+    """Make glibc keep what is freed; return whether this libc can.
+
+    By default big buffers go back to the system at each step and are faulted in anew, which cost
+    a third of a step here (224 pixels, two processes: 21 and 30 images/s).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
 @contextmanager
 def opened(columns: int, device: str = "auto", timeout: float = 120.0) -> Generator[Mesh]:
     """Start the process group that the launcher's environment describes; end it on the way out.
@@ -164,6 +177,8 @@ def opened(columns: int, device: str = "auto", timeout: float = 120.0) -> Genera
     place = torch.device(kind, local_rank()) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(place)
+    else:
+        keep_memory()
     if size == 1:
         yield Mesh(place)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +58,19 @@ def patience(mesh: Mesh) -> list[float]:
 
 def test_every_group_waits_as_long_as_it_was_told(two_pairs: Ranks) -> None:
     assert two_pairs.run(patience) == [[60.0] * 3] * 4
+
+
+def page_faults(mesh: Mesh) -> int:
+    """Of the last of many times that 64 MB are allocated and freed."""
+    del mesh
+    for _ in range(16):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16, 1 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_freed_memory_stays_with_the_process(pair: Ranks) -> None:
+    assert max(pair.run(page_faults)) < 1000  # 16,384 pages of 4 KiB otherwise
 
 
 def sums(mesh: Mesh) -> tuple[float, float]:
