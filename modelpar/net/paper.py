@@ -83,7 +83,6 @@ RUN170_BIAS_STEPS: Final = (10.0, 2)  # run 170: dexp, to a tenth in 2 equal ste
 RUN170_NOISE_OFF: Final = 68  # run 170: epoch from which colour noise is off
 RUN170_CONV1_FROZEN: Final = 74  # run 170
 
-CROP_CHUNK: Final = 32  # released code: images that share one draw of crop and flip
 
 # The authors' colour statistics of ImageNet: standard deviations along the principal axes
 # (0-255 units) and the axes themselves, one a row, in RGB (cuda-convnet2 make-data/input_meta).
