@@ -81,6 +81,7 @@ class CrossingSettings:
 
     dtype: str | None = None  # None: the precision's own
     overlap: bool = True  # compute the own half while the peer's travels
+    chunks: int = 2  # parts of the batch; the maps of one travel while the next is computed
 
 
 @dataclass
@@ -116,6 +117,10 @@ class TrainSettings:
     seed: int = 0
     precision: str = "float32"
     device: str = "auto"
+    compile: bool = True
+    channels_last: bool = True
+    threads: int | None = None  # a rank; None: its share of the cores
+    tf32: bool = False
     run_dir: str | None = None
     resume: str = "auto"
     checkpoint_every: int | None = None  # steps; None: by data
@@ -141,6 +146,9 @@ class EvaluateSettings:
     batch_size: int = 128
     precision: str = "float32"
     device: str = "auto"
+    channels_last: bool = True
+    threads: int | None = None
+    tf32: bool = False
     workers: int | None = None
     cache_dir: str | None = None
 
@@ -329,6 +337,7 @@ def _validate_common(settings: TrainSettings | EvaluateSettings) -> None:
         1, columns=settings.columns, replicas=settings.replicas, batch_size=settings.batch_size
     )
     _at_least(0, workers=settings.workers, **{"data.workers": settings.data.workers})
+    _at_least(1, threads=settings.threads, **{"crossing.chunks": settings.crossing.chunks})
     if settings.columns not in {1, 2}:
         refuse_choice("columns", settings.columns, (1, 2))
     if settings.precision not in PRECISIONS:

@@ -34,6 +34,7 @@ from modelpar.errors import LaunchError, PeerLostError, RunError, SettingsError,
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from contextlib import AbstractContextManager
 
     from omegaconf import DictConfig
 
@@ -113,7 +114,7 @@ def _torchrun_door(job: Job) -> int:
         # Started again by torchrun, a rank finds its own run, whatever ``resume`` says.
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         prepared = job.prepare(settings, None if again else named)
-        with mesh.opened(settings.columns, settings.device, settings.comm.timeout) as ranks:
+        with _opened(settings) as ranks:
             place = str(named or _new_run_dir(job, overrides))
             run_dir = Path(mesh.gather_text(place, ranks)[0])
             kept = run_dir if job.keeps_runs else None
@@ -286,7 +287,7 @@ def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
     settings = config.to_object(job.name, OmegaConf.create(plain))
     prepared = job.prepare(settings, None)
     try:
-        with mesh.opened(settings.columns, settings.device, settings.comm.timeout) as ranks:
+        with _opened(settings) as ranks:
             return _work(job, prepared, settings, ranks, Path(run_dir))
     except PeerLostError:
         time.sleep(PATIENCE)  # the lost rank's own end comes first
@@ -311,6 +312,16 @@ def _cause(error: ChildFailedError) -> RunError:
 
 
 # -- both ----------------------------------------------------------------------------------------
+
+
+def _opened(settings: Any) -> AbstractContextManager[Mesh]:
+    return mesh.opened(
+        settings.columns,
+        settings.device,
+        settings.comm.timeout,
+        threads=settings.threads,
+        tf32=settings.tf32,
+    )
 
 
 def _work(job: Job, prepared: Any, settings: Any, ranks: Mesh, run_dir: Path) -> float:

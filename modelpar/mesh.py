@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Final, cast
 
 import torch
@@ -56,6 +58,8 @@ class Mesh:
     """Where this process stands among ``replicas`` x ``columns`` processes, and its groups."""
 
     device: torch.device
+    threads: int = 1  # of this process
+    keeps_memory: bool = False  # freed memory stays with the process, see ``keep_memory``
     replicas: int = 1
     columns: int = 1
     replica: int = 0
@@ -81,9 +85,12 @@ class Mesh:
         }[self.device.type]
         net = "two columns" if self.columns > 1 else "the whole net"
         shared = f" x {self.replicas} replicas" if self.replicas > 1 else ""
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        kept = ", freed memory kept" if self.keeps_memory else ""
+        how = f", {threads} each{kept}" if self.device.type == "cpu" else ""
         if self.world_size == 1:
-            return f"{net} on one {one}"
-        return f"{net}{shared} on {self.world_size} {many} ({backend})"
+            return f"{net} on one {one}{how}"
+        return f"{net}{shared} on {self.world_size} {many} ({backend}){how}"
 
     def replicate(self, net: nn.Module) -> nn.Module:
         """Wrap ``net`` so that its gradients are averaged over the replicas, and only there."""
@@ -164,23 +171,68 @@ def keep_memory() -> bool:
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
+def share_cores(processes: int, threads: int | None = None) -> int:
+    """Give this process its share of the host's cores; return its number of threads.
+
+    ``threads`` None: OMP_NUM_THREADS where it says more than torchrun's own 1, or the cores this
+    process may use divided by the host's ``processes``.
+    """
+    if threads is None:
+        given = _env_int("OMP_NUM_THREADS", 1)
+        threads = given if given > 1 else max(1, len(os.sched_getaffinity(0)) // processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+@cache
+def compiler_complaint(device: torch.device) -> str:
+    """Return why torch.compile does not work here, in one line; empty where it does."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # CUDA without a GPU
+    try:
+        torch.compile(torch.neg)(torch.zeros(8, device=device))
+    except Exception as error:  # noqa: BLE001 - no compiler, no headers, a full disk: all the same
+        return one_line(error)[:160]
+    return ""
+
+
+def _set_up(device: torch.device, *, tf32: bool) -> bool:
+    """Make this process fast on ``device``; return whether freed memory is kept.
+
+    ``tf32`` lets a GPU round float32 products.
+    """
+    if device.type == "cpu":
+        return keep_memory()
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # shapes never change
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32  # torch's own default rounds convolutions
+    return False  # torch keeps a GPU's memory itself
+
+
 @contextmanager
-def opened(columns: int, device: str = "auto", timeout: float = 120.0) -> Generator[Mesh]:
+def opened(
+    columns: int,
+    device: str = "auto",
+    timeout: float = 120.0,
+    *,
+    threads: int | None = None,
+    tf32: bool = False,
+) -> Generator[Mesh]:
     """Start the process group that the launcher's environment describes; end it on the way out.
 
-    ``timeout`` in s holds for every collective.  A world of one process needs no group.  Raises
-    LaunchError where the group does not start.
+    ``timeout`` in s holds for every collective.  A world of one process needs no group.  For
+    ``threads`` and ``tf32`` see ``share_cores`` and ``_set_up``.  Raises LaunchError where the
+    group does not start.
     """
     size = world_size()
     replicas = check_world(columns, 1, size)
-    kind = choose_device(device, _env_int("LOCAL_WORLD_SIZE", size))
+    local = _env_int("LOCAL_WORLD_SIZE", size)
+    kind = choose_device(device, local)
     place = torch.device(kind, local_rank()) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(place)
-    else:
-        keep_memory()
+    kept = _set_up(place, tf32=tf32)
+    threads = share_cores(local, threads)
     if size == 1:
-        yield Mesh(place)
+        yield Mesh(place, threads=threads, keeps_memory=kept)
         return
     if _env_int("LOCAL_WORLD_SIZE", 0) == size:  # one host: no port is open to others
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -205,6 +257,8 @@ def opened(columns: int, device: str = "auto", timeout: float = 120.0) -> Genera
         replica, column = axes.get_coordinate() or (0, 0)
         yield Mesh(
             place,
+            threads=threads,
+            keeps_memory=kept,
             replicas=replicas,
             columns=columns,
             replica=replica,

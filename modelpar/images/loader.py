@@ -50,6 +50,25 @@ def _fetch(source: Iterator[Any]) -> tuple[Tensor, Tensor] | None:
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
 
 
+def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copy and augment the next batch on a stream of its own while the net has the last one."""
+    stream = torch.cuda.Stream(device)
+
+    def load() -> Batch | None:
+        with torch.cuda.stream(stream):
+            return next(batches, None)
+
+    ready = load()
+    while ready is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        ready.images.record_stream(current)  # its memory is not reused before the net is done
+        ready.labels.record_stream(current)
+        following = load()
+        yield ready
+        ready = following
+
+
 class TrainLoader:
     """The training batches of one replica, resumable at any batch of any epoch."""
 
@@ -71,6 +90,10 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start: int, noise: float) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from number ``start`` on, augmented on the device."""
+        batches = self._batches(epoch, start, noise)
+        return _ahead(batches, self.device) if self.device.type == "cuda" else batches
+
+    def _batches(self, epoch: int, start: int, noise: float) -> Iterator[Batch]:
         order = self.order
         order.epoch, order.start = epoch, start
         draws = Draws.of_epoch(order.seed, epoch, order.num_samples, self.lens.border, self.crops)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from modelpar.errors import CheckpointError
 from modelpar.mesh import generator
 from modelpar.net import paper
-from modelpar.net.crossing import Crossing, arrive, depart, halves, product, summed
+from modelpar.net.crossing import Convolution, Departed, Linear, depart, product, summed
 from modelpar.net.layers import ACTIVATIONS, AcrossMaps, Draw, Dropout, WithinMap, pool
 from modelpar.net.paper import COLUMNS, LAYERS, Plan, Recipe
 
@@ -43,28 +43,52 @@ class Blocks(nn.Module):
         maps = {name: LAYERS[name].outputs for name in ("conv1", "conv2")}  # of one column
         alpha = plan.recipe.alpha
         self.norm1 = AcrossMaps(maps["conv1"], alpha) if response else nn.Identity()
-        self.norm2 = AcrossMaps(maps["conv2"], alpha) if response else nn.Identity()
-        self.within = WithinMap() if within else nn.Identity()
+        across = AcrossMaps(maps["conv2"], alpha) if response else nn.Identity()
+        self.norm2 = nn.Sequential(across, WithinMap()) if within else across
         width = {name: COLUMNS * LAYERS[name].outputs for name in ("fc6", "fc7")}
+        self.norm1_in_training, self.norm2_in_training = self._norm1, self._norm2
         self.drop6 = Dropout("fc6", width["fc6"], units, plan.dropout)
         self.drop7 = Dropout("fc7", width["fc7"], units, plan.dropout)
 
-    def pad(self, images: Tensor) -> Tensor:
-        """Add the zeros that 224 -> 55 needs: (N, 3, 224, 224) -> (N, 3, 227, 227)."""
-        return functional.pad(images, self.plan.conv1_padding)
+    def compile(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Have torch.compile fuse what lies between the products in training.
+
+        The norms alone, with the activation before them: convolutions, products and crossings
+        run as they are, and so do the pools, whose compiled backward is several times slower.
+        """
+        self.norm1_in_training = torch.compile(self._norm1, dynamic=False)
+        self.norm2_in_training = torch.compile(self._norm2, dynamic=False)
+
+    def pad(self, images: Tensor, weight: Tensor) -> Tensor:
+        """Add the zeros that 224 -> 55 needs: (N, 3, 224, 224) -> (N, 3, 227, 227).
+
+        Images become of the dtype and memory format of conv1's ``weight``.
+        """
+        last = weight.is_contiguous(memory_format=torch.channels_last)
+        order = torch.channels_last if last else torch.contiguous_format
+        return functional.pad(
+            images.to(weight.dtype, memory_format=order), self.plan.conv1_padding
+        )
 
     def after_conv1(self, maps: Tensor) -> Tensor:
         """Activate, normalize, pool: (N, C, 55, 55) -> (N, C, 27, 27) (section 3.5).
 
         Run 145 normalizes conv1's linear response and rectifies after the pool.
         """
-        if self.plan.recipe.norm1_input == "linear":
-            return self.activate(self.pool(self.norm1(maps)))
-        return self.pool(self.norm1(self.activate(maps)))
+        normal = self.norm1_in_training(maps) if self.training else self._norm1(maps)
+        linear = self.plan.recipe.norm1_input == "linear"
+        return self.activate(self.pool(normal)) if linear else self.pool(normal)
+
+    def _norm1(self, maps: Tensor) -> Tensor:
+        linear = self.plan.recipe.norm1_input == "linear"
+        return self.norm1(maps if linear else self.activate(maps))
 
     def after_conv2(self, maps: Tensor) -> Tensor:
         """Activate, normalize, pool: (N, C, 27, 27) -> (N, C, 13, 13)."""
-        return self.pool(self.within(self.norm2(self.activate(maps))))
+        return self.pool(self.norm2_in_training(maps) if self.training else self._norm2(maps))
+
+    def _norm2(self, maps: Tensor) -> Tensor:
+        return self.norm2(self.activate(maps))
 
     def after_conv5(self, maps: Tensor) -> Tensor:
         """Activate, pool, lay out as units: (N, C, 13, 13) -> (N, C * 36)."""
@@ -222,7 +246,7 @@ class AlexNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, classes) of ``images`` (N, 3, S, S)."""
         blocks = self.blocks
-        x = blocks.pad(images)
+        x = blocks.pad(images, self.conv1.weight)
         x = blocks.after_conv1(self.conv1(x))  # (N, 96, 27, 27)
         x = blocks.after_conv2(self.conv2(x))  # (N, 256, 13, 13)
         x = blocks.activate(self.conv3(x))  # (N, 384, 13, 13), reads both columns
@@ -291,40 +315,46 @@ class Column(nn.Module):
         return cls(plan_from(recipe, num_classes, image_size, switches), link, seed)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (N, classes) of ``images`` (N, 3, S, S), the same on both columns."""
+        """Return the logits (N, classes) of ``images`` (N, 3, S, S), the same on both columns.
+
+        conv1-5 take the batch in the link's chunks: a chunk's maps travel to the peer while the
+        next chunk's are computed.
+        """
         blocks = self.blocks
-        x = blocks.pad(images)
-        x = blocks.after_conv1(self.conv1(x))  # (N, 48, 27, 27)
-        x = blocks.after_conv2(self._read("conv2", x))  # (N, 128, 13, 13)
-        x = blocks.activate(self._read("conv3", x))  # (N, 192, 13, 13), crossing
-        x = blocks.activate(self._read("conv4", x))  # (N, 192, 13, 13)
-        x = blocks.after_conv5(self._read("conv5", x))  # (N, 4608)
+        maps = [self._maps(part) for part in images.chunk(self.link.chunks)]
+        x = torch.cat([self._units(part) for part in maps])  # (N, 4608)
         x = blocks.after_fc6(self._read("fc6", x))  # (N, 2048), crossing
         x = blocks.after_fc7(self._read("fc7", x))  # (N, 2048), crossing
         return summed(self.fc8(x), self.link)  # crossing
 
-    def _read(self, name: str, own: Tensor) -> Tensor:
-        """Apply ``name`` to the own maps or units, or to both columns' at a crossing.
+    def _maps(self, images: Tensor) -> Tensor | Departed:
+        """Return conv2's maps, on their way to the peer's conv3."""
+        blocks = self.blocks
+        x = blocks.pad(images, self.conv1.weight)
+        x = blocks.after_conv1(self.conv1(x))  # (N, 48, 27, 27)
+        x = blocks.after_conv2(self._read("conv2", x))  # (N, 128, 13, 13)
+        return self._sent("conv3", x)
 
-        With overlap the own half of the product is computed while the peer's maps travel.
-        """
+    def _units(self, x: Tensor | Departed) -> Tensor:
+        """Return conv5's maps as units, from conv2's."""
+        blocks = self.blocks
+        x = blocks.activate(self._read("conv3", x))  # (N, 192, 13, 13), crossing
+        x = blocks.activate(self._read("conv4", x))  # (N, 192, 13, 13)
+        return blocks.after_conv5(self._read("conv5", x))  # (N, 4608)
+
+    def _sent(self, name: str, own: Tensor) -> Tensor | Departed:
+        """Start sending what ``name`` reads of this column, where it reads both."""
+        return depart(own, self.link, name) if name in self.plan.crossing_at else own
+
+    def _read(self, name: str, own: Tensor | Departed) -> Tensor:
+        """Apply ``name`` to the own maps or units, at a crossing to both columns'."""
         layer: nn.Conv2d | nn.Linear = self.get_submodule(name)  # pyright: ignore[reportAssignmentType]
-        if name not in self.plan.crossing_at:
-            return layer(own)
-        crossing = Crossing(self.link, name)
-        column = self.link.column
-        if not self.link.overlap:
-            peer = arrive(depart(own, crossing), crossing)
-            both = (own, peer) if column == 0 else (peer, own)
-            return layer(torch.cat(both, dim=1))
-        if isinstance(layer, nn.Linear):
-            weight, bias = (value.to(own.dtype) for value in (layer.weight, layer.bias))
-            return product(own, weight, bias, crossing)
-        ticket = depart(own, crossing)
-        own_half, peer_half = halves(layer.weight, column)
-        shape = (LAYERS[name].stride, self.plan.padding(name))
-        out = functional.conv2d(own, own_half, layer.bias, *shape)
-        return out + functional.conv2d(arrive(ticket, crossing), peer_half, None, *shape)
+        departed = self._sent(name, own) if isinstance(own, torch.Tensor) else own
+        if isinstance(departed, torch.Tensor):
+            return layer(departed)
+        convolution = Convolution(LAYERS[name].stride, self.plan.padding(name))
+        multiply = Linear() if isinstance(layer, nn.Linear) else convolution
+        return product(departed, layer.weight, layer.get_parameter("bias"), multiply)
 
     def fix_dropout(self, draw: Draw | None) -> None:
         """Make the next forward's masks a function of ``draw``; None: torch's generator."""

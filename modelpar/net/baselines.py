@@ -66,7 +66,9 @@ class OneColumn(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, classes) of ``images`` (N, 3, S, S)."""
         blocks = self.blocks
-        x = blocks.after_conv1(self.conv1(blocks.pad(images)))  # (N, 48, 27, 27)
+        x = blocks.after_conv1(
+            self.conv1(blocks.pad(images, self.conv1.weight))
+        )  # (N, 48, 27, 27)
         x = blocks.after_conv2(self.conv2(x))  # (N, 128, 13, 13)
         x = blocks.activate(self.conv3(x))  # (N, 192, 13, 13)
         x = blocks.activate(self.conv4(x))  # (N, 192, 13, 13)

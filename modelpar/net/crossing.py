@@ -1,9 +1,10 @@
 """The differentiable exchanges between the two columns, and what they counted (section 3.2).
 
-``depart`` starts sending the own maps, ``arrive`` waits for the peer's; each is the adjoint of the
-other: backward through ``arrive`` starts sending the gradient of the peer's maps home, backward
-through ``depart`` waits for the own maps' gradient from the peer, and autograd adds it to the
-column's own.  Whatever is computed between the two, forward or backward, hides the travel.
+``depart`` starts sending a column's maps; ``product`` is the layer that reads both columns' maps.
+Forward it multiplies the own half while the peer's travels.  Backward it computes the gradient of
+the peer's maps first and starts sending it home, then everything else; backward through ``depart``
+waits for what the peer sent, and autograd adds it to the column's own.  Whatever is computed
+between the two, forward or backward, hides the travel.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd import Function
+from torch.nn import functional
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from modelpar.mesh import swap
 
@@ -32,8 +35,10 @@ class Link:
 
     ``transport`` starts the swap of a tensor with the peer's of equal shape and returns what
     will be received and a wait.  ``dtype`` is what maps and gradients travel as (None: as they
-    are).  ``sent`` counts bytes by (layer, direction), ``swaps`` the exchanges, ``seconds`` the
-    time this process stood still for them; on a GPU, where waits are queued, that is not seen.
+    are).  Without ``overlap`` each exchange is waited for where it starts.  The maps of a batch
+    cross in ``chunks``, those of one while the next is computed.  ``sent`` counts bytes by (layer,
+    direction), ``swaps`` the exchanges, ``seconds`` the time this process stood still for them; on
+    a GPU, where waits are queued, that is not seen.
     """
 
     def __init__(
@@ -43,11 +48,13 @@ class Link:
         *,
         dtype: torch.dtype | None = None,
         overlap: bool = True,
+        chunks: int = 1,
     ) -> None:
         self.transport = transport
         self.column = column
         self.dtype = dtype
         self.overlap = overlap
+        self.chunks = chunks
         self.sent: Counter[tuple[str, str]] = Counter()
         self.swaps: Counter[tuple[str, str]] = Counter()
         self.seconds = 0.0
@@ -59,9 +66,11 @@ class Link:
         *,
         dtype: torch.dtype | None = None,
         overlap: bool = True,
+        chunks: int = 1,
     ) -> Link:
         """Return the link of a process group of two."""
-        return cls(partial(swap, pair=pair), pair.rank(), dtype=dtype, overlap=overlap)
+        transport = partial(swap, pair=pair)
+        return cls(transport, pair.rank(), dtype=dtype, overlap=overlap, chunks=chunks)
 
     @property
     def bytes_sent(self) -> int:
@@ -71,12 +80,18 @@ class Link:
     def start(self, tensor: Tensor, layer: str, direction: str) -> _Travel:
         """Start a swap of ``tensor`` for ``layer``; ``direction`` is forward or backward."""
         began = time.perf_counter()
-        packed = tensor.to(self.dtype).contiguous()
+        packed = tensor.to(self.dtype)
+        if packed.dim() > 2:  # noqa: PLR2004 - maps go channels last, whatever they are here
+            packed = packed.movedim(1, -1)
+        packed = packed.contiguous()
         received, wait = self.transport(packed)
         self.sent[layer, direction] += packed.numel() * packed.element_size()
         self.swaps[layer, direction] += 1
+        travel = _Travel(self, packed, received, wait, tensor.dtype)
         self.seconds += time.perf_counter() - began
-        return _Travel(self, packed, received, wait, tensor.dtype)
+        if not self.overlap:
+            travel.land()
+        return travel
 
 
 class _Travel:
@@ -93,20 +108,27 @@ class _Travel:
         self.link = link
         self.packed: Tensor | None = packed  # alive until it is sent
         self.received = received
-        self.wait = wait
+        self.wait: Callable[[], None] | None = wait  # to be called once: gloo waits for ever else
         self.dtype = dtype
+
+    def land(self) -> None:
+        """Wait until both tensors are over."""
+        if self.wait is None:
+            return
+        began = time.perf_counter()
+        self.wait()
+        self.packed = self.wait = None
+        self.link.seconds += time.perf_counter() - began
 
     def end(self) -> Tensor:
         """Wait; return what came, in the dtype of what was sent before packing."""
-        began = time.perf_counter()
-        self.wait()
-        self.packed = None
-        self.link.seconds += time.perf_counter() - began
-        return self.received.to(self.dtype)
+        self.land()
+        came = self.received.to(self.dtype)
+        return came.movedim(-1, 1) if came.dim() > 2 else came  # noqa: PLR2004 - maps
 
 
 class Crossing:
-    """One exchange of one layer: first ``depart``, then ``arrive``."""
+    """One exchange of one layer, on its way forward and back."""
 
     def __init__(self, link: Link, layer: str) -> None:
         self.link = link
@@ -114,12 +136,38 @@ class Crossing:
         self.out: _Travel | None = None  # forward: own maps out, the peer's in
         self.back: _Travel | None = None  # backward: the peer's gradient out, the own in
 
+    def start(self, maps: Tensor) -> None:
+        """Start sending ``maps``."""
+        self.out = self.link.start(maps, self.layer, "forward")
+
+    def start_back(self, grad: Tensor) -> None:
+        """Start sending the gradient of the peer's maps home."""
+        self.back = self.link.start(grad, self.layer, "backward")
+
+    def end(self) -> Tensor:
+        """Wait for the peer's maps."""
+        travel, self.out = self.out, None
+        return _ended(travel)
+
+    def end_back(self) -> Tensor:
+        """Wait for the own maps' gradient from the peer."""
+        travel, self.back = self.back, None
+        return _ended(travel)
+
 
 def _ended(travel: _Travel | None) -> Tensor:
     if travel is None:
-        message = "a crossing was waited for before it was started"
+        message = "a crossing was waited for before it was started, or twice"
         raise RuntimeError(message)
     return travel.end()
+
+
+class Departed(NamedTuple):
+    """A column's own maps (N, C, ...), on their way to the peer as well."""
+
+    own: Tensor
+    ticket: Tensor  # ties the two ends in autograd; its values are never read
+    crossing: Crossing
 
 
 class _Depart(Function):
@@ -128,87 +176,147 @@ class _Depart(Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, crossing: Crossing) -> Tensor:
         ctx.crossing = crossing
-        crossing.out = crossing.link.start(maps, crossing.layer, "forward")
-        return maps.new_zeros(()).expand_as(maps)  # a ticket: its values are never read
+        crossing.start(maps)
+        return maps.new_zeros(()).expand_as(maps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         del grads  # the ticket's gradient: what counts is on the wire
-        return _ended(ctx.crossing.back), None
+        return ctx.crossing.end_back(), None
 
 
-class _Arrive(Function):
-    """Wait for the peer's maps.  Adjoint: start sending their gradient home."""
+def depart(own: Tensor, link: Link, layer: str) -> Departed:
+    """Start sending this column's maps (N, C, H, W) or units (N, C), of equal shape on both.
 
-    @staticmethod
-    def forward(ctx: Any, ticket: Tensor, crossing: Crossing) -> Tensor:
-        del ticket
-        ctx.crossing = crossing
-        return _ended(crossing.out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        crossing: Crossing = ctx.crossing
-        crossing.back = crossing.link.start(grad, crossing.layer, "backward")
-        return grad.new_zeros(()).expand_as(grad), None  # a ticket again
-
-
-def depart(maps: Tensor, crossing: Crossing) -> Tensor:
-    """Start sending this column's ``maps`` to the peer; returns the ticket for ``arrive``.
-
-    ``maps`` (N, C, H, W) or units (N, C), of equal shape on both columns.  A collective of the
-    pair.  Adjoint: waits for the gradient that the peer's layer has for these maps.
+    A collective of the pair, with the ``product`` that reads them.  Adjoint: waits for the
+    gradient that the peer's layer has for these maps.
     """
-    return _Depart.apply(maps, crossing)
+    crossing = Crossing(link, layer)
+    return Departed(own, _Depart.apply(own, crossing), crossing)
 
 
-def arrive(ticket: Tensor, crossing: Crossing) -> Tensor:
-    """Wait for the peer's maps and return them, shaped as the own.
+class Multiply(Protocol):
+    """What a layer does with half of its inputs, and the gradients of that."""
 
-    Adjoint: starts sending their gradient to the peer.
-    """
-    return _Arrive.apply(ticket, crossing)
+    def __call__(self, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product of ``maps`` and ``weight``."""
+        ...
+
+    def maps_grad(self, maps: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient of ``maps``."""
+        ...
+
+    def weight_grad(self, first: Tensor, second: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient of the whole ``weight`` (M, 2 C, ...) from both columns' maps."""
+        ...
+
+    def bias_grad(self, grad: Tensor) -> Tensor:
+        """Return the gradient of the bias (M)."""
+        ...
+
+
+class Linear:
+    """A fully connected layer: units (N, C), weight (M, C)."""
+
+    def __call__(self, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return (N, M)."""
+        return functional.linear(maps, weight, bias)
+
+    def maps_grad(self, maps: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+        """Return (N, C)."""
+        del maps
+        return grad @ weight
+
+    def weight_grad(self, first: Tensor, second: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+        """Return (M, 2 C), in one product: the weights are large, the units small."""
+        del weight
+        return grad.t() @ torch.cat([first, second], dim=1)
+
+    def bias_grad(self, grad: Tensor) -> Tensor:
+        """Return (M)."""
+        return grad.sum(0)
+
+
+class Convolution:
+    """A convolution: maps (N, C, H, W), weight (M, C, K, K)."""
+
+    def __init__(self, stride: int, padding: int) -> None:
+        self.stride = stride
+        self.padding = padding
+
+    def __call__(self, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return (N, M, H', W')."""
+        return functional.conv2d(maps, weight, bias, self.stride, self.padding)
+
+    def maps_grad(self, maps: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+        """Return (N, C, H, W)."""
+        return conv2d_input(maps.shape, weight, grad, self.stride, self.padding)
+
+    def weight_grad(self, first: Tensor, second: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+        """Return (M, 2 C, K, K), in two products: the maps are large, the weights small."""
+        shape = weight.chunk(2, dim=1)[0].shape
+        parts = [
+            conv2d_weight(maps, shape, grad, self.stride, self.padding) for maps in (first, second)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def bias_grad(self, grad: Tensor) -> Tensor:
+        """Return (M)."""
+        return grad.sum((0, 2, 3))
 
 
 class _Product(Function):
-    """A fully connected layer over both columns' units.
+    """A layer over both columns' maps; the order of its work is what hides the travel.
 
-    Forward, the own half of the product is computed while the peer's units travel.  Adjoint: the
-    gradient of the peer's units is computed first and sent; the weights' gradient, one product
-    over both halves, hides its travel.
+    Adjoint: the gradient of the peer's maps is computed first and sent; the weights' gradient and
+    that of the own maps hide its travel.
     """
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, weight: Tensor, bias: Tensor, crossing: Crossing) -> Tensor:
-        travel = crossing.link.start(own, crossing.layer, "forward")
+    def forward(
+        ctx: Any,
+        own: Tensor,
+        ticket: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        crossing: Crossing,
+        multiply: Multiply,
+    ) -> Tensor:
+        del ticket
         own_half, peer_half = halves(weight, crossing.link.column)
-        out = torch.addmm(bias, own, own_half.t())
-        peer = travel.end()
-        both = (own, peer) if crossing.link.column == 0 else (peer, own)
-        ctx.save_for_backward(torch.cat(both, dim=1), weight)
-        ctx.crossing = crossing
-        return out.addmm_(peer, peer_half.t())
+        out = multiply(own, own_half, bias)
+        peer = crossing.end()
+        ctx.save_for_backward(own, peer, weight)
+        ctx.crossing, ctx.multiply = crossing, multiply
+        return out.add_(multiply(peer, peer_half, None))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None, None]:
         (grad,) = grads
-        both, weight = ctx.saved_tensors
+        own, peer, weight = ctx.saved_tensors
         crossing: Crossing = ctx.crossing
+        multiply: Multiply = ctx.multiply
         own_half, peer_half = halves(weight, crossing.link.column)
-        travel = crossing.link.start(grad @ peer_half, crossing.layer, "backward")
-        weight_grad = grad.t() @ both
-        own_grad = grad @ own_half
-        return own_grad + travel.end(), weight_grad, grad.sum(0), None
+        ticket = None
+        if ctx.needs_input_grad[1]:
+            crossing.start_back(multiply.maps_grad(peer, peer_half, grad))
+            ticket = grad.new_zeros(()).expand_as(own)
+        both = (own, peer) if crossing.link.column == 0 else (peer, own)
+        weight_grad = multiply.weight_grad(*both, weight, grad)
+        own_grad = multiply.maps_grad(own, own_half, grad)
+        return own_grad, ticket, weight_grad, multiply.bias_grad(grad), None, None
 
 
-def product(own: Tensor, weight: Tensor, bias: Tensor, crossing: Crossing) -> Tensor:
-    """Return (N, M): a fully connected layer of weight (M, 2 C) over both columns' units (N, C).
+def product(departed: Departed, weight: Tensor, bias: Tensor, multiply: Multiply) -> Tensor:
+    """Return a layer of weight (M, 2 C, ...) over both columns' maps (N, C, ...).
 
-    A collective of the pair.  Adjoint: adds to the own units' gradient what the peer's layer has
-    for them.
+    Adjoint: starts sending the gradient of the peer's maps, see ``depart``.
     """
-    return _Product.apply(own, weight, bias, crossing)
+    own, ticket, crossing = departed
+    values = (value.to(own.dtype) for value in (weight, bias))  # under autocast they are wider
+    return _Product.apply(own, ticket, *values, crossing, multiply)
 
 
 def halves(weight: Tensor, column: int) -> tuple[Tensor, Tensor]:

@@ -26,30 +26,44 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
-class _AcrossMaps(Function):
-    """y = x * s ** -beta, s = k + alpha / n * (sum of n squares), with a backward of its own.
+def _around(maps: Tensor, kernel: Tensor) -> Tensor:
+    """Sum over neighbours: a convolution with ones, symmetric and so its own adjoint."""
+    groups = maps.shape[1] // kernel.shape[1]
+    return functional.conv2d(maps, kernel, padding=kernel.shape[-1] // 2, groups=groups)
 
-    The sum over neighbouring maps is a 1 x 1 convolution with a banded matrix of ones, which runs
-    as a matrix product: several times faster than torch's pooling over maps.  With beta = 3/4,
-    s ** -beta is r * sqrt(r) for r = 1 / sqrt(s).
+
+def _inverse_root(total: Tensor, k: float, slope: float) -> Tensor:
+    """Return s ** -1/2 of s = k + slope * total, in float32 at least."""
+    wide = torch.promote_types(total.dtype, torch.float32)
+    return total.to(wide, copy=True).mul_(slope).add_(k).rsqrt_()
+
+
+class _Response(Function):
+    """y = x * s ** -3/4, s = k + slope * sum of squares around x, with a backward of its own.
+
+    The sum runs as a convolution, on whatever the device has for products, and s ** -3/4 is
+    r * sqrt(r) for r = 1 / sqrt(s): several times faster than torch's pooling over maps and a
+    power.  Adjoint, b = 3/4 in both norms: dx = g s^-b - 2 b slope x * around(g x s^-b / s).
     """
 
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, band: Tensor, slope: float) -> Tensor:
-        r = functional.conv2d(maps * maps, band).mul_(slope).add_(paper.NORM_K).rsqrt_()
-        scale = r.sqrt().mul_(r)
-        ctx.save_for_backward(maps, band, r, scale)
-        ctx.slope = slope
-        return maps * scale
+    def forward(ctx: Any, maps: Tensor, kernel: Tensor, k: float, slope: float) -> Tensor:
+        total = _around(maps * maps, kernel)
+        ctx.save_for_backward(maps, kernel, total)
+        ctx.k, ctx.slope = k, slope
+        root = _inverse_root(total, k, slope)
+        return root.sqrt().mul_(root).mul_(maps).to(maps.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        maps, band, r, scale = ctx.saved_tensors
-        # dx = g s^-b - 2 b alpha/n x * sum over the same neighbours of (g x s^-b / s)
-        straight = grads[0] * scale
-        around = functional.conv2d((straight * maps).mul_(r).mul_(r), band)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        maps, kernel, total = ctx.saved_tensors
+        root = _inverse_root(total, ctx.k, ctx.slope)
+        straight = root.sqrt().mul_(root).mul_(grad)
+        uneven = root.square_().mul_(straight).mul_(maps)
+        around = _around(uneven.to(maps.dtype), kernel)
         factor = -2 * paper.NORM_BETA * ctx.slope
-        return torch.addcmul(straight, maps, around, value=factor), None, None
+        return straight.addcmul_(maps, around, value=factor).to(maps.dtype), None, None, None
 
 
 class AcrossMaps(nn.Module):
@@ -70,15 +84,9 @@ class AcrossMaps(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the normalized maps, shaped as ``maps``."""
-        apart = maps.unflatten(1, (-1, self.maps)).flatten(0, 1)  # (N * columns, maps, H, W)
-        band = self.get_buffer("band")
-        slope = self.alpha / paper.NORM_SIZE
-        if maps.dtype.itemsize < band.dtype.itemsize:  # half precision: in float32 all the same
-            with torch.autocast(maps.device.type, enabled=False):
-                normal: Tensor = _AcrossMaps.apply(apart.float(), band, slope)
-        else:
-            normal = _AcrossMaps.apply(apart, band.to(maps.dtype), slope)
-        return normal.to(maps.dtype).view_as(maps)
+        columns = maps.shape[1] // self.maps
+        band = self.get_buffer("band").to(maps.dtype).repeat(columns, 1, 1, 1)
+        return _Response.apply(maps, band, paper.NORM_K, self.alpha / paper.NORM_SIZE)
 
     def extra_repr(self) -> str:
         """Name what makes it."""
@@ -91,14 +99,16 @@ class WithinMap(nn.Module):
     y = x * (1 + 1e-3 / 25 * sum of 25 squares) ** -0.75; pixels outside the map count as zero.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        side = paper.WITHIN_SIZE
+        self.register_buffer("window", torch.ones(1, 1, side, side), persistent=False)
+
     def forward(self, maps: Tensor) -> Tensor:
         """Return the normalized maps (N, C, H, W)."""
-        wide = maps.float() if maps.dtype.itemsize < torch.float32.itemsize else maps
-        mean_square = functional.avg_pool2d(
-            wide * wide, paper.WITHIN_SIZE, stride=1, padding=paper.WITHIN_SIZE // 2
-        )
-        scale = (paper.WITHIN_K + paper.WITHIN_ALPHA * mean_square) ** -paper.WITHIN_BETA
-        return (wide * scale).to(maps.dtype)
+        window = self.get_buffer("window").to(maps.dtype).repeat(maps.shape[1], 1, 1, 1)
+        slope = paper.WITHIN_ALPHA / paper.WITHIN_SIZE**2
+        return _Response.apply(maps, window, paper.WITHIN_K, slope)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch.nn import functional
@@ -18,7 +17,7 @@ from modelpar.images.augment import Lens, Statistics
 from modelpar.images.loader import TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.images.sets import open_set, statistics
-from modelpar.mesh import Mesh, first_complaint, peer_named, sum_over
+from modelpar.mesh import Mesh, compiler_complaint, first_complaint, peer_named, sum_over
 from modelpar.net.alexnet import AlexNet, Column, check_state
 from modelpar.net.crossing import Link
 from modelpar.net.layers import Draw
@@ -31,7 +30,6 @@ from modelpar.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from torch import Tensor
@@ -64,27 +62,35 @@ def plan_for(recipe: Recipe, model: ModelSettings, num_classes: int, image_size:
     return Plan(recipe, num_classes=num_classes, image_size=image_size, **chosen)
 
 
-def build(plan: Plan, mesh: Mesh, precision: str, crossing: CrossingSettings, seed: int) -> Net:
+def build(
+    plan: Plan,
+    mesh: Mesh,
+    precision: str,
+    crossing: CrossingSettings,
+    seed: int,
+    *,
+    channels_last: bool = True,
+) -> Net:
     """Return this process's part of the net on its device: a column, or the whole.
 
-    bfloat16 keeps float32 weights; the products are autocast.
+    Weights are float32, or float64; for bfloat16 whoever trains or evaluates the net rounds them.
     """
     if mesh.pair is None:
         net: Net = AlexNet(plan, seed)
     else:
         wire = DTYPES[crossing.dtype or precision]
-        net = Column(plan, Link.between(mesh.pair, dtype=wire, overlap=crossing.overlap), seed)
-    return net.to(mesh.device, torch.float64 if precision == "float64" else torch.float32)
-
-
-def _cast(mesh: Mesh, precision: str) -> AbstractContextManager[Any]:
-    if precision == "bfloat16":
-        return torch.autocast(mesh.device.type, torch.bfloat16)
-    return nullcontext()
+        link = Link.between(
+            mesh.pair, dtype=wire, overlap=crossing.overlap, chunks=crossing.chunks
+        )
+        net = Column(plan, link, seed)
+    net.to(mesh.device, _wide(precision))
+    if channels_last:
+        net.to(memory_format=torch.channels_last)
+    return net
 
 
 def _wide(precision: str) -> torch.dtype:
-    """Return the dtype of images, logits and loss."""
+    """Return the dtype of logits and loss, and of the weights that learn."""
     return torch.float64 if precision == "float64" else torch.float32
 
 
@@ -102,8 +108,12 @@ class Learner:
     batch_size: int
     seed: int
     precision: str = "float32"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
+        if self.compiled:
+            self.net.blocks.compile()
+            self.optimizer.compile()
         self.replicated = self.mesh.replicate(self.net)
 
     def step(self, batch: Batch, step: int, rates: dict[str, float]) -> Tensor:
@@ -118,10 +128,8 @@ class Learner:
         self.net.train()
         self.net.fix_dropout(Draw(self.seed, step, rows, total))
         self.optimizer.set_rates(rates)
-        wide = _wide(self.precision)
-        with _cast(mesh, self.precision):
-            logits = self.replicated(batch.images.to(wide))
-        loss = functional.cross_entropy(logits.to(wide), batch.labels)
+        logits = self.replicated(batch.images)
+        loss = functional.cross_entropy(logits.to(_wide(self.precision)), batch.labels)
         with peer_named("gradients"):  # what DistributedDataParallel sums
             loss.backward()
         self.optimizer.step()
@@ -152,9 +160,7 @@ def evaluate(
     wide = _wide(precision)
 
     def log_probabilities(images: Tensor) -> Tensor:
-        with _cast(mesh, precision):
-            logits = net(images.to(wide))
-        return functional.log_softmax(logits.to(wide), dim=1)
+        return functional.log_softmax(net(images).to(wide), dim=1)
 
     for stored, labels in batches:
         if views == 1:
@@ -271,16 +277,24 @@ class _Training:
         data, device = settings.data, mesh.device
         workers = data.workers if settings.workers is None else settings.workers
         recipe = plan.recipe
-        net = build(plan, mesh, settings.precision, settings.crossing, settings.seed)
+        net = build(
+            plan,
+            mesh,
+            settings.precision,
+            settings.crossing,
+            settings.seed,
+            channels_last=settings.channels_last,
+        )
         epochs = settings.epochs or data.epochs
         self.learner = Learner(
             net,
             mesh,
-            MomentumDecay(net, recipe),
+            MomentumDecay(net, recipe, DTYPES[settings.precision]),
             Schedule(recipe, epochs),
             settings.batch_size,
             settings.seed,
             settings.precision,
+            compiled=self._compiles(),
         )
         scaled = recipe.colour_noise == "added_and_scaled"
         self.lens = Lens(stats, plan.image_size, scaled=scaled, device=device)
@@ -311,6 +325,15 @@ class _Training:
         self.step = 0
         self.last = math.nan  # top-1 error in %
         self.monitor: Monitor | None = None
+
+    def _compiles(self) -> bool:
+        """Whether to compile; rank 0 says so, since the first step waits for it."""
+        complaint = compiler_complaint(self.mesh.device) if self.settings.compile else ""
+        if self.mesh.rank == 0 and complaint:
+            tqdm.write(f"modelpar: nothing is compiled, slower ({complaint})")
+        elif self.mesh.rank == 0 and self.settings.compile:
+            tqdm.write("modelpar: compiling; later starts on this machine find it done")
+        return self.settings.compile and not complaint
 
     def open_monitor(self) -> None:
         """Check the disk and open what the run shows of itself: rank 0."""
@@ -407,7 +430,7 @@ class _Training:
 
     def _parts(self) -> dict[checkpoint.Kind, dict[str, Tensor]]:
         return {
-            "weights": self.learner.net.state_dict(),
+            "weights": self.learner.optimizer.weights(),
             "velocities": self.learner.optimizer.velocities(),
         }
 
@@ -446,9 +469,7 @@ class _Training:
         velocities = checkpoint.read_part(start, "velocities", column)
         check_state(self.learner.net, weights, str(start.folder))
         check_state(self.learner.net, velocities, f"{start.folder}, velocities")
-        self.learner.net.load_state_dict(weights)
-        for name, velocity in self.learner.optimizer.velocities().items():
-            velocity.copy_(velocities[name])
+        self.learner.optimizer.load(weights, velocities)
         self.learner.schedule.load(start.manifest["schedule"])
         self.step = start.step
 

@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -21,9 +21,15 @@ class MomentumDecay(Optimizer):
     The rate stands inside the velocity: unlike with torch's SGD, a lower rate does not shrink the
     velocity gathered so far.  A rate of 0 leaves weight and velocity untouched (weights.cu).
     One group a parameter, named as in the net.
+
+    With ``dtype`` bfloat16 the net becomes that, and the weights that learn are float32 masters
+    kept here; each step rounds them anew into the net.
     """
 
-    def __init__(self, net: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, net: nn.Module, recipe: Recipe, dtype: torch.dtype | None = None) -> None:
+        masters = {name: weight.detach() for name, weight in net.named_parameters()}
+        if dtype is not None and dtype.itemsize < torch.float32.itemsize:
+            net.to(dtype)  # the masters stay as they are
         groups = [
             {
                 "params": [weight],
@@ -34,10 +40,15 @@ class MomentumDecay(Optimizer):
         ]
         super().__init__(groups, {"lr": recipe.lr, "momentum": recipe.momentum})
         for group in self.param_groups:
-            (weight,) = group["params"]
-            self.state[weight]["velocity"] = torch.zeros_like(
-                weight, memory_format=torch.preserve_format
-            )
+            (weight,), master = group["params"], masters[group["name"]]
+            own = {"master": master} if master.dtype != weight.dtype else {}
+            velocity = torch.zeros_like(master, memory_format=torch.preserve_format)
+            self.state[weight] = {"velocity": velocity, **own}
+        self.update = _update
+
+    def compile(self) -> None:
+        """Have torch.compile fuse the update of all parameters into one pass each."""
+        self.update = torch.compile(_update, dynamic=False)
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
         """Give each parameter its learning rate, by name."""
@@ -51,15 +62,18 @@ class MomentumDecay(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            (weight,), lr = group["params"], group["lr"]
-            if lr == 0:
-                continue
-            velocity = self.state[weight]["velocity"]
-            velocity.mul_(group["momentum"]).add_(weight.grad, alpha=-lr)
-            if group["decay"]:
-                velocity.add_(weight, alpha=-lr * group["decay"])
-            weight.add_(velocity)
+        active = [group for group in self.param_groups if group["lr"] != 0]
+        weights = [group["params"][0] for group in active]
+        self.update(
+            [self.state[weight].get("master", weight) for weight in weights],
+            [self.state[weight]["velocity"] for weight in weights],
+            [weight.grad for weight in weights],
+            # as tensors: a graph is not compiled anew for another rate
+            [torch.tensor(group["lr"], dtype=torch.float64, device="cpu") for group in active],
+            [group["decay"] for group in active],
+            [group["momentum"] for group in active],
+            [weight if "master" in self.state[weight] else None for weight in weights],
+        )
         return loss
 
     def velocities(self) -> dict[str, torch.Tensor]:
@@ -68,6 +82,46 @@ class MomentumDecay(Optimizer):
             group["name"]: self.state[group["params"][0]]["velocity"]
             for group in self.param_groups
         }
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights that learn under their names: the net's own, or their masters."""
+        named = {group["name"]: group["params"][0] for group in self.param_groups}
+        return {
+            name: self.state[weight].get("master", weight.detach())
+            for name, weight in named.items()
+        }
+
+    @torch.no_grad()
+    def load(
+        self, weights: Mapping[str, torch.Tensor], velocities: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Take up weights and velocities by name; the net gets the weights in its own dtype."""
+        for group in self.param_groups:
+            (weight,), name = group["params"], group["name"]
+            self.state[weight]["velocity"].copy_(velocities[name])
+            weight.copy_(weights[name])
+            if "master" in self.state[weight]:
+                self.state[weight]["master"].copy_(weights[name])
+
+
+def _update(
+    weights: Sequence[torch.Tensor],
+    velocities: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    rates: Sequence[torch.Tensor],
+    decays: Sequence[float],
+    momenta: Sequence[float],
+    rounded: Sequence[torch.Tensor | None],
+) -> None:
+    """Update in place; ``rounded`` get the new weights in their own dtype."""
+    for weight, velocity, grad, rate, decay, momentum, copy in zip(
+        weights, velocities, grads, rates, decays, momenta, rounded, strict=True
+    ):
+        slope = grad + decay * weight if decay else grad
+        velocity.mul_(momentum).sub_(rate * slope)
+        weight.add_(velocity)
+        if copy is not None:
+            copy.copy_(weight)
 
 
 def decays(name: str, recipe: Recipe) -> bool:

@@ -22,7 +22,7 @@ from modelpar.net.alexnet import AlexNet, check_state, part_of
 from modelpar.net.paper import Plan, plan_of, settings_of
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, read_tensors
-from modelpar.training.engine import build, evaluate
+from modelpar.training.engine import DTYPES, build, evaluate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,10 +119,18 @@ def prepare(settings: EvaluateSettings) -> Prepared:
 def score(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
     """Return the exact errors over every test image once; a collective of the whole mesh."""
     trained = prepared.trained
-    net = build(trained.plan, mesh, settings.precision, settings.crossing, seed=0)
+    net = build(
+        trained.plan,
+        mesh,
+        settings.precision,
+        settings.crossing,
+        seed=0,
+        channels_last=settings.channels_last,
+    )
     weights = trained.weights(mesh.column if mesh.pair is not None else None)
     check_state(net, weights, settings.checkpoint)
     net.load_state_dict(weights)
+    net.to(DTYPES[settings.precision])
     batches = TestLoader(
         prepared.images.test,
         settings.batch_size,

@@ -6,14 +6,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch.nn import functional
 
-from modelpar.net.crossing import Crossing, Link, arrive, depart, product, summed
+from modelpar.net.crossing import (
+    Convolution,
+    Crossing,
+    Linear,
+    Link,
+    depart,
+    product,
+    summed,
+)
 
 if TYPE_CHECKING:
     from ranks import Ranks
 
     from modelpar.mesh import Mesh
+    from modelpar.net.crossing import Multiply
 
 
 def _link(mesh: Mesh, **how: object) -> Link:
@@ -26,32 +34,60 @@ def _random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=source)
 
 
-def exchange_products(mesh: Mesh) -> tuple[float, float]:
-    """<E x, g> and <x, E' g> of this rank, with other numbers on each."""
-    link = _link(mesh)
-    x = _random(mesh.column, 3, 4, 5, 5).requires_grad_()
-    g = _random(10 + mesh.column, 3, 4, 5, 5)
-    crossing = Crossing(link, "conv3")
-    peer = arrive(depart(x, crossing), crossing)
-    peer.backward(g)
-    assert x.grad is not None
-    return float((peer.detach() * g).sum()), float((x.detach() * x.grad).sum())
+CASES: dict[str, tuple[Multiply, tuple[int, ...], tuple[int, ...]]] = {
+    "linear": (Linear(), (3, 4), (6, 8)),
+    "convolution": (Convolution(1, 1), (3, 4, 5, 5), (6, 8, 3, 3)),
+    "strided convolution": (Convolution(2, 0), (3, 4, 7, 7), (6, 8, 3, 3)),
+}
 
 
-def test_exchange_and_its_adjoint_agree(pair: Ranks) -> None:
-    forward, backward = zip(*pair.run(exchange_products), strict=True)
-    assert sum(forward) == pytest.approx(sum(backward), rel=1e-14)
-    assert forward[0] != pytest.approx(backward[0], rel=1e-3)  # only over the pair
+def product_gradients(mesh: Mesh, case: str, how: dict[str, bool]) -> list[torch.Tensor]:
+    """Output, and gradients of maps, weight and bias."""
+    multiply, maps, weights = CASES[case]
+    x = _random(mesh.column, *maps)
+    if how["last"]:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    weight = _random(20 + mesh.column, *weights).requires_grad_()  # other units on each column
+    bias = _random(30 + mesh.column, weights[0]).requires_grad_()
+    link = _link(mesh, overlap=how["overlap"])
+    out = product(depart(x, link, "conv3"), weight, bias, multiply)
+    out.backward(_random(10 + mesh.column, *out.shape))
+    return [out.detach(), x.grad, weight.grad, bias.grad]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_product_is_the_layer_over_both(pair: Ranks, case: str, *, overlap: bool) -> None:
+    multiply, maps, weights = CASES[case]
+    both = torch.cat([_random(0, *maps), _random(1, *maps)], dim=1).requires_grad_()
+    weight = torch.cat([_random(20, *weights), _random(21, *weights)]).requires_grad_()
+    bias = torch.cat([_random(30, 6), _random(31, 6)]).requires_grad_()
+    out = multiply(both, weight, bias)
+    half = (len(out), 6, *out.shape[2:])
+    out.backward(torch.cat([_random(10, *half), _random(11, *half)], dim=1))
+    assert both.grad is not None
+    assert weight.grad is not None
+    assert bias.grad is not None
+    last = case != "linear" and overlap  # the memory format is no part of the result
+    how = {"last": last, "overlap": overlap}
+    for column, found in enumerate(pair.run(product_gradients, case, how)):
+        expected = [
+            out.detach().chunk(2, 1)[column],
+            both.grad.chunk(2, 1)[column],
+            weight.grad.chunk(2)[column],
+            bias.grad.chunk(2)[column],
+        ]
+        for one, other in zip(found, expected, strict=True):
+            assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
 def product_products(mesh: Mesh) -> tuple[float, float]:
     """<P x, g> and <x, P' g> of a layer over both columns' units."""
-    link = _link(mesh)
     x = _random(mesh.column, 3, 4).requires_grad_()
-    weight = _random(20 + mesh.column, 6, 8)  # other units on each column
-    bias = torch.zeros(6, dtype=torch.float64)
     g = _random(10 + mesh.column, 3, 6)
-    out = product(x, weight, bias, Crossing(link, "fc6"))
+    weight, bias = _random(20 + mesh.column, 6, 8), torch.zeros(6, dtype=torch.float64)
+    out = product(depart(x, _link(mesh), "fc6"), weight, bias, Linear())
     out.backward(g)
     assert x.grad is not None
     return float((out.detach() * g).sum()), float((x.detach() * x.grad).sum())
@@ -63,52 +99,29 @@ def test_product_and_its_adjoint_agree(pair: Ranks) -> None:
     assert forward[0] != pytest.approx(backward[0], rel=1e-3)  # only over the pair
 
 
-def product_gradients(mesh: Mesh) -> list[torch.Tensor]:
-    x = _random(mesh.column, 3, 4).requires_grad_()
-    weight = _random(20 + mesh.column, 6, 8).requires_grad_()
-    bias = _random(30 + mesh.column, 6).requires_grad_()
-    out = product(x, weight, bias, Crossing(_link(mesh), "fc6"))
-    out.backward(_random(10 + mesh.column, 3, 6))
-    return [out.detach(), x.grad, weight.grad, bias.grad]  # type: ignore[list-item]
-
-
-def test_product_is_the_layer_over_both(pair: Ranks) -> None:
-    both = torch.cat([_random(0, 3, 4), _random(1, 3, 4)], dim=1).requires_grad_()
-    weight = torch.cat([_random(20, 6, 8), _random(21, 6, 8)]).requires_grad_()
-    bias = torch.cat([_random(30, 6), _random(31, 6)]).requires_grad_()
-    out = functional.linear(both, weight, bias)
-    out.backward(torch.cat([_random(10, 3, 6), _random(11, 3, 6)], dim=1))
-    assert both.grad is not None
-    assert weight.grad is not None
-    assert bias.grad is not None
-    for column, found in enumerate(pair.run(product_gradients)):
-        expected = [
-            out.detach().chunk(2, 1)[column],
-            both.grad.chunk(2, 1)[column],
-            weight.grad.chunk(2)[column],
-            bias.grad.chunk(2)[column],
-        ]
-        for one, other in zip(found, expected, strict=True):
-            assert torch.allclose(one, other, rtol=1e-13, atol=1e-13)
-
-
-def exchanged(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
+def frozen_below(mesh: Mesh) -> tuple[int, torch.Tensor | None]:
     link = _link(mesh)
-    x = _random(mesh.column, 2, 3).requires_grad_()
+    weight = _random(20, 6, 8).requires_grad_()
+    units = _random(mesh.column, 3, 4)
+    product(depart(units, link, "fc6"), weight, _random(30, 6), Linear()).sum().backward()
+    return link.swaps["fc6", "backward"], weight.grad
+
+
+def test_maps_that_need_no_gradient_bring_none_home(pair: Ranks) -> None:
+    for swaps, grad in pair.run(frozen_below):
+        assert swaps == 0
+        assert grad is not None
+
+
+def test_a_crossing_is_waited_for_once() -> None:
+    link = Link(lambda tensor: (tensor.clone(), lambda: None), 0, dtype=torch.float32)
     crossing = Crossing(link, "fc6")
-    peer = arrive(depart(x, crossing), crossing)
-    ((x + peer) * _random(5 + mesh.column, 2, 3)).sum().backward()
-    assert x.grad is not None
-    return peer.detach(), x.grad
-
-
-def test_exchange_gives_the_peers_values_and_adds_its_gradient(pair: Ranks) -> None:
-    (peer0, grad0), (peer1, grad1) = pair.run(exchanged)
-    assert torch.equal(peer0, _random(1, 2, 3))
-    assert torch.equal(peer1, _random(0, 2, 3))
-    both = _random(5, 2, 3) + _random(6, 2, 3)  # own use and the peer's
-    assert torch.equal(grad0, both)
-    assert torch.equal(grad1, both)
+    with pytest.raises(RuntimeError, match="before it was started"):
+        crossing.end()
+    crossing.start(torch.ones(2, 2))
+    crossing.end()
+    with pytest.raises(RuntimeError, match="twice"):
+        crossing.end()
 
 
 def sum_and_gradient(mesh: Mesh, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,12 +147,12 @@ def test_summed_logits_are_the_same_on_both_and_not_counted_twice(
 def wire_bytes(mesh: Mesh, dtype: torch.dtype) -> dict[tuple[str, str], int]:
     link = _link(mesh, dtype=dtype)
     x = torch.randn(2, 8, 3, 3).requires_grad_()
-    crossing = Crossing(link, "conv3")
-    peer = arrive(depart(x, crossing), crossing)
-    assert peer.dtype == torch.float32
-    peer.sum().backward()
+    weight = torch.ones(5, 16, 3, 3, requires_grad=True)
+    out = product(depart(x, link, "conv3"), weight, torch.zeros(5), Convolution(1, 1))
+    assert out.dtype == torch.float32
+    out.sum().backward()
     assert x.grad is not None
-    assert torch.equal(x.grad, torch.ones_like(x))
+    assert x.grad.dtype == torch.float32
     return dict(link.sent)
 
 
@@ -150,14 +163,14 @@ def test_bytes_are_those_of_the_wire_dtype(pair: Ranks, dtype: torch.dtype) -> N
         assert counted == {("conv3", "forward"): sent, ("conv3", "backward"): sent}
 
 
-def channels_last(mesh: Mesh) -> torch.Tensor:
-    crossing = Crossing(_link(mesh), "conv3")
+def travelled(mesh: Mesh) -> torch.Tensor:
+    """Maps that lie otherwise in memory on each column."""
     maps = torch.full((2, 3, 4, 4), float(mesh.column)) + torch.arange(3.0)[:, None, None]
-    maps = maps.contiguous(memory_format=torch.channels_last)
-    return arrive(depart(maps, crossing), crossing)
+    order = torch.channels_last if mesh.column else torch.contiguous_format
+    return _link(mesh).start(maps.contiguous(memory_format=order), "conv3", "forward").end()
 
 
 def test_maps_of_any_memory_format_arrive_whole(pair: Ranks) -> None:
-    for column, peer in enumerate(pair.run(channels_last)):
+    for column, peer in enumerate(pair.run(travelled)):
         expected = torch.full((2, 3, 4, 4), 1.0 - column) + torch.arange(3.0)[:, None, None]
         assert torch.equal(peer, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,7 +15,7 @@ from modelpar.config import CrossingSettings
 from modelpar.images.loader import Batch
 from modelpar.mesh import Mesh
 from modelpar.net.alexnet import plan_from
-from modelpar.training.engine import Learner, build
+from modelpar.training.engine import DTYPES, Learner, build
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
 
@@ -27,6 +28,7 @@ BATCH = 4
 STEPS = 20
 RECIPES = ("paper", "code2012", "clean")
 CROSSINGS = {"conv3", "fc6", "fc7", "fc8"}
+SLOW = pytest.mark.slow
 
 
 def batches(steps: int, images: int) -> list[Batch]:
@@ -41,29 +43,35 @@ def batches(steps: int, images: int) -> list[Batch]:
     ]
 
 
-def learner(mesh: Mesh, recipe: str, switches: dict[str, Any], *, overlap: bool) -> Learner:
-    plan = plan_from(recipe, CLASSES, SIZE, switches)
-    net = build(plan, mesh, "float64", CrossingSettings(overlap=overlap), seed=3)
+def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
+    """Return what trains; ``how`` holds settings by name and switches of the plan."""
+    compiled = how.pop("compile", False)
+    channels_last = how.pop("channels_last", True)
+    precision = how.pop("precision", "float64")
+    keys = ("overlap", "chunks", "dtype")
+    crossing = CrossingSettings(**{key: how.pop(key) for key in keys if key in how})
+    plan = plan_from(recipe, CLASSES, SIZE, how)
+    net = build(plan, mesh, precision, crossing, seed=3, channels_last=channels_last)
     return Learner(
         net,
         mesh,
-        MomentumDecay(net, plan.recipe),
+        MomentumDecay(net, plan.recipe, DTYPES[precision]),
         Schedule(plan.recipe, 91),
         BATCH // mesh.replicas,
         seed=3,
-        precision="float64",
+        precision=precision,
+        compiled=compiled,
     )
 
 
 def outcome(mesh: Mesh, recipe: str, steps: int, how: dict[str, Any]) -> dict[str, Any]:
     """Forward, gradients and a trajectory with dropout on; own part of everything."""
-    overlap = how.pop("overlap", True)
-    trained = learner(mesh, recipe, how, overlap=overlap)
+    trained = learner(mesh, recipe, how)
     net = trained.net
     rows = slice(mesh.replica * trained.batch_size, (mesh.replica + 1) * trained.batch_size)
     first = batches(1, BATCH)[0]
     net.eval()
-    logits = net(first.images[rows].double())
+    logits = net(first.images[rows])
     functional.cross_entropy(logits, first.labels[rows]).backward()
     gradients = {name: weight.grad.clone() for name, weight in net.named_parameters()}  # type: ignore[union-attr]
     trained.optimizer.zero_grad()
@@ -75,7 +83,7 @@ def outcome(mesh: Mesh, recipe: str, steps: int, how: dict[str, Any]) -> dict[st
         "logits": logits.detach(),
         "gradients": gradients,
         "losses": losses,
-        "weights": {key: value.detach() for key, value in net.state_dict().items()},
+        "weights": trained.optimizer.weights(),
         "velocities": trained.optimizer.velocities(),
     }
 
@@ -85,9 +93,13 @@ def whole_outcome(recipe: str, steps: int = STEPS, **how: Any) -> dict[str, Any]
 
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    assert one.shape == other.shape
     assert one.dtype == other.dtype == torch.float64
-    return float((one - other).norm() / other.norm().clamp(min=1e-300))
+    return difference(one, other)
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    assert one.shape == other.shape
+    return float((one.double() - other).norm() / other.norm().clamp(min=1e-300))
 
 
 def assert_equal_states(
@@ -135,6 +147,54 @@ def test_pair_equals_whole_net_with_switches(pair: Ranks, switches: dict[str, An
         assert_equal_states([column[kind] for column in columns], whole[kind])
 
 
+FAST = [
+    pytest.param(
+        *how, marks=[] if how in {(True, True, True, 2), (False, False, False, 1)} else SLOW
+    )
+    for how in product((False, True), (False, True), (False, True), (1, 2))
+]
+
+
+@pytest.mark.parametrize(("compiled", "channels_last", "overlap", "chunks"), FAST)
+def test_pair_equals_plain_whole_net_however_fast(
+    pair: Ranks, *, compiled: bool, channels_last: bool, overlap: bool, chunks: int
+) -> None:
+    whole = whole_outcome("code2012", 3, channels_last=False)
+    how = {"channels_last": channels_last, "overlap": overlap, "chunks": chunks}
+    columns = pair.run(outcome, "code2012", 3, {**how, "compile": compiled})
+    for column in columns:
+        assert relative(column["logits"], whole["logits"]) < 1e-12
+        assert column["losses"] == pytest.approx(whole["losses"], rel=1e-12)
+    for kind in ("gradients", "weights", "velocities"):
+        assert_equal_states([column[kind] for column in columns], whole[kind])
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "error"),
+    [
+        ("float32", None, 2e-6),
+        ("float32", "float16", 1e-3),
+        ("float32", "bfloat16", 1e-2),
+        ("bfloat16", None, 3e-2),
+    ],
+)
+def test_less_precision_is_off_by_its_rounding(
+    pair: Ranks, precision: str, dtype: str | None, error: float
+) -> None:
+    whole = whole_outcome("code2012", 3)
+    how = {"precision": precision, "dtype": dtype, "compile": True}
+    columns = pair.run(outcome, "code2012", 3, how)
+    assert torch.equal(columns[0]["logits"], columns[1]["logits"])
+    assert columns[0]["losses"] == columns[1]["losses"]
+    assert columns[0]["losses"] == pytest.approx(whole["losses"], rel=error)
+    assert error / 100 < difference(columns[0]["logits"], whole["logits"]) < error
+    gradients = merge([column["gradients"] for column in columns])
+    for key, value in whole["gradients"].items():  # a sign that flips takes a whole unit along
+        assert difference(gradients[key], value) < 10 * error, key
+    weights = merge([column["weights"] for column in columns])
+    assert all(value.dtype == torch.float32 for value in weights.values())
+
+
 def test_two_pairs_equal_whole_net_on_the_global_batch(two_pairs: Ranks) -> None:
     whole = whole_outcome("code2012")
     ranks = two_pairs.run(outcome, "code2012", STEPS, {})
@@ -154,7 +214,7 @@ def test_two_pairs_equal_whole_net_on_the_global_batch(two_pairs: Ranks) -> None
 def counts(mesh: Mesh, size: int, classes: int) -> dict[str, Any]:
     """Bytes and swaps of one training step, and the collectives torch saw."""
     plan = plan_from("code2012", classes, size, {})
-    net = build(plan, mesh, "float32", CrossingSettings(), seed=0)
+    net = build(plan, mesh, "float32", CrossingSettings(chunks=1), seed=0)
     images = torch.randn(2, 3, size, size)
     with CommDebugMode() as seen:
         functional.cross_entropy(net(images), torch.tensor([0, 1])).backward()

@@ -21,7 +21,7 @@ def place(mesh: Mesh) -> tuple[int, int, int, str]:
 
 
 def test_columns_of_a_replica_are_neighbours(two_pairs: Ranks) -> None:
-    line = "two columns x 2 replicas on 4 CPU processes (gloo)"
+    line = "two columns x 2 replicas on 4 CPU processes (gloo), 1 thread each, freed memory kept"
     assert two_pairs.run(place) == [
         (0, 0, 0, line),
         (1, 0, 1, line),

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-SMALL = ["batch_size=16", "monitor.progress=false"]
+SMALL = ["batch_size=16", "monitor.progress=false", "compile=false"]  # quick to start
+COMPILED = [*SMALL, "compile=true"]
+HOW = "1 thread each, freed memory kept"
 TIMEOUT = 180
 
 
@@ -70,8 +72,9 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps through door 2."""
     folder = tmp_path_factory.mktemp("trained")
-    out = fine(ours(folder, *SMALL, "steps=6", "run_dir=run", "checkpoint_every=2"))
-    assert out.startswith("modelpar: two columns on 2 CPU processes (gloo), float32")
+    out = fine(ours(folder, *COMPILED, "steps=6", "run_dir=run", "checkpoint_every=2"))
+    assert out.startswith(f"modelpar: two columns on 2 CPU processes (gloo), {HOW}, float32\n")
+    assert "modelpar: compiling; " in out
     return folder / "run"
 
 
@@ -109,7 +112,7 @@ def test_both_doors_and_one_process_give_one_result(tmp_path: Path) -> None:
     fine(ours(tmp_path, *how, "run_dir=two"))
     fine(torchrun(tmp_path, *how, "run_dir=torchrun"))
     out = fine(ours(tmp_path, *how, "run_dir=one", "columns=1"))
-    assert out.startswith("modelpar: the whole net on one CPU process, float64")
+    assert out.startswith("modelpar: the whole net on one CPU process, ")
     losses = {
         name: [row["loss"] for row in rows(tmp_path / name)] for name in ("two", "torchrun", "one")
     }
@@ -125,7 +128,7 @@ def test_both_doors_and_one_process_give_one_result(tmp_path: Path) -> None:
 
 
 def test_resume_equals_no_interruption(tmp_path: Path, trained: Path) -> None:
-    how = [*SMALL, "run_dir=run", "monitor.tensorboard=false"]
+    how = [*COMPILED, "run_dir=run", "monitor.tensorboard=false"]
     fine(ours(tmp_path, *how, "steps=2"))
     fine(torchrun(tmp_path, *how, "steps=5"))
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -156,7 +159,7 @@ def test_a_finished_run_exits_0_and_stays_as_it_is(trained: Path) -> None:
 @pytest.mark.slow
 def test_resume_takes_a_path_into_a_new_run(tmp_path: Path, trained: Path) -> None:
     step = trained / "checkpoints" / "step-00000004"
-    fine(ours(tmp_path, *SMALL, "steps=6", "run_dir=new", f"resume={step}"))
+    fine(ours(tmp_path, *COMPILED, "steps=6", "run_dir=new", f"resume={step}"))
     once, again = weights(trained), weights(tmp_path / "new")
     assert all(torch.equal(once[key], again[key]) for key in once)
 
@@ -288,3 +291,13 @@ def test_a_sweep_makes_a_folder_a_job(tmp_path: Path) -> None:
     fine(ours(tmp_path, "-m", "seed=0,1", *SMALL, "steps=1", "run_dir=sweep"))
     losses = [rows(tmp_path / "sweep" / name)[0]["loss"] for name in ("0", "1")]
     assert losses[0] != losses[1]
+
+
+def test_without_a_compiler_it_trains_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    done = torchrun(tmp_path, *COMPILED, "steps=1", "run_dir=run")
+    assert "modelpar: nothing is compiled, slower (" in fine(done) + done.stderr
+    assert len(rows(tmp_path / "run")) == 1

@@ -181,7 +181,7 @@ def test_half_precision_norms_are_computed_in_float32() -> None:
     net = AlexNet.from_recipe("code2012", 10, 64, seed=0).eval()
     images = torch.randn(2, 3, 64, 64) * 60
     with torch.no_grad():
-        exact = net.blocks.norm1(net.conv1(net.blocks.pad(images)))
-        rounded = net.blocks.norm1(net.conv1(net.blocks.pad(images)).bfloat16())
+        exact = net.blocks.norm1(net.conv1(net.blocks.pad(images, net.conv1.weight)))
+        rounded = net.blocks.norm1(net.conv1(net.blocks.pad(images, net.conv1.weight)).bfloat16())
     assert rounded.dtype == torch.bfloat16
     assert torch.allclose(rounded.float(), exact, rtol=2e-2, atol=1e-2)

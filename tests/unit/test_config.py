@@ -87,6 +87,10 @@ def test_defaults_are_the_contract() -> None:
         "seed": 0,
         "precision": "float32",
         "device": "auto",
+        "compile": True,
+        "channels_last": True,
+        "threads": None,
+        "tf32": False,
         "run_dir": None,
         "resume": "auto",
         "keep_last": 2,
@@ -94,7 +98,7 @@ def test_defaults_are_the_contract() -> None:
         "restarts": 0,
     }.items():
         assert plain[key] == value
-    assert plain["crossing"] == {"dtype": None, "overlap": True}
+    assert plain["crossing"] == {"dtype": None, "overlap": True, "chunks": 2}
     assert plain["comm"] == {"timeout": 120.0}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import gradcheck
 from torch.nn import functional
 
@@ -30,17 +31,48 @@ def test_across_maps_is_torchs_layer_in_each_column(columns: int, alpha: float) 
     assert torch.allclose(gradient, wanted, rtol=1e-11, atol=1e-12)
 
 
-def test_across_maps_passes_gradcheck() -> None:
-    norm = AcrossMaps(7, 0.5).double()
-    maps = (torch.randn(2, 7, 3, 2, dtype=torch.float64) * 3).requires_grad_()
-    assert gradcheck(norm, (maps,))
+@pytest.mark.parametrize("norm", [AcrossMaps(7, 0.5), WithinMap()], ids=["across", "within"])
+def test_norms_pass_gradcheck(norm: nn.Module) -> None:
+    maps = (torch.randn(2, 7, 6, 3, dtype=torch.float64) * 30).requires_grad_()
+    assert gradcheck(norm.double(), (maps,))
 
 
-def test_across_maps_in_float32_is_exact_to_1e_6() -> None:
-    maps = torch.randn(4, 48, 9, 9) * 60
-    expected = functional.local_response_norm(maps.double(), 5, 1e-4, 0.75, 2.0)
-    found = AcrossMaps(48, 1e-4)(maps).double()
-    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-6
+def plain_across(maps: torch.Tensor) -> torch.Tensor:
+    return functional.local_response_norm(maps, 5, 1e-4, 0.75, 2.0)
+
+
+def plain_within(maps: torch.Tensor) -> torch.Tensor:
+    mean = functional.avg_pool2d(maps**2, 5, stride=1, padding=2)
+    return maps * (1 + 1e-3 * mean) ** -0.75
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "error"),
+    [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)],
+    ids=["float64", "float32", "bfloat16"],
+)
+@pytest.mark.parametrize("kind", ["across", "within"])
+def test_norms_are_torchs_own_layers(
+    kind: str, dtype: torch.dtype, error: float, *, compiled: bool, channels_last: bool
+) -> None:
+    plain = {"across": plain_across, "within": plain_within}[kind]
+    norm = {"across": AcrossMaps(48, 1e-4), "within": WithinMap()}[kind].to(dtype)
+    if compiled:
+        norm.compile(dynamic=False)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    maps = (torch.randn(4, 48, 9, 9) * 60).to(dtype).contiguous(memory_format=order)
+    exact = maps.double().requires_grad_()
+    maps.requires_grad_()
+    expected, found = plain(exact), norm(maps)
+    weight = torch.randn_like(expected).to(dtype)
+    (wanted,) = torch.autograd.grad((expected * weight.double()).sum(), exact)
+    (gradient,) = torch.autograd.grad(found, maps, weight)
+    assert found.dtype == gradient.dtype == dtype
+    for one, other in ((found, expected), (gradient, wanted)):
+        off = (one.double() - other).abs().max() / other.abs().max()
+        assert float(off.detach()) < error
 
 
 def test_the_band_is_no_part_of_a_state_dict() -> None:

@@ -43,9 +43,10 @@ def test_a_rank_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_one_process_needs_no_group() -> None:
-    with mesh.opened(1, "cpu") as alone:
+    with mesh.opened(1, "cpu", threads=1) as alone:
         assert (alone.world_size, alone.rank, alone.pair, alone.peers) == (1, 0, None, None)
-        assert alone.describe() == "the whole net on one CPU process"
+        line = "the whole net on one CPU process, 1 thread each, freed memory kept"
+        assert alone.describe() == line
         assert mesh.gather_text("here", alone) == ["here"]
         assert mesh.first_complaint("no", alone) == "no"
 
@@ -59,3 +60,28 @@ def test_generators_are_functions_of_their_keys() -> None:
         len({draw(0, "a", 1), draw(0, "a", 2), draw(0, "b", 1), draw(1, "a", 1), draw(0, "a1")})
         == 5
     )
+
+
+def test_cores_are_shared_by_the_processes_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun's own default says nothing
+    try:
+        assert mesh.share_cores(2) == torch.get_num_threads() == 3
+        assert mesh.share_cores(8) == 1
+        assert mesh.share_cores(2, threads=5) == torch.get_num_threads() == 5
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+        assert mesh.share_cores(2) == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_compiler_that_does_not_work_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        message = "No working C++ compiler found\nand a page of advice"
+        raise RuntimeError(message)
+
+    mesh.compiler_complaint.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda _: broken)
+    assert mesh.compiler_complaint(torch.device("cpu")).startswith("No working C++ compiler found")
+    mesh.compiler_complaint.cache_clear()
