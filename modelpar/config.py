@@ -154,6 +154,38 @@ class EvaluateSettings:
 
 
 @dataclass
+class LinkSettings:
+    """The wire of a benchmark, where it runs on two hosts made by ``launch/slow_link.sh``."""
+
+    hosts: list[str] = field(default_factory=list[str])  # network namespaces, one a process
+    rates: list[float] = field(default_factory=list[float])  # Mbit/s to measure at beside full
+
+
+@dataclass
+class BenchmarkSettings:
+    """``conf/benchmark.yaml``: everything that ``modelpar.benchmark`` can be told."""
+
+    contenders: list[str] = MISSING
+    precisions: list[str] = MISSING
+    batch_sizes: list[int] = MISSING
+    image_size: int = 224
+    num_classes: int = 1000
+    rounds: int = 3
+    steps: int = 2  # of each contender in each round
+    breakdown: bool = True
+    out: str = "benchmark"
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    crossing: CrossingSettings = field(default_factory=CrossingSettings)
+    comm: CommSettings = field(default_factory=CommSettings)
+    link: LinkSettings = field(default_factory=LinkSettings)
+    seed: int = 0
+    device: str = "auto"
+    compile: bool = True
+    channels_last: bool = True
+    threads: int | None = None
+
+
+@dataclass
 class ExportSettings:
     """``conf/export.yaml``: everything that ``modelpar.export`` can be told."""
 
@@ -161,11 +193,18 @@ class ExportSettings:
     out: str = MISSING
 
 
-SCHEMAS: Final = {"train": TrainSettings, "evaluate": EvaluateSettings, "export": ExportSettings}
+SCHEMAS: Final = {
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+    "benchmark": BenchmarkSettings,
+    "export": ExportSettings,
+}
 PRECISIONS: Final = ("float32", "bfloat16", "float64")
 WIRE_DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 DEVICES: Final = ("auto", "cpu", "cuda")
 VIEWS: Final = (1, 10)
+CONTENDERS: Final = ("plain", "layers", "ddp", "tensor_parallel", "in_turn", "pair")
+HOSTS: Final = 2  # that slow_link.sh makes
 
 
 def conf_dir() -> Path:
@@ -277,6 +316,7 @@ def _keys(schema: type[Any], prefix: str = "") -> Iterable[str]:
             "crossing": CrossingSettings,
             "comm": CommSettings,
             "monitor": MonitorSettings,
+            "link": LinkSettings,
         }.get(entry.name if not prefix else "")
         if nested:
             yield from _keys(nested, f"{name}.")
@@ -332,16 +372,56 @@ def validate_export(settings: ExportSettings) -> None:
     _check_writable("out", out.parent)
 
 
+def validate_benchmark(settings: BenchmarkSettings) -> None:
+    """Raise SettingsError for the first value of ``settings`` that no benchmark can have."""
+    _validate_process(settings)
+    _at_least(1, rounds=settings.rounds, steps=settings.steps)
+    for key, values, choices in (
+        ("contenders", settings.contenders, CONTENDERS),
+        ("precisions", settings.precisions, PRECISIONS),
+    ):
+        if not values:
+            message = f"{key}=[]: give one or more of {', '.join(choices)}"
+            raise SettingsError(message)
+        for value in values:
+            if value not in choices:
+                refuse_choice(key, value, choices)
+    for size in settings.batch_sizes:
+        _at_least(1, batch_sizes=size)
+        if size % 2 and "ddp" in settings.contenders:
+            message = f"batch_sizes={size}: ddp halves a batch; give even numbers"
+            raise SettingsError(message)
+    _validate_link(settings.link)
+    _check_writable("out", Path(settings.out))
+
+
+def _validate_link(link: LinkSettings) -> None:
+    if link.hosts and len(link.hosts) != HOSTS:
+        message = f"link.hosts={link.hosts}: give one for each of two processes"
+        raise SettingsError(message)
+    if link.rates and not link.hosts:
+        message = "link.rates: needs two hosts; start with launch/slow_link.sh"
+        raise SettingsError(message)
+    for rate in link.rates:
+        if not (math.isfinite(rate) and rate > 0):
+            message = f"link.rates={rate}: give a finite number of Mbit/s over 0"
+            raise SettingsError(message)
+
+
 def _validate_common(settings: TrainSettings | EvaluateSettings) -> None:
     _at_least(
         1, columns=settings.columns, replicas=settings.replicas, batch_size=settings.batch_size
     )
     _at_least(0, workers=settings.workers, **{"data.workers": settings.data.workers})
-    _at_least(1, threads=settings.threads, **{"crossing.chunks": settings.crossing.chunks})
     if settings.columns not in {1, 2}:
         refuse_choice("columns", settings.columns, (1, 2))
     if settings.precision not in PRECISIONS:
         refuse_choice("precision", settings.precision, PRECISIONS)
+    _validate_process(settings)
+
+
+def _validate_process(settings: TrainSettings | EvaluateSettings | BenchmarkSettings) -> None:
+    _at_least(1, threads=settings.threads, **{"crossing.chunks": settings.crossing.chunks})
     if settings.device not in DEVICES:
         refuse_choice("device", settings.device, DEVICES)
     if settings.crossing.dtype is not None and settings.crossing.dtype not in WIRE_DTYPES:
@@ -387,6 +467,7 @@ Validator = Callable[[Any], None]
 VALIDATORS: Final[dict[str, Validator]] = {
     "train": validate_train,
     "evaluate": validate_evaluate,
+    "benchmark": validate_benchmark,
     "export": validate_export,
 }
 
