@@ -5,4 +5,6 @@ set -euo pipefail
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a restarted pair must not read stale addresses
-exec torchrun --standalone --nproc-per-node 2 -m modelpar.train "$@"
+exec torchrun --standalone --shutdown-timeout 120 \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+  --nproc-per-node 2 -m modelpar.train "$@"

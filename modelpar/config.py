@@ -125,6 +125,8 @@ class TrainSettings:
     resume: str = "auto"
     checkpoint_every: int | None = None  # steps; None: by data
     keep_last: int = 2
+    keep_every: int = 0  # steps; 0: none for that
+    keep_best: bool = True
     workers: int | None = None  # loader processes a rank; None: by data
     log_every: int = 1  # steps
     restarts: int = 0
@@ -350,7 +352,7 @@ def validate_train(settings: TrainSettings) -> None:
         **{"data.evaluate_every": settings.data.evaluate_every},
     )
     _at_least(0, seed=settings.seed, restarts=settings.restarts)
-    _at_least(0, checkpoint_every=settings.checkpoint_every)
+    _at_least(0, checkpoint_every=settings.checkpoint_every, keep_every=settings.keep_every)
     _at_least(1, **{"data.epochs": settings.data.epochs})
     _at_least(0, **{"data.checkpoint_every": settings.data.checkpoint_every})
     _at_least(2, keep_last=settings.keep_last)

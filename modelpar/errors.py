@@ -47,6 +47,12 @@ class DivergedError(RunError):
     status = 7
 
 
+class StoppedError(RunError):
+    """The run was asked to stop: it saved and goes on from there (exit status 75, EX_TEMPFAIL)."""
+
+    status = 75
+
+
 def one_line(error: BaseException) -> str:
     """Return the error's text folded into one line, without trailing white space."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -7,8 +7,10 @@ agent, which starts the ranks.  Both end with the exit statuses of ``modelpar.er
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -30,7 +32,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from modelpar import config, mesh
-from modelpar.errors import LaunchError, PeerLostError, RunError, SettingsError, one_line
+from modelpar.errors import (
+    LaunchError,
+    PeerLostError,
+    RunError,
+    SettingsError,
+    StoppedError,
+    one_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -45,7 +54,20 @@ INFORMS: Final = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "-
 THREADS_GIVEN: Final = "OMP_NUM_THREADS" in os.environ
 END: Final = Path("log/exit.json")  # in a run directory: how it ended, if not well
 PATIENCE: Final = 5.0  # s that a rank waits for local rank 0 to speak first
-HANDLED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+HANDLED: Final = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,  # torchrun's own default leaves this one out
+)
+CHATTY: Final = (
+    "torch.distributed.elastic",
+    "torch.distributed.elastic.agent.server.api",
+    "torch.multiprocessing",
+)
+SHUTDOWN: Final = 120  # s that the agent leaves the ranks to finish a step and save
+PR_SET_PDEATHSIG: Final = 1  # prctl.h
 
 
 @dataclass(frozen=True)
@@ -96,12 +118,20 @@ def enter_alone(name: str, work: Callable[[Any], None]) -> NoReturn:
     sys.exit(0)
 
 
+def _die_with_parent() -> None:
+    """Have the kernel ask this rank to stop when its launcher is gone, even by SIGKILL."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:  # Linux
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 # -- door 1: under torchrun ----------------------------------------------------------------------
 
 
 def _torchrun_door(job: Job) -> int:
     overrides = sys.argv[1:]
     kept: Path | None = None
+    _die_with_parent()
     try:
         if any(word.startswith(INFORMS) for word in overrides):
             if mesh.local_rank() == 0:
@@ -112,8 +142,7 @@ def _torchrun_door(job: Job) -> int:
         mesh.check_world(settings.columns, settings.replicas, mesh.world_size())
         settings.replicas = mesh.world_size() // settings.columns
         # Started again by torchrun, a rank finds its own run, whatever ``resume`` says.
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        prepared = job.prepare(settings, None if again else named)
+        prepared = job.prepare(settings, None if _restarted() else named)
         with _opened(settings) as ranks:
             place = str(named or _new_run_dir(job, overrides))
             run_dir = Path(mesh.gather_text(place, ranks)[0])
@@ -181,6 +210,9 @@ def _own_door(job: Job) -> int:
     def run(cfg: DictConfig) -> float | None:
         try:
             return _launched(job, cfg, checked=not sweeps)
+        except StoppedError as error:
+            ends.append(error)
+            raise KeyboardInterrupt from None  # ends a sweep too
         except RunError as error:
             if sweeps:
                 _say(str(error))  # a sweep says so at once; Hydra decides whether it goes on
@@ -197,8 +229,9 @@ def _own_door(job: Job) -> int:
     except RunError as error:
         ends.append(error)
     except KeyboardInterrupt:
-        _say("stopped")
-        return 130  # 128 + SIGINT, as shells count
+        if not ends:
+            _say("stopped")
+            return 130  # 128 + SIGINT, as shells count
     if ends:
         _say(str(ends[0]))
         return ends[0].status
@@ -245,8 +278,10 @@ def _launched(job: Job, cfg: DictConfig, *, checked: bool) -> float:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Inside joblib's workers the default is a context of joblib's own, which has no processes.
     multiprocessing.set_start_method("spawn", force=True)
-    for chatty in ("torch.distributed.elastic", "torch.multiprocessing"):
+    for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.CRITICAL)  # we say it in one line
+    # Ranks that end by themselves leave a semaphore to Python's tracker, which tells of it.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -255,19 +290,35 @@ def _launched(job: Job, cfg: DictConfig, *, checked: bool) -> float:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",  # a free port: parallel jobs do not collide
         max_restarts=getattr(settings, "restarts", 0),
+        signals_to_handle=",".join(number.name for number in HANDLED),
+        shutdown_timeout=SHUTDOWN,
     )
     with _signals_restored():
         try:
             results = elastic_launch(agent, _rank)(job, asdict(settings), str(run_dir))
         except SignalException as error:  # Hydra would take it for a failed job and go on
+            _raise_stopped(run_dir if job.keeps_runs else None)
             message = f"signal {error.sigval}"
             raise KeyboardInterrupt(message) from None
         except ChildFailedError as error:
+            _raise_stopped(run_dir if job.keeps_runs else None)
             cause = _cause(error)
             rank, _ = error.get_first_failure()
             _record(run_dir if job.keeps_runs else None, cause.status, str(cause), rank)
             raise cause from None
+    _raise_stopped(run_dir if job.keeps_runs else None)
     return next(iter(results.values()))
+
+
+def _restarted() -> bool:
+    """Whether torchrun's agent starts this rank for another time."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _raise_stopped(run_dir: Path | None) -> None:
+    """Raise StoppedError where the ranks say that they were asked to stop, and saved."""
+    if _recorded(run_dir) == StoppedError.status and run_dir is not None:
+        raise StoppedError(json.loads((run_dir / END).read_text())["line"])
 
 
 @contextmanager
@@ -285,10 +336,18 @@ def _signals_restored() -> Generator[None]:
 def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
     """Run in each process that the agent starts."""
     settings = config.to_object(job.name, OmegaConf.create(plain))
+    _die_with_parent()
+    if _restarted() and _recorded(Path(run_dir)) == StoppedError.status:
+        return math.nan  # asked to stop, not lost: the agent takes any end but 0 for a failure
     prepared = job.prepare(settings, None)
     try:
         with _opened(settings) as ranks:
             return _work(job, prepared, settings, ranks, Path(run_dir))
+    except StoppedError as error:
+        if int(os.environ["RANK"]) == 0:
+            _record(Path(run_dir), error.status, str(error), 0)
+        # To return would be to wait for an agent that is shutting down and asks for no result.
+        sys.exit(error.status)
     except PeerLostError:
         time.sleep(PATIENCE)  # the lost rank's own end comes first
         raise

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Final, cast
@@ -25,12 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 from modelpar.errors import LaunchError, PeerLostError, SettingsError, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from torch import Tensor, nn
 
 AXES: Final = ("replica", "column")
 TEXT_BYTES: Final = 4096
+DISK_PATIENCE: Final = 10  # times ``comm.timeout``
 M_TRIM_THRESHOLD: Final = -1  # malloc.h
 M_MMAP_MAX: Final = -4  # malloc.h
 CARRIED: Final = (
@@ -66,6 +67,12 @@ class Mesh:
     column: int = 0
     pair: dist.ProcessGroup | None = None  # the columns of this replica
     peers: dist.ProcessGroup | None = None  # this column in all replicas
+    control: dist.ProcessGroup | None = None  # all, over gloo: short messages between CPUs
+    aside: dist.ProcessGroup | None = None  # the same, for a thread beside the training
+
+    def beside(self) -> Mesh:
+        """Return the mesh for one thread beside the main one: its messages do not mix."""
+        return replace(self, control=self.aside)
 
     @property
     def rank(self) -> int:
@@ -247,6 +254,9 @@ def opened(
         grid = torch.arange(size).view(replicas, columns)
         pair, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=wait)
         peers, _ = dist.new_subgroups_by_enumeration(grid.t().tolist(), timeout=wait)
+        control = dist.new_group(backend="gloo", timeout=wait)
+        # It waits for disks, not for the net: a peer that stops is noticed by the others.
+        aside = dist.new_group(backend="gloo", timeout=wait * DISK_PATIENCE)
         groups = cast("list[dist.ProcessGroup]", [peers, pair])
         axes = DeviceMesh.from_group(groups, kind, grid, mesh_dim_names=AXES)
     except (RuntimeError, ValueError) as error:
@@ -265,6 +275,8 @@ def opened(
             column=column,
             pair=axes.get_group("column") if columns > 1 else None,
             peers=axes.get_group("replica") if replicas > 1 else None,
+            control=cast("dist.ProcessGroup", control),
+            aside=cast("dist.ProcessGroup", aside),
         )
     finally:
         dist.destroy_process_group()
@@ -329,23 +341,43 @@ def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return tensor
 
 
+def tell(values: Sequence[int], mesh: Mesh) -> Callable[[], list[tuple[int, ...]]]:
+    """Start telling every process these whole numbers; return a function that waits for all's.
+
+    A collective of the whole world, of 8 bytes a number.  What it returns is in rank order.
+    """
+    if mesh.control is None:
+        return lambda: [tuple(values)]
+    own = torch.tensor(values, dtype=torch.int64, device="cpu")
+    _check(own, "tell")
+    told = [torch.empty_like(own) for _ in range(mesh.world_size)]
+    with peer_named("tell"):
+        work = dist.all_gather(told, own, group=mesh.control, async_op=True)
+
+    def wait() -> list[tuple[int, ...]]:
+        with peer_named("tell"):
+            work.wait()
+        return [tuple(one.tolist()) for one in told]
+
+    return wait
+
+
 def gather_text(text: str, mesh: Mesh) -> list[str]:
     """Return every process's ``text``, in rank order, cut at 4 KiB.
 
     A collective of the whole world.
     """
-    if mesh.world_size == 1:
+    if mesh.control is None:
         return [text]
-    own = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
+    own = torch.zeros(TEXT_BYTES, dtype=torch.uint8, device="cpu")
     encoded = text.encode()[:TEXT_BYTES]
     if encoded:
         own[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    own = own.to(mesh.device)
     _check(own, "gather")
     texts = [torch.empty_like(own) for _ in range(mesh.world_size)]
     with peer_named("gather"):
-        dist.all_gather(texts, own)
-    return [bytes(one.cpu().tolist()).rstrip(b"\0").decode(errors="replace") for one in texts]
+        dist.all_gather(texts, own, group=mesh.control)
+    return [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in texts]
 
 
 def first_complaint(complaint: str, mesh: Mesh) -> str:

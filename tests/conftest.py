@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -50,3 +51,19 @@ def two_pairs() -> Iterator[Ranks]:
     ranks = Ranks(4)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty training images of two classes: five steps of eight an epoch."""
+    root = tmp_path_factory.mktemp("images")
+    source = torch.Generator().manual_seed(0)
+    for part, count in (("train", 20), ("val", 5)):
+        for label, name in enumerate(("dark", "light")):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                noise = torch.randint(0, 128, (80, 80, 3), dtype=torch.uint8, generator=source)
+                Image.fromarray((noise + 100 * label).numpy()).save(
+                    root / part / name / f"{number}.png"
+                )
+    return root

@@ -13,7 +13,7 @@ from modelpar.errors import DataError
 from modelpar.images.augment import Draws, Lens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -28,6 +28,7 @@ class Batch:
     images: Tensor  # (N, 3, S, S) float32
     labels: Tensor  # (N,)
     waited: float
+    samples: Sequence[int] = ()  # their numbers in the training set
 
 
 def _load(images: Images, device: torch.device, workers: int, **how: Any) -> DataLoader[Any]:
@@ -97,6 +98,7 @@ class TrainLoader:
         order = self.order
         order.epoch, order.start = epoch, start
         draws = Draws.of_epoch(order.seed, epoch, order.num_samples, self.lens.border, self.crops)
+        samples = order.samples()
         source = iter(self.loader)
         for number in range(start, len(order)):
             began = time.perf_counter()
@@ -105,8 +107,10 @@ class TrainLoader:
                 return
             images = stored[0].to(self.device, non_blocking=True)
             labels = stored[1].to(self.device, non_blocking=True)
-            ready = self.lens.training(images, draws.at(order.positions(number)), noise)
-            yield Batch(ready, labels, time.perf_counter() - began)
+            places = order.positions(number)
+            ready = self.lens.training(images, draws.at(places), noise)
+            waited = time.perf_counter() - began
+            yield Batch(ready, labels, waited, samples[places].tolist())
 
 
 class TestLoader:
@@ -125,6 +129,7 @@ class TestLoader:
         workers: int = 0,
     ) -> None:
         self.device = device
+        self.common = len(images) // replicas // batch_size  # batches that every replica has
         own = range(replica, len(images), replicas)
         batches = [
             list(own[first : first + batch_size]) for first in range(0, len(own), batch_size)

@@ -70,8 +70,12 @@ class BatchOrder(Sampler[list[int]]):
         first = (batch * self.replicas + self.replica) * self.batch_size
         return slice(first, first + self.batch_size)
 
+    def samples(self) -> Tensor:
+        """Return the sample numbers of the whole epoch in their order."""
+        return sample_order(self.seed, self.epoch, self.num_samples, self.shuffle)
+
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the sample numbers of each batch from ``start`` to the epoch's end."""
-        order = sample_order(self.seed, self.epoch, self.num_samples, self.shuffle)
+        order = self.samples()
         for batch in range(self.start, len(self)):
             yield order[self.positions(batch)].tolist()

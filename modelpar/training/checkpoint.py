@@ -13,6 +13,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import safetensors.torch
@@ -25,7 +26,7 @@ from modelpar.net.alexnet import merge, part_of
 from modelpar.net.paper import COLUMNS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -34,7 +35,17 @@ MANIFEST: Final = "manifest.json"
 STATISTICS: Final = "statistics.safetensors"
 STEP_NAME: Final = re.compile(r"step-(\d{8})")
 SPARE: Final = 1.1  # free space asked for, as a multiple of what is written
+CLOSING: Final = 10.0  # s that a run which ends badly waits for a save under way
 Kind = Literal["weights", "velocities"]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What pruning leaves: the ``last`` steps, each ``every``-th (0: none), the ``best``."""
+
+    last: int = 2
+    every: int = 0
+    best: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,12 @@ class Checkpoint:
     def step(self) -> int:
         """Steps done since the run began."""
         return int(self.manifest["step"])
+
+    @property
+    def digest(self) -> str:
+        """A hash of the manifest, which holds those of all files."""
+        text = json.dumps(self.manifest, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def part_name(columns: int, column: int, kind: Kind) -> str:
@@ -65,7 +82,7 @@ def save(
     parts: Mapping[Kind, Mapping[str, Tensor]],
     statistics: Mapping[str, Tensor],
     manifest: Mapping[str, Any],
-    keep_last: int,
+    keep: Keep,
 ) -> Path:
     """Publish ``folder``/step-######## with every column's ``parts``; prune the older ones.
 
@@ -92,8 +109,77 @@ def save(
             message = f"{final}: not saved, {complaint}; older checkpoints are as they were"
             raise CheckpointError(message)
     if mesh.rank == 0:
-        prune(folder, keep_last)
+        prune(folder, keep)
     return final
+
+
+class Saver:
+    """Saves from a copy, in a thread, while the training goes on; one save at a time.
+
+    Every process starts and ends its saves in the same order.
+    """
+
+    def __init__(self, folder: Path, mesh: Mesh, keep: Keep) -> None:
+        self.folder = folder
+        self.mesh = mesh.beside()
+        self.keep = keep
+        self.thread: Thread | None = None
+        self.saved: Path | None = None
+        self.error: Exception | None = None
+
+    def start(
+        self,
+        parts: Mapping[Kind, Mapping[str, Tensor]],
+        statistics: Mapping[str, Tensor],
+        manifest: Mapping[str, Any],
+    ) -> None:
+        """Copy ``parts`` and start writing them; waits for an earlier save first."""
+        self.end()
+        copies: dict[Kind, dict[str, Tensor]] = {
+            kind: {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+            for kind, tensors in parts.items()
+        }
+
+        def work() -> None:
+            try:
+                self.saved = save(self.folder, self.mesh, copies, statistics, manifest, self.keep)
+            except Exception as error:  # noqa: BLE001 - raised where the training sees it
+                self.error = error
+
+        self.thread = Thread(target=work, name="saver", daemon=True)
+        self.thread.start()
+
+    def failed(self) -> bool:
+        """Whether a save is over and did not succeed."""
+        return self.error is not None
+
+    def end(self) -> Path | None:
+        """Wait for the save under way; return what was published since the last call, if any.
+
+        Raises what the save raised: CheckpointError on every process alike.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        return self._taken()
+
+    def close(self) -> None:
+        """Let a save under way finish, where the others still answer; never raises."""
+        if self.thread is not None:
+            self.thread.join(CLOSING)
+
+    def take(self) -> Path | None:
+        """Return what was published since the last call; neither waits nor raises."""
+        if self.thread is None or self.thread.is_alive() or self.failed():
+            return None
+        return self.end()
+
+    def _taken(self) -> Path | None:
+        saved, error = self.saved, self.error
+        self.saved = self.error = None
+        if error is not None:
+            raise error
+        return saved
 
 
 @dataclass(frozen=True)
@@ -155,13 +241,34 @@ def check_space(folder: Path, needed: int) -> None:
         raise CheckpointError(message)
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest ``keep_last`` steps: first out of sight by a rename, then gone."""
-    for old in _steps(folder)[:-keep_last]:
-        doomed = old.with_name(f".del-{old.name}")
-        with suppress(OSError):  # room is made again at the next save
-            old.rename(doomed)
-            shutil.rmtree(doomed)
+def prune(folder: Path, keep: Keep) -> None:
+    """Remove the steps that ``keep`` does not name: first out of sight by a rename, then gone."""
+    steps = _steps(folder)
+    kept = set(steps[-keep.last :])
+    kept |= {step for step in steps if keep.every and _number(step) % keep.every == 0}
+    if keep.best:
+        kept |= set(_best(steps))
+    for old in steps:
+        if old not in kept:
+            doomed = old.with_name(f".del-{old.name}")
+            with suppress(OSError):  # room is made again at the next save
+                old.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _best(steps: Sequence[Path]) -> list[Path]:
+    """Return the step with the lowest top-1 error of those that were tested themselves."""
+    errors: list[tuple[float, Path]] = []
+    for step in steps:
+        with suppress(CheckpointError):
+            manifest = open_step(step).manifest
+            if manifest.get("tested") == manifest["step"] and manifest["top1"] is not None:
+                errors.append((manifest["top1"], step))
+    return [min(errors)[1]] if errors else []
 
 
 def num_bytes(parts: Mapping[Kind, Mapping[str, Tensor]]) -> int:

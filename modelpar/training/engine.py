@@ -5,19 +5,27 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from modelpar import config
-from modelpar.errors import CheckpointError, DivergedError
+from modelpar import config, stop
+from modelpar.errors import CheckpointError, DivergedError, StoppedError
 from modelpar.images.augment import Lens, Statistics
 from modelpar.images.loader import TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.images.sets import open_set, statistics
-from modelpar.mesh import Mesh, compiler_complaint, first_complaint, peer_named, sum_over
+from modelpar.mesh import (
+    Mesh,
+    compiler_complaint,
+    first_complaint,
+    gather_text,
+    peer_named,
+    sum_over,
+)
 from modelpar.net.alexnet import AlexNet, Column, check_state
 from modelpar.net.crossing import Link
 from modelpar.net.layers import Draw
@@ -27,12 +35,11 @@ from modelpar.training.metrics import ErrorCount, Errors
 from modelpar.training.monitor import Monitor, image_grid
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
+from modelpar.training.watch import Watch, signal_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
-
-    from torch import Tensor
 
     from modelpar.config import CrossingSettings, DataSettings, ModelSettings, TrainSettings
     from modelpar.images.loader import Batch
@@ -245,7 +252,7 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
     """
     training = _Training(settings, prepared, mesh, run_dir)
     start = find_start(settings, prepared, run_dir)
-    if start is not None and start.step >= training.total:
+    if start is not None and start.step >= training.total and not start.manifest.get("untested"):
         if mesh.rank == 0:
             tqdm.write(f"finished: {run_dir} is at step {start.step} of {training.total}")
         top1 = start.manifest["top1"]
@@ -253,10 +260,11 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
     if start is not None:
         training.resume(start)
     try:
-        if mesh.rank == 0:
-            runs.begin(run_dir, asdict(settings))
-            training.open_monitor()
-        return training.run()
+        with stop.heeded() as request:
+            if mesh.rank == 0:
+                runs.begin(run_dir, asdict(settings))
+                training.open_monitor()
+            return training.run(request)
     finally:
         training.close()
 
@@ -324,7 +332,12 @@ class _Training:
         self.save_every = data.checkpoint_every if every is None else every
         self.step = 0
         self.last = math.nan  # top-1 error in %
+        self.tested = -1  # the step it was measured at
+        self.untested = False  # stopped where an evaluation was due
         self.monitor: Monitor | None = None
+        self.watch = Watch(mesh, stop.Request())
+        keep = checkpoint.Keep(settings.keep_last, settings.keep_every, best=settings.keep_best)
+        self.saver = checkpoint.Saver(run_dir / "checkpoints", mesh, keep)
 
     def _compiles(self) -> bool:
         """Whether to compile; rank 0 says so, since the first step waits for it."""
@@ -347,8 +360,15 @@ class _Training:
             tensorboard=self.settings.monitor.tensorboard,
         )
 
-    def run(self) -> float:
-        """Train to the end; return the last top-1 error in %."""
+    def run(self, request: stop.Request) -> float:
+        """Train to the end; return the last top-1 error in %.  Raises StoppedError."""
+        self.watch = Watch(self.mesh, request)
+        if self.untested:
+            asked = self._evaluate()
+            if asked:
+                self._stop(asked)
+            if self.step == self.total:
+                self._save(last=True)
         while self.step < self.total:
             self._epoch()
         if self.monitor:
@@ -359,7 +379,8 @@ class _Training:
         return self.last
 
     def close(self) -> None:
-        """End what the run shows of itself."""
+        """End what the run shows of itself, and let a save under way finish."""
+        self.saver.close()
         if self.monitor:
             self.monitor.close()
 
@@ -369,33 +390,47 @@ class _Training:
         rates = self.learner.schedule.rates(epoch)
         meter = _Meter(self.learner)
         noise = self.learner.schedule.colour_noise(epoch)
+        weights = self.learner.optimizer.weights()
         for batch in self.loader.epoch(epoch, start, noise):
             if self.monitor and self.step == 0:
                 self.monitor.images("batch/augmented", image_grid(batch.images), 0)
+            self.watch.begin(self.step, batch, weights, failed=self.saver.failed())
             loss = self.learner.step(batch, self.step, rates)
             self.step += 1
             meter.add(batch)
+            asked, failed = self.watch.end()
+            self._show(self.saver.end() if failed else self.saver.take())
             ends = self.step == self.total
-            saves = ends or bool(self.save_every and self.step % self.save_every == 0)
+            due = self._due()
+            saves = ends or asked or bool(self.save_every and self.step % self.save_every == 0)
             logs = (self.step - 1) % self.settings.log_every == 0
-            due = (
-                self.step % len(self.order) == 0
-                and (epoch + 1) % self.settings.data.evaluate_every == 0
-            )
             if logs or saves:
                 row = self._row(loss, epoch, rates)
                 if logs and self.monitor:
                     self.monitor.train(row | meter.take(), rates)
             if due or ends:
-                error = self._test()
-                if due:  # never at an end that a longer run would not have
-                    self.learner.schedule.plateau.observe(epoch, error)
-            if saves:
-                self._save()
+                asked = asked or self._evaluate()
+                self.untested = bool(asked)
+            if saves or self.untested:
+                self._save(last=ends or bool(asked))
+            if asked:
+                self._stop(asked)
             if due or saves:
                 meter.pause()
             if ends:
                 return
+
+    def _due(self) -> bool:
+        """Whether an evaluation is due by the epochs done, not because the run ends."""
+        epochs, rest = divmod(self.step, len(self.order))
+        return rest == 0 and epochs % self.settings.data.evaluate_every == 0
+
+    def _stop(self, asked: int) -> NoReturn:
+        message = (
+            f"{self.run_dir}: asked to stop ({signal_name(asked)}), saved at step {self.step} of "
+            f"{self.total}; the same command with run_dir={self.run_dir} goes on"
+        )
+        raise StoppedError(message)
 
     def _row(self, loss: Tensor, epoch: int, rates: dict[str, float]) -> dict[str, float]:
         """Return step, epoch, loss and rate; raises DivergedError for a loss that is no number."""
@@ -413,20 +448,34 @@ class _Training:
             )
             raise DivergedError(message)
 
-    def _test(self) -> float:
-        """Evaluate, record, and return the top-1 error in %."""
-        errors = evaluate(
-            self.learner.net,
-            self.mesh,
-            self.tests,
-            self.lens,
-            precision=self.settings.precision,
-        )
+    def _evaluate(self) -> int:
+        """Evaluate, record, tell the schedule; return the signal that broke it off, else 0."""
+        try:
+            errors = evaluate(
+                self.learner.net,
+                self.mesh,
+                self._watched_tests(),
+                self.lens,
+                precision=self.settings.precision,
+            )
+        except _BrokenOffError as broken:
+            return broken.asked
         self._require_finite(errors.loss)
-        self.last = errors.top1
+        self.last, self.tested, self.untested = errors.top1, self.step, False
         if self.monitor:
             self.monitor.test(self.step, errors, self.plan.num_classes)
-        return errors.top1
+        if self._due():  # never at an end that a longer run would not have
+            epoch = self.step // len(self.order) - 1
+            self.learner.schedule.plateau.observe(epoch, errors.top1)
+        return 0
+
+    def _watched_tests(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the test batches; an evaluation may take longer than a scheduler waits."""
+        for number, batch in enumerate(self.tests):
+            asked = self.watch.asked() if number < self.tests.common else 0
+            if asked:
+                raise _BrokenOffError(asked)
+            yield batch
 
     def _parts(self) -> dict[checkpoint.Kind, dict[str, Tensor]]:
         return {
@@ -434,15 +483,15 @@ class _Training:
             "velocities": self.learner.optimizer.velocities(),
         }
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool = False) -> None:
+        """Start a checkpoint of this step; the ``last`` one is waited for."""
         finite = all(bool(value.isfinite().all()) for value in self._parts()["weights"].values())
         if first_complaint("" if finite else "not finite", self.mesh):
             self._require_finite(math.nan)  # the update went wrong after a loss that was right
+        self._show(self.saver.end())
         if self.monitor:
             self.monitor.flush()
-        folder = checkpoint.save(
-            self.run_dir / "checkpoints",
-            self.mesh,
+        self.saver.start(
             self._parts(),
             {"mean": self.stats.mean, "std": self.stats.std, "axes": self.stats.axes},
             {
@@ -450,6 +499,8 @@ class _Training:
                 "epoch": self.step // len(self.order),
                 "schedule": self.learner.schedule.state(),
                 "top1": None if math.isnan(self.last) else self.last,
+                "tested": self.tested,
+                "untested": self.untested,
                 "seed": self.settings.seed,
                 "images_a_step": self.settings.batch_size * self.mesh.replicas,
                 "precision": self.settings.precision,
@@ -457,21 +508,52 @@ class _Training:
                 "data": asdict(chosen_data(self.settings.data, self.settings.model)),
                 "fingerprint": self.images.fingerprint,
             },
-            self.settings.keep_last,
         )
-        if self.monitor:
-            self.monitor.kernels(checkpoint.read_conv1(checkpoint.open_step(folder)), self.step)
+        if last:
+            self._show(self.saver.end())
+
+    def _show(self, folder: Path | None) -> None:
+        """Show the kernels of a step that was published, if one was."""
+        if self.monitor and folder is not None:
+            saved = checkpoint.open_step(folder)
+            self.monitor.kernels(checkpoint.read_conv1(saved), saved.step)
 
     def resume(self, start: checkpoint.Checkpoint) -> None:
-        """Take up a checkpoint; nothing changes before all of it was read and fits."""
+        """Take up a checkpoint; nothing changes before all ranks have read theirs, and it fits.
+
+        Raises CheckpointError, on every process alike.
+        """
         column = self.mesh.column if self.mesh.pair is not None else None
-        weights = checkpoint.read_part(start, "weights", column)
-        velocities = checkpoint.read_part(start, "velocities", column)
-        check_state(self.learner.net, weights, str(start.folder))
-        check_state(self.learner.net, velocities, f"{start.folder}, velocities")
+        weights, velocities = dict[str, Tensor](), dict[str, Tensor]()
+        complaint = ""
+        try:
+            weights = checkpoint.read_part(start, "weights", column)
+            velocities = checkpoint.read_part(start, "velocities", column)
+            check_state(self.learner.net, weights, str(start.folder))
+            check_state(self.learner.net, velocities, f"{start.folder}, velocities")
+        except CheckpointError as error:
+            complaint = str(error)
+        if complaint := first_complaint(complaint, self.mesh):
+            raise CheckpointError(complaint)
+        if len(set(gather_text(start.digest, self.mesh))) > 1:
+            message = (
+                f"{start.folder}: the processes see different checkpoints there; share a disk"
+            )
+            raise CheckpointError(message)
         self.learner.optimizer.load(weights, velocities)
         self.learner.schedule.load(start.manifest["schedule"])
         self.step = start.step
+        self.tested = int(start.manifest.get("tested", -1))
+        top1 = start.manifest["top1"]
+        self.last = math.nan if top1 is None else float(top1)
+        self.untested = bool(start.manifest.get("untested"))
+
+
+class _BrokenOffError(Exception):
+    """An evaluation was left because some process was asked to stop."""
+
+    def __init__(self, asked: int) -> None:
+        self.asked = asked
 
 
 class _Meter:

@@ -113,7 +113,12 @@ def assert_equal_states(
 
 @pytest.mark.parametrize(
     ("recipe", "overlap"),
-    [("paper", True), ("code2012", True), ("code2012", False), ("clean", True)],
+    [
+        ("paper", True),
+        ("code2012", True),
+        pytest.param("code2012", False, marks=SLOW),
+        ("clean", True),
+    ],
 )
 def test_pair_equals_whole_net(pair: Ranks, recipe: str, *, overlap: bool) -> None:
     whole = whole_outcome(recipe)
@@ -196,8 +201,8 @@ def test_less_precision_is_off_by_its_rounding(
 
 
 def test_two_pairs_equal_whole_net_on_the_global_batch(two_pairs: Ranks) -> None:
-    whole = whole_outcome("code2012")
-    ranks = two_pairs.run(outcome, "code2012", STEPS, {})
+    whole = whole_outcome("code2012", STEPS // 2)
+    ranks = two_pairs.run(outcome, "code2012", STEPS // 2, {})
     for replica in (0, 1):
         columns = ranks[2 * replica : 2 * replica + 2]
         rows = slice(replica * BATCH // 2, (replica + 1) * BATCH // 2)

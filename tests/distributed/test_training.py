@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from PIL import Image
 
 from modelpar import config
 from modelpar.errors import DivergedError
@@ -25,22 +24,6 @@ if TYPE_CHECKING:
     from modelpar.mesh import Mesh
 
 QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty training images of two classes: five steps of eight an epoch."""
-    root = tmp_path_factory.mktemp("images")
-    source = torch.Generator().manual_seed(0)
-    for part, count in (("train", 20), ("val", 5)):
-        for label, name in enumerate(("dark", "light")):
-            (root / part / name).mkdir(parents=True)
-            for number in range(count):
-                noise = torch.randint(0, 128, (80, 80, 3), dtype=torch.uint8, generator=source)
-                Image.fromarray((noise + 100 * label).numpy()).save(
-                    root / part / name / f"{number}.png"
-                )
-    return root
 
 
 def overrides(images: Path, *more: str) -> list[str]:

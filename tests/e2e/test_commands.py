@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +130,7 @@ def test_both_doors_and_one_process_give_one_result(tmp_path: Path) -> None:
     assert errors[0] == errors[1] == errors[2]
 
 
+@pytest.mark.slow
 def test_resume_equals_no_interruption(tmp_path: Path, trained: Path) -> None:
     how = [*COMPILED, "run_dir=run", "monitor.tensorboard=false"]
     fine(ours(tmp_path, *how, "steps=2"))
@@ -301,3 +305,70 @@ def test_without_a_compiler_it_trains_and_says_so(
     done = torchrun(tmp_path, *COMPILED, "steps=1", "run_dir=run")
     assert "modelpar: nothing is compiled, slower (" in fine(done) + done.stderr
     assert len(rows(tmp_path / "run")) == 1
+
+
+def started(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """Start ``modelpar.train`` through door 2 and wait until it has learnt two steps."""
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modelpar.train", *SMALL, "run_dir=run", *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+def children(of: int) -> set[int]:
+    """Return the processes below ``of``."""
+    found: set[int] = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            number, _, rest = status.read_text().partition(" ")
+            if int(rest.rpartition(")")[2].split()[1]) == of:
+                found |= {int(number), *children(int(number))}
+    return found
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_asked_to_stop_it_saves_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    process = started(tmp_path, "steps=500", "monitor.tensorboard=false")
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75
+    saved = newest(tmp_path / "run")
+    assert saved is not None
+    (line,) = told.splitlines()
+    assert f"({number.name}), saved at step {saved.step} of 500; the same command" in line
+    assert json.loads((tmp_path / "run" / "log" / "exit.json").read_text())["status"] == 75
+    steps = saved.step + 1
+    fine(ours(tmp_path, *SMALL, "run_dir=run", f"steps={steps}", "monitor.tensorboard=false"))
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, steps + 1))
+
+
+def test_a_killed_launcher_takes_its_ranks_with_it(tmp_path: Path) -> None:
+    process = started(tmp_path, "steps=500", "monitor.tensorboard=false")
+    ranks = children(process.pid)
+    assert len(ranks) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert newest(tmp_path / "run") is not None  # they saved first

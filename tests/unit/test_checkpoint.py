@@ -14,12 +14,13 @@ from modelpar import AlexNet, split
 from modelpar.errors import CheckpointError
 from modelpar.mesh import Mesh
 from modelpar.training import checkpoint
-from modelpar.training.checkpoint import Checkpoint, find, newest, open_step, read_part, save
+from modelpar.training.checkpoint import Checkpoint, Keep, find, newest, open_step, read_part, save
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 ONE = Mesh(torch.device("cpu"))
+KEEP = Keep(2)
 
 
 def state(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -34,12 +35,11 @@ SMALL = {
 }
 
 
-def write(run_dir: Path, step: int, keep_last: int = 2, weights: Any = None) -> Path:
+def write(run_dir: Path, step: int, keep: Keep = KEEP, weights: Any = None, **told: Any) -> Path:
     weights = SMALL if weights is None else weights
     parts: Any = {"weights": weights, "velocities": weights}
-    return save(
-        run_dir / "checkpoints", ONE, parts, {"mean": torch.ones(1)}, {"step": step}, keep_last
-    )
+    manifest = {"step": step, **told}
+    return save(run_dir / "checkpoints", ONE, parts, {"mean": torch.ones(1)}, manifest, keep)
 
 
 def test_what_is_saved_is_read(tmp_path: Path) -> None:
@@ -72,9 +72,46 @@ def test_the_whole_net_is_read_as_columns(tmp_path: Path) -> None:
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
-        write(tmp_path, step, keep_last=2)
+        write(tmp_path, step)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000004", "step-00000005"]
+
+
+def test_each_nth_and_the_best_are_kept_too(tmp_path: Path) -> None:
+    errors = {1: 50.0, 2: 20.0, 5: 30.0, 6: 10.0}  # 6 was tested at 5
+    for step in range(1, 10):
+        tested = step if step != 6 else 5
+        write(tmp_path, step, Keep(2, 4, best=True), top1=errors.get(step), tested=tested)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-0000000{step}" for step in (2, 4, 8, 9)]
+
+
+def test_a_saver_writes_what_was_there_when_it_started(tmp_path: Path) -> None:
+    weights = {key: value.clone() for key, value in SMALL.items()}
+    saver = checkpoint.Saver(tmp_path / "checkpoints", ONE, KEEP)
+    saver.start({"weights": weights, "velocities": weights}, {"mean": torch.ones(1)}, {"step": 3})
+    for value in weights.values():
+        value.zero_()
+    assert saver.end() == tmp_path / "checkpoints" / "step-00000003"
+    assert saver.end() is None
+    assert saver.take() is None
+    found = newest(tmp_path)
+    assert found is not None
+    read = read_part(found, "weights", None)
+    assert all(torch.equal(read[key], SMALL[key]) for key in SMALL)
+
+
+def test_a_save_that_fails_is_raised_later_and_once(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    saver = checkpoint.Saver(tmp_path / "checkpoints", ONE, KEEP)
+    saver.start({"weights": SMALL, "velocities": SMALL}, {"mean": torch.ones(1)}, {"step": 3})
+    saver.close()
+    assert saver.failed()
+    assert saver.take() is None
+    with pytest.raises(CheckpointError, match="not saved"):
+        saver.end()
+    assert not saver.failed()
+    assert saver.end() is None
 
 
 def test_a_step_that_is_passed_again_is_replaced_whole(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import modelpar
 PACKAGE = Path(modelpar.__file__).parent
 # From the ground up; a module may import what stands before it.
 FLOORS = [
-    ["errors"],
+    ["errors", "stop"],
     ["config"],
     ["mesh"],
     ["net.paper"],
@@ -23,7 +23,7 @@ FLOORS = [
     ["images.sets"],
     ["images.loader"],
     ["training.schedule", "training.optimizer", "training.metrics"],
-    ["training.monitor", "training.checkpoint", "training.runs"],
+    ["training.monitor", "training.checkpoint", "training.runs", "training.watch"],
     ["training.engine"],
     ["training.scoring"],
     ["bench.wire", "bench.anatomy", "bench.contenders"],

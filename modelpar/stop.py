@@ -1,0 +1,53 @@
+"""Being asked to stop: a training finishes its step, saves, and ends with status 75.
+
+SIGTERM (a scheduler, ``kill``), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) ask for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME: Final = 5.0  # s in which further signals are the same request: a terminal, scancel and
+# torchrun each deliver to the whole group, so that a process gets it twice
+
+
+class Request:
+    """Whether this process was asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal = 0  # its number; 0: not asked
+        self.when = 0.0
+
+    def hear(self, number: int, frame: Any) -> None:
+        """Note the first signal; end at once at one that comes ``SAME`` s after it."""
+        del frame
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self.when = number, now
+        elif now - self.when > SAME:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+@contextmanager
+def heeded() -> Generator[Request]:
+    """Collect signals instead of dying of them; outside the main thread there are none."""
+    request = Request()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request.hear) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,194 @@
+"""The control message: different batches, unequal replicas and requests to stop reach everyone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from modelpar import stop
+from modelpar.errors import DivergedError, RunError
+from modelpar.images.loader import Batch
+from modelpar.mesh import Mesh
+from modelpar.training import watch
+from modelpar.training.checkpoint import newest, read_part
+from modelpar.training.watch import Watch
+
+if TYPE_CHECKING:
+    from ranks import Ranks
+
+QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
+
+
+def batch(**other: Any) -> Batch:
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).view(2, 3, 4, 4)
+    values = {"images": images, "labels": torch.tensor([3, 4]), "samples": [7, 8], **other}
+    return Batch(waited=0.0, **values)
+
+
+def told(mesh: Mesh, step: int, wrong: dict[str, Any], rank: int) -> str:
+    """Exchange one message in which ``rank`` has another batch; return what that raises."""
+    own = Watch(mesh, stop.Request())
+    own.begin(step, batch(**(wrong if mesh.rank == rank else {})), {})
+    try:
+        own.end()
+    except RunError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("step", "wrong"),
+    [
+        (5, {"samples": [8, 7]}),
+        (5, {"labels": torch.tensor([3, 5])}),
+        (watch.PIXELS_EVERY, {"images": torch.zeros(2, 3, 4, 4)}),
+    ],
+    ids=["order", "label", "pixels"],
+)
+def test_different_batches_stop_both(
+    pair: Ranks, rank: int, step: int, wrong: dict[str, Any]
+) -> None:
+    one, other = pair.run(told, step, wrong, rank)
+    assert one == other
+    assert one.startswith(f"DataError: step {step}: the columns were given different batches (")
+    digests = [word.rstrip("),;") for word in one.split("digest ")[1:]]
+    assert len({text[:8] for text in digests}) == 2
+
+
+def test_equal_batches_and_replicas_of_other_batches_go_on(pair: Ranks, two_pairs: Ranks) -> None:
+    assert pair.run(told, watch.PIXELS_EVERY, {}, 0) == ["", ""]
+    assert two_pairs.run(replicas, 0.0, -1) == [(0, "")] * 4
+
+
+def replicas(mesh: Mesh, change: float, rank: int) -> tuple[int, str]:
+    """Exchange a message of replicas with their own batches; ``rank`` has other weights."""
+    request = stop.Request()
+    own = Watch(mesh, request)
+    weights = {"fc8.weight": torch.ones(3) * mesh.column + change * (mesh.rank == rank)}
+    own.begin(watch.WEIGHTS_EVERY, batch(samples=[mesh.replica]), weights)
+    try:
+        return own.end()[0], ""
+    except DivergedError as error:
+        return 0, str(error)
+
+
+def test_replicas_that_differ_stop_all(two_pairs: Ranks) -> None:
+    ends = two_pairs.run(replicas, 1e-7, 3)
+    assert len(set(ends)) == 1
+    assert "the replicas' weights of column 1 differ" in ends[0][1]
+
+
+def asked(mesh: Mesh, rank: int) -> tuple[int, int]:
+    with stop.heeded() as request:
+        if mesh.rank == rank:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        own = Watch(mesh, request)
+        own.begin(1, batch(), {})
+        return own.end()[0], own.asked()
+
+
+def test_one_process_that_is_asked_stops_all(pair: Ranks, two_pairs: Ranks) -> None:
+    assert pair.run(asked, 1) == [(signal.SIGUSR1, signal.SIGUSR1)] * 2
+    assert two_pairs.run(asked, 2) == [(signal.SIGUSR1, signal.SIGUSR1)] * 4
+    assert pair.run(asked, -1) == [(0, 0)] * 2
+
+
+def test_one_process_alone_needs_no_message() -> None:
+    own = Watch(Mesh(torch.device("cpu")), stop.Request())
+    assert own.end() == (0, False)
+    own.begin(0, batch(), {}, failed=True)
+    assert own.end() == (0, True)
+    assert own.asked() == 0
+
+
+def failed(mesh: Mesh, rank: int) -> bool:
+    own = Watch(mesh, stop.Request())
+    own.begin(1, batch(), {}, failed=mesh.rank == rank)
+    return own.end()[1]
+
+
+def test_a_save_that_failed_is_everyones(pair: Ranks) -> None:
+    assert pair.run(failed, 1) == [True, True]
+    assert pair.run(failed, 2) == [False, False]
+
+
+def test_a_batch_of_another_step_is_another_batch(pair: Ranks) -> None:
+    with pytest.raises(AssertionError, match="DataError"):
+        pair.run(out_of_step)
+
+
+def out_of_step(mesh: Mesh) -> None:
+    own = Watch(mesh, stop.Request())
+    own.begin(1 + mesh.rank, batch(), {})
+    own.end()
+
+
+def interrupted(mesh: Mesh, words: list[str], run_dir: str, step: int, where: str) -> str:
+    """Train, and be asked to stop in ``step``, or in the evaluation after it: rank 1 alone."""
+    from modelpar import config  # noqa: PLC0415
+    from modelpar.training import engine  # noqa: PLC0415
+
+    settings = config.read("train", words)
+    name = {"step": "begin", "evaluation": "asked"}[where]
+    real = getattr(Watch, name)
+
+    def ask(self: Watch, *arguments: Any, **more: Any) -> Any:
+        at = arguments[0] if arguments else self.step
+        if mesh.rank == 1 and at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments, **more)
+
+    setattr(Watch, name, ask)
+    try:
+        engine.train(settings, engine.prepare(settings), mesh, Path(run_dir))
+    except RunError as error:
+        return f"{error.status}: {error}"
+    finally:
+        setattr(Watch, name, real)
+    return "not stopped"
+
+
+@pytest.mark.parametrize(
+    ("step", "where", "saved"),
+    [(2, "step", 3), (4, "step", 5), (4, "evaluation", 5), (9, "evaluation", 10)],
+)
+def test_stopped_and_resumed_equals_never_stopped(
+    pair: Ranks, images: Path, tmp_path: Path, step: int, where: str, saved: int
+) -> None:
+    """In an epoch, at its last step, in its evaluation, in the last evaluation of all."""
+    words = [
+        "data=imagefolder",
+        f"data.root={images}",
+        "model.image_size=64",
+        "workers=0",
+        "batch_size=8",
+        "epochs=2",
+        "recipe=paper",  # whose schedule follows the evaluations
+        "recipe.lr=0.0005",
+        "compile=false",
+        *QUIET,
+    ]
+    run, once = tmp_path / "run", tmp_path / "once"
+    ends = pair.run(interrupted, words, str(run), step, where)
+    assert ends[0] == ends[1]
+    assert ends[0].startswith(f"75: {run}: asked to stop (SIGTERM), saved at step {saved} of 10;")
+    stopped = newest(run)
+    assert stopped is not None
+    assert stopped.step == saved
+    for folder in (run, once):
+        assert pair.run(interrupted, words, str(folder), -1, "step") == ["not stopped"] * 2
+    one, other = newest(run), newest(once)
+    assert one is not None
+    assert other is not None
+    assert one.manifest["schedule"] == other.manifest["schedule"]
+    assert one.manifest["top1"] == other.manifest["top1"]
+    for key, value in read_part(one, "weights", None).items():
+        assert torch.equal(value, read_part(other, "weights", None)[key]), key
+    rows = [(path / "metrics.jsonl").read_text().count('"kind": "test"') for path in (run, once)]
+    assert rows == [2, 2]
