@@ -388,6 +388,9 @@ def validate_benchmark(settings: BenchmarkSettings) -> None:
         for value in values:
             if value not in choices:
                 refuse_choice(key, value, choices)
+    if not settings.batch_sizes:
+        message = "batch_sizes=[]: give one or more"
+        raise SettingsError(message)
     for size in settings.batch_sizes:
         _at_least(1, batch_sizes=size)
         if size % 2 and "ddp" in settings.contenders:

@@ -142,7 +142,11 @@ def _torchrun_door(job: Job) -> int:
         mesh.check_world(settings.columns, settings.replicas, mesh.world_size())
         settings.replicas = mesh.world_size() // settings.columns
         # Started again by torchrun, a rank finds its own run, whatever ``resume`` says.
+        if _restarted() and _recorded(named) == StoppedError.status:
+            return 0  # asked to stop, not lost: torchrun takes any end but 0 for a failure
         prepared = job.prepare(settings, None if _restarted() else named)
+        if named and int(os.environ["RANK"]) == 0:
+            (named / END).unlink(missing_ok=True)  # of an earlier end
         with _opened(settings) as ranks:
             place = str(named or _new_run_dir(job, overrides))
             run_dir = Path(mesh.gather_text(place, ranks)[0])
@@ -293,6 +297,8 @@ def _launched(job: Job, cfg: DictConfig, *, checked: bool) -> float:
         signals_to_handle=",".join(number.name for number in HANDLED),
         shutdown_timeout=SHUTDOWN,
     )
+    if job.keeps_runs:
+        (run_dir / END).unlink(missing_ok=True)  # of an earlier end
     with _signals_restored():
         try:
             results = elastic_launch(agent, _rank)(job, asdict(settings), str(run_dir))
@@ -344,8 +350,8 @@ def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
         with _opened(settings) as ranks:
             return _work(job, prepared, settings, ranks, Path(run_dir))
     except StoppedError as error:
-        if int(os.environ["RANK"]) == 0:
-            _record(Path(run_dir), error.status, str(error), 0)
+        # Each says so: the first that leaves may take the others along.
+        _record(Path(run_dir), error.status, str(error), int(os.environ["RANK"]))
         # To return would be to wait for an agent that is shutting down and asks for no result.
         sys.exit(error.status)
     except PeerLostError:
@@ -385,8 +391,6 @@ def _opened(settings: Any) -> AbstractContextManager[Mesh]:
 
 def _work(job: Job, prepared: Any, settings: Any, ranks: Mesh, run_dir: Path) -> float:
     if ranks.rank == 0:
-        if job.keeps_runs:
-            (run_dir / END).unlink(missing_ok=True)  # of an earlier end
         print(f"modelpar: {ranks.describe()}, {settings.precision}", flush=True)  # noqa: T201
     return job.work(prepared, settings, ranks, run_dir)
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from modelpar.errors import LaunchError, PeerLostError, SettingsError, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from torch import Tensor, nn
 
@@ -52,6 +52,15 @@ def generator(seed: int, *keys: str | int, device: torch.device | str = "cpu") -
     """
     digest = hashlib.blake2b(repr((seed, *keys)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def digest(tensors: Iterable[Tensor]) -> int:
+    """Return 63 bits of a hash of the tensors' bytes."""
+    total = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        total.update(content.numpy().data)
+    return int.from_bytes(total.digest(), "little") >> 1
 
 
 @dataclass(frozen=True)

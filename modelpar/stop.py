@@ -20,6 +20,16 @@ SAME: Final = 5.0  # s in which further signals are the same request: a terminal
 # torchrun each deliver to the whole group, so that a process gets it twice
 
 
+def ignored(worker: int) -> None:
+    """Let a loader's ``worker`` outlive Ctrl-C and Slurm's warning: it ends with its rank.
+
+    SIGTERM is how the rank itself ends it.
+    """
+    del worker
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Request:
     """Whether this process was asked to stop, and by which signal."""
 

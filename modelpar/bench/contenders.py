@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
@@ -124,7 +124,9 @@ class _TorchStep:
     """A step with torch's own optimizer and autocast."""
 
     def __init__(self, net: nn.Module, plan: Plan, batch: Batch, precision: str) -> None:
-        self.net, self.batch, self.precision = net, batch, precision
+        self.wide = torch.float64 if precision == "float64" else torch.float32
+        self.net, self.precision = net.to(self.wide), precision
+        self.batch = replace(batch, images=batch.images.to(self.wide))
         recipe = plan.recipe
         self.optimizer = torch.optim.SGD(
             net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
@@ -136,7 +138,7 @@ class _TorchStep:
         device = self.batch.images.device.type
         with torch.autocast(device, torch.bfloat16) if rounded else nullcontext():
             logits = self.net(self.batch.images)
-        functional.cross_entropy(logits.float(), self.batch.labels).backward()
+        functional.cross_entropy(logits.to(self.wide), self.batch.labels).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -22,7 +22,7 @@ from modelpar import config
 from modelpar.bench import anatomy, wire
 from modelpar.bench.contenders import CONTENDERS, make, on_column
 from modelpar.config import ModelSettings
-from modelpar.errors import LaunchError, one_line
+from modelpar.errors import LaunchError, RunError, one_line
 from modelpar.mesh import Mesh, choose_device, opened
 from modelpar.net.paper import Recipe
 from modelpar.training.engine import DTYPES, plan_for
@@ -129,21 +129,21 @@ def _serve(
     name, precision, batch_size = task
     settings: BenchmarkSettings = config.to_object("benchmark", OmegaConf.create(plain))
     size = CONTENDERS[name].processes
-    hosts = settings.link.hosts
-    if hosts and size > 1:
-        wire.enter(hosts[rank])
-    cores = len(os.sched_getaffinity(0))
-    threads = settings.threads or max(1, cores // size)
-    device = choose_device(settings.device, size)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(size),
-        LOCAL_WORLD_SIZE="1" if hosts else str(size),
-        MASTER_PORT=str(port),
-    )
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     try:
+        hosts = settings.link.hosts
+        if hosts and size > 1:
+            wire.enter(hosts[rank])
+        cores = len(os.sched_getaffinity(0))
+        threads = settings.threads or max(1, cores // size)
+        device = choose_device(settings.device, size)
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(size),
+            LOCAL_WORLD_SIZE="1" if hosts else str(size),
+            MASTER_PORT=str(port),
+        )
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         columns = size if name in {"pair", "in_turn"} else 1
         if name == "plain":  # as torch comes, with its allocator's own settings
             torch.set_num_threads(threads)
@@ -162,7 +162,8 @@ def _serve(
     except (EOFError, KeyboardInterrupt):
         return  # the benchmark is gone
     except BaseException as error:  # noqa: BLE001 - the benchmark says it
-        traceback.print_exc()
+        if not isinstance(error, RunError):
+            traceback.print_exc()
         pipe.send((False, one_line(error)))
 
 

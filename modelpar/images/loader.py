@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.utils.data import DataLoader
 
 from modelpar.errors import DataError
 from modelpar.images.augment import Draws, Lens
+from modelpar.mesh import digest
+from modelpar.stop import ignored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from torch import Tensor
 
     from modelpar.images.order import BatchOrder
     from modelpar.images.sets import Images
+
+
+PIXELS_EVERY: Final = 100  # batches: to hash the 25 MB of one takes a few hundredths of a second
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Batch:
     images: Tensor  # (N, 3, S, S) float32
     labels: Tensor  # (N,)
     waited: float
-    samples: Sequence[int] = ()  # their numbers in the training set
+    digest: int = 0  # of what was read: equal on all columns, or they train on different things
 
 
 def _load(images: Images, device: torch.device, workers: int, **how: Any) -> DataLoader[Any]:
@@ -39,6 +44,7 @@ def _load(images: Images, device: torch.device, workers: int, **how: Any) -> Dat
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
+        worker_init_fn=ignored,
         **how,
     )
 
@@ -105,12 +111,12 @@ class TrainLoader:
             stored = _fetch(source)
             if stored is None:
                 return
+            places = order.positions(number)
+            read = [samples[places], stored[1], *stored[: number % PIXELS_EVERY == 0]]
             images = stored[0].to(self.device, non_blocking=True)
             labels = stored[1].to(self.device, non_blocking=True)
-            places = order.positions(number)
             ready = self.lens.training(images, draws.at(places), noise)
-            waited = time.perf_counter() - began
-            yield Batch(ready, labels, waited, samples[places].tolist())
+            yield Batch(ready, labels, time.perf_counter() - began, digest(read))
 
 
 class TestLoader:

@@ -109,7 +109,8 @@ def save(
             message = f"{final}: not saved, {complaint}; older checkpoints are as they were"
             raise CheckpointError(message)
     if mesh.rank == 0:
-        prune(folder, keep)
+        with suppress(OSError):  # the checkpoint is there; what is old goes next time
+            prune(folder, keep)
     return final
 
 
@@ -195,8 +196,8 @@ class _Saving:
 
     def begin(self) -> None:
         """Check the space and make the temporary folder: rank 0."""
+        _sweep(self.final.parent)
         check_space(self.final.parent, self.mesh.columns * num_bytes(self.parts))
-        shutil.rmtree(self.unfinished, ignore_errors=True)
         self.unfinished.mkdir(parents=True)
 
     def write(self) -> None:
@@ -227,6 +228,16 @@ class _Saving:
         shutil.rmtree(earlier, ignore_errors=True)
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what saves and prunings that were cut off have left; put back what they set aside."""
+    for left in folder.glob(".*-step-*") if folder.is_dir() else ():
+        earlier = folder / left.name.removeprefix(".old-")
+        if left.name.startswith(".old-") and not earlier.exists():
+            left.rename(earlier)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Raise CheckpointError where ``folder``'s disk has less than ``needed`` bytes to spare."""
     existing = folder.absolute()
@@ -251,7 +262,7 @@ def prune(folder: Path, keep: Keep) -> None:
     for old in steps:
         if old not in kept:
             doomed = old.with_name(f".del-{old.name}")
-            with suppress(OSError):  # room is made again at the next save
+            with suppress(OSError):  # swept before the next save
                 old.rename(doomed)
                 shutil.rmtree(doomed)
 

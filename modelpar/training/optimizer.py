@@ -117,7 +117,9 @@ def _update(
     for weight, velocity, grad, rate, decay, momentum, copy in zip(
         weights, velocities, grads, rates, decays, momenta, rounded, strict=True
     ):
-        slope = grad + decay * weight if decay else grad
+        slope = grad.to(weight.dtype)
+        if decay:
+            slope = slope + decay * weight
         velocity.mul_(momentum).sub_(rate * slope)
         weight.add_(velocity)
         if copy is not None:

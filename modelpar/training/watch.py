@@ -6,17 +6,15 @@ loss falls, and the net is wrong.  Each column sends a digest of its batch while
 
 from __future__ import annotations
 
-import hashlib
 import signal
 from typing import TYPE_CHECKING, Final
 
-import torch
-
 from modelpar.errors import DataError, DivergedError
-from modelpar.mesh import tell
+from modelpar.images.loader import PIXELS_EVERY
+from modelpar.mesh import digest, tell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from modelpar.mesh import Mesh
     from modelpar.stop import Request
 
-PIXELS_EVERY: Final = 100  # steps: a batch of 77 MB takes a twentieth of a second to hash
 WEIGHTS_EVERY: Final = 500  # steps, between replicas
 
 
@@ -51,7 +48,7 @@ class Watch:
                 step,
                 self.request.signal,
                 int(failed),
-                batch_digest(batch, pixels=step % PIXELS_EVERY == 0),
+                batch.digest,
                 digest(weights.values()) if hashes_weights else 0,
             ),
             self.mesh,
@@ -72,8 +69,8 @@ class Watch:
             if len(seen) > 1:
                 message = (
                     f"step {self.step}: the columns were given different batches "
-                    f"({_list(told[first : first + columns], 3)}); nothing was saved since: see "
-                    "that all ranks read the same data, and start again"
+                    f"({_list(told[first : first + columns], 3)}); see that all ranks read the "
+                    f"same images, and go on from a checkpoint {PIXELS_EVERY} steps older"
                 )
                 raise DataError(message)
         for column in range(columns):
@@ -97,20 +94,3 @@ def _list(told: list[tuple[int, ...]], which: int) -> str:
 def signal_name(number: int) -> str:
     """Return SIGTERM for 15."""
     return signal.Signals(number).name
-
-
-def batch_digest(batch: Batch, *, pixels: bool) -> int:
-    """Return a digest of the samples' numbers and labels, and of what the net sees of them."""
-    numbers = torch.tensor(batch.samples, dtype=torch.int64, device="cpu")
-    seen = [batch.labels, batch.images] if pixels else []
-    if batch.labels.device.type == "cpu" and not pixels:
-        seen = [batch.labels]  # on a GPU this would wait for it
-    return digest([numbers, *seen])
-
-
-def digest(tensors: Iterable[Tensor]) -> int:
-    """Return 63 bits of a hash of the tensors' bytes."""
-    total = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return int.from_bytes(total.digest(), "little") >> 1

@@ -15,13 +15,13 @@ from modelpar.errors import DivergedError
 from modelpar.images.augment import Lens
 from modelpar.images.loader import TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.training import engine
+from modelpar.mesh import Mesh
+from modelpar.training import loop
 from modelpar.training.checkpoint import newest, read_part
 
 if TYPE_CHECKING:
     from ranks import Ranks
 
-    from modelpar.mesh import Mesh
 
 QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
 
@@ -41,7 +41,7 @@ def overrides(images: Path, *more: str) -> list[str]:
 def trained(mesh: Mesh, words: list[str], run_dir: str) -> float:
     settings = config.read("train", words)
     settings.replicas = mesh.replicas
-    return engine.train(settings, engine.prepare(settings), mesh, Path(run_dir))
+    return loop.train(settings, loop.prepare(settings), mesh, Path(run_dir))
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -82,7 +82,7 @@ def test_a_pairs_checkpoint_goes_on_in_one_process_and_back(
 ) -> None:
     words = overrides(images, "epochs=2", "precision=float64", "recipe.lr=0.0005")
     pair.run(trained, [*words, "steps=3"], str(tmp_path / "run"))
-    alone = engine.Mesh(torch.device("cpu"))
+    alone = Mesh(torch.device("cpu"))
     trained(alone, [*words, "columns=1", "steps=6"], str(tmp_path / "run"))
     pair.run(trained, words, str(tmp_path / "run"))
     pair.run(trained, words, str(tmp_path / "once"))
@@ -96,7 +96,7 @@ def test_a_pairs_checkpoint_goes_on_in_one_process_and_back(
 
 def digests(mesh: Mesh, words: list[str]) -> list[str]:
     settings = config.read("train", words)
-    found = engine.prepare(settings)
+    found = loop.prepare(settings)
     lens = Lens(found.statistics, 64, scaled=True, device="cpu")
     order = BatchOrder(len(found.images.train), 4, 0, replica=mesh.replica, replicas=mesh.replicas)
     loader = TrainLoader(found.images.train, order, lens, mesh.device, crops="per_32")

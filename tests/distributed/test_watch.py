@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from modelpar import stop
+from modelpar import config, stop
 from modelpar.errors import DivergedError, RunError
-from modelpar.images.loader import Batch
+from modelpar.images.augment import Lens
+from modelpar.images.loader import Batch, TrainLoader
+from modelpar.images.order import BatchOrder
 from modelpar.mesh import Mesh
-from modelpar.training import watch
+from modelpar.training import loop, watch
 from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.watch import Watch
 
@@ -24,16 +26,14 @@ if TYPE_CHECKING:
 QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
 
 
-def batch(**other: Any) -> Batch:
-    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).view(2, 3, 4, 4)
-    values = {"images": images, "labels": torch.tensor([3, 4]), "samples": [7, 8], **other}
-    return Batch(waited=0.0, **values)
+def batch(digest: int = 7) -> Batch:
+    return Batch(torch.zeros(2, 3, 4, 4), torch.tensor([3, 4]), 0.0, digest)
 
 
-def told(mesh: Mesh, step: int, wrong: dict[str, Any], rank: int) -> str:
-    """Exchange one message in which ``rank`` has another batch; return what that raises."""
+def told(mesh: Mesh, wrong: int) -> str:
+    """Exchange one message in which rank ``wrong`` has another batch; return what that raises."""
     own = Watch(mesh, stop.Request())
-    own.begin(step, batch(**(wrong if mesh.rank == rank else {})), {})
+    own.begin(5, batch(8 if mesh.rank == wrong else 7), {})
     try:
         own.end()
     except RunError as error:
@@ -42,28 +42,63 @@ def told(mesh: Mesh, step: int, wrong: dict[str, Any], rank: int) -> str:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(
-    ("step", "wrong"),
-    [
-        (5, {"samples": [8, 7]}),
-        (5, {"labels": torch.tensor([3, 5])}),
-        (watch.PIXELS_EVERY, {"images": torch.zeros(2, 3, 4, 4)}),
-    ],
-    ids=["order", "label", "pixels"],
-)
-def test_different_batches_stop_both(
-    pair: Ranks, rank: int, step: int, wrong: dict[str, Any]
-) -> None:
-    one, other = pair.run(told, step, wrong, rank)
+def test_different_batches_stop_both(pair: Ranks, rank: int) -> None:
+    one, other = pair.run(told, rank)
     assert one == other
-    assert one.startswith(f"DataError: step {step}: the columns were given different batches (")
-    digests = [word.rstrip("),;") for word in one.split("digest ")[1:]]
-    assert len({text[:8] for text in digests}) == 2
+    assert one.startswith("DataError: step 5: the columns were given different batches (")
+    assert "digest 00000007" in one
+    assert "digest 00000008" in one
 
 
 def test_equal_batches_and_replicas_of_other_batches_go_on(pair: Ranks, two_pairs: Ranks) -> None:
-    assert pair.run(told, watch.PIXELS_EVERY, {}, 0) == ["", ""]
+    assert pair.run(told, -1) == ["", ""]
     assert two_pairs.run(replicas, 0.0, -1) == [(0, "")] * 4
+
+
+def read(mesh: Mesh, words: list[str], change: str) -> list[int]:
+    """Return the digests of an epoch's batches; rank 1's set differs by ``change``."""
+    settings = config.read("train", words)
+    found = loop.prepare(settings)
+    images: Any = found.images.train
+
+    class Changed:
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+            pixels, label = images[number]
+            if mesh.rank == 1 and change == "pixel":
+                pixels = pixels.clone()
+                pixels[0, 0, 0] ^= 1
+            return pixels, label ^ 1 if mesh.rank == 1 and change == "label" else label
+
+    seed = 1 if mesh.rank == 1 and change == "order" else 0
+    order = BatchOrder(len(images), 8, seed)
+    lens = Lens(found.statistics, 64, scaled=True, device=mesh.device)
+    loader = TrainLoader(Changed(), order, lens, mesh.device, crops="per_image")  # type: ignore[arg-type]
+    return [one.digest for one in loader.epoch(0, 0, 0.1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "equal"),
+    [
+        ("", [True] * 5),
+        ("order", [False] * 5),
+        ("label", [False] * 5),
+        ("pixel", [False] + [True] * 4),  # looked at once in a hundred batches
+    ],
+)
+def test_a_digest_is_of_what_was_read(
+    pair: Ranks, images: Path, change: str, equal: list[bool]
+) -> None:
+    one, other = pair.run(read, words_of(images), change)
+    assert [mine == theirs for mine, theirs in zip(one, other, strict=True)] == equal
+    assert len(set(one)) == 5
+
+
+def words_of(images: Path, *more: str) -> list[str]:
+    small = ["model.image_size=64", "workers=0", "batch_size=8", "compile=false"]
+    return ["data=imagefolder", f"data.root={images}", *small, *QUIET, *more]
 
 
 def replicas(mesh: Mesh, change: float, rank: int) -> tuple[int, str]:
@@ -71,7 +106,7 @@ def replicas(mesh: Mesh, change: float, rank: int) -> tuple[int, str]:
     request = stop.Request()
     own = Watch(mesh, request)
     weights = {"fc8.weight": torch.ones(3) * mesh.column + change * (mesh.rank == rank)}
-    own.begin(watch.WEIGHTS_EVERY, batch(samples=[mesh.replica]), weights)
+    own.begin(watch.WEIGHTS_EVERY, batch(mesh.replica), weights)
     try:
         return own.end()[0], ""
     except DivergedError as error:
@@ -131,9 +166,6 @@ def out_of_step(mesh: Mesh) -> None:
 
 def interrupted(mesh: Mesh, words: list[str], run_dir: str, step: int, where: str) -> str:
     """Train, and be asked to stop in ``step``, or in the evaluation after it: rank 1 alone."""
-    from modelpar import config  # noqa: PLC0415
-    from modelpar.training import engine  # noqa: PLC0415
-
     settings = config.read("train", words)
     name = {"step": "begin", "evaluation": "asked"}[where]
     real = getattr(Watch, name)
@@ -146,7 +178,7 @@ def interrupted(mesh: Mesh, words: list[str], run_dir: str, step: int, where: st
 
     setattr(Watch, name, ask)
     try:
-        engine.train(settings, engine.prepare(settings), mesh, Path(run_dir))
+        loop.train(settings, loop.prepare(settings), mesh, Path(run_dir))
     except RunError as error:
         return f"{error.status}: {error}"
     finally:
@@ -162,18 +194,8 @@ def test_stopped_and_resumed_equals_never_stopped(
     pair: Ranks, images: Path, tmp_path: Path, step: int, where: str, saved: int
 ) -> None:
     """In an epoch, at its last step, in its evaluation, in the last evaluation of all."""
-    words = [
-        "data=imagefolder",
-        f"data.root={images}",
-        "model.image_size=64",
-        "workers=0",
-        "batch_size=8",
-        "epochs=2",
-        "recipe=paper",  # whose schedule follows the evaluations
-        "recipe.lr=0.0005",
-        "compile=false",
-        *QUIET,
-    ]
+    # the paper's schedule follows the evaluations
+    words = words_of(images, "epochs=2", "recipe=paper", "recipe.lr=0.0005")
     run, once = tmp_path / "run", tmp_path / "once"
     ends = pair.run(interrupted, words, str(run), step, where)
     assert ends[0] == ends[1]

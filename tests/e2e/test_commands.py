@@ -317,6 +317,7 @@ def started(folder: Path, *words: str) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     metrics = folder / "run" / "metrics.jsonl"
     deadline = time.monotonic() + TIMEOUT
@@ -347,8 +348,10 @@ def children(of: int) -> set[int]:
     ],
 )
 def test_asked_to_stop_it_saves_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    process = started(tmp_path, "steps=500", "monitor.tensorboard=false")
-    process.send_signal(number)
+    typed = number == signal.SIGINT  # in a terminal: every process gets it, the loader's too
+    how = ["monitor.tensorboard=false", f"workers={int(typed)}"]
+    process = started(tmp_path, "steps=500", *how)
+    (os.killpg if typed else os.kill)(process.pid, number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75
     saved = newest(tmp_path / "run")
@@ -359,6 +362,7 @@ def test_asked_to_stop_it_saves_and_goes_on(tmp_path: Path, number: signal.Signa
     steps = saved.step + 1
     fine(ours(tmp_path, *SMALL, "run_dir=run", f"steps={steps}", "monitor.tensorboard=false"))
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, steps + 1))
+    assert not (tmp_path / "run" / "log" / "exit.json").exists()  # that end is over
 
 
 def test_a_killed_launcher_takes_its_ranks_with_it(tmp_path: Path) -> None:

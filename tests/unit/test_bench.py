@@ -48,6 +48,7 @@ def test_settings_and_contenders_name_the_same() -> None:
         (["contenders=[]"], "contenders=[]: give one or more of"),
         (["precisions=[float16]"], "precisions=float16: did you mean bfloat16?"),
         (["batch_sizes=[7]"], "batch_sizes=7: ddp halves a batch"),
+        (["batch_sizes=[]"], "batch_sizes=[]: give one or more"),
         (["rounds=0"], "rounds=0: give 1 or more"),
         (["link.rates=[100]"], "link.rates: needs two hosts; start with launch/slow_link.sh"),
         (["link.hosts=[a,b]", "link.rates=[0]"], "link.rates=0.0: give a finite number"),

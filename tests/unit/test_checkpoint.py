@@ -124,6 +124,18 @@ def test_a_step_that_is_passed_again_is_replaced_whole(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
+def test_what_a_cut_off_save_left_is_swept_or_put_back(tmp_path: Path) -> None:
+    kept = write(tmp_path, 3)
+    folder = tmp_path / "checkpoints"
+    kept.rename(folder / ".old-step-00000003")  # cut off between the two renames
+    for name in (".tmp-step-00000004", ".del-step-00000001"):
+        (folder / name).mkdir()
+        (folder / name / "file").write_text("x")
+    write(tmp_path, 5)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step-00000003", "step-00000005"]
+
+
 def test_unfinished_and_foreign_folders_do_not_count(tmp_path: Path) -> None:
     write(tmp_path, 3)
     folder = tmp_path / "checkpoints"

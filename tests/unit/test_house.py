@@ -25,6 +25,7 @@ FLOORS = [
     ["training.schedule", "training.optimizer", "training.metrics"],
     ["training.monitor", "training.checkpoint", "training.runs", "training.watch"],
     ["training.engine"],
+    ["training.loop"],
     ["training.scoring"],
     ["bench.wire", "bench.anatomy", "bench.contenders"],
     ["bench.worlds", "bench.picture"],

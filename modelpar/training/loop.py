@@ -1,0 +1,451 @@
+"""A whole training: epochs, evaluations, checkpoints, and going on where one was stopped."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from modelpar import config, stop
+from modelpar.errors import CheckpointError, DivergedError, StoppedError
+from modelpar.images.augment import Lens, Statistics
+from modelpar.images.loader import TestLoader, TrainLoader
+from modelpar.images.order import BatchOrder
+from modelpar.images.sets import open_set, statistics
+from modelpar.mesh import Mesh, compiler_complaint, first_complaint, gather_text, sum_over
+from modelpar.net.alexnet import Column, check_state
+from modelpar.net.paper import Plan, Recipe, settings_of
+from modelpar.training import checkpoint, runs
+from modelpar.training.engine import DTYPES, Learner, build, evaluate, plan_for
+from modelpar.training.monitor import Monitor, image_grid
+from modelpar.training.optimizer import MomentumDecay
+from modelpar.training.schedule import Schedule
+from modelpar.training.watch import Watch, signal_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from modelpar.config import DataSettings, ModelSettings, TrainSettings
+    from modelpar.images.loader import Batch
+    from modelpar.images.sets import ImageSet
+
+
+def chosen_data(data: DataSettings, model: ModelSettings) -> DataSettings:
+    """Return the data settings with the sizes that the model asks for."""
+    asked = {"image_size": model.image_size, "num_classes": model.num_classes}
+    return replace(data, **{key: value for key, value in asked.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a training needs before its processes meet."""
+
+    images: ImageSet
+    statistics: Statistics
+    plan: Plan
+
+
+def prepare(settings: TrainSettings) -> Prepared:
+    """Open the data, measure it, plan the net: all that can fail before any process group.
+
+    Raises SettingsError and DataError; creates nothing but what the cache holds.
+    """
+    data = chosen_data(settings.data, settings.model)
+    recipe = Recipe(**asdict(settings.recipe))
+    plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
+    cache = config.cache_dir(settings.cache_dir)
+    images = open_set(data, cache, settings.seed, settings.batch_size * settings.replicas)
+    BatchOrder(len(images.train), settings.batch_size, settings.seed, replicas=settings.replicas)
+    plan = plan_for(recipe, settings.model, len(images.classes), data.image_size)
+    workers = data.workers if settings.workers is None else settings.workers
+    return Prepared(images, statistics(images, cache, workers), plan)
+
+
+def find_start(
+    settings: TrainSettings, prepared: Prepared, run_dir: Path | None
+) -> checkpoint.Checkpoint | None:
+    """Return what the run goes on from: its newest checkpoint, or the one ``resume`` names.
+
+    Raises CheckpointError where that is none of this training's.
+    """
+    found = checkpoint.newest(run_dir) if run_dir is not None else None
+    if found is None and settings.resume not in {"auto", "never"}:
+        named = checkpoint.find(settings.resume)
+        if not isinstance(named, checkpoint.Checkpoint):
+            message = f"resume={settings.resume}: weights alone; give a run or a step"
+            raise CheckpointError(message)
+        found = named
+    if found is None:
+        return None
+    for key, now in (
+        ("plan", settings_of(prepared.plan)),
+        ("fingerprint", prepared.images.fingerprint),
+        ("seed", settings.seed),
+        ("images_a_step", settings.batch_size * settings.replicas),
+    ):
+        if found.manifest.get(key) != now:
+            message = (
+                f"{found.folder}: its {key} is not this training's; give the settings it was "
+                "made with, or another run_dir"
+            )
+            raise CheckpointError(message)
+    return found
+
+
+def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path) -> float:
+    """Train in ``run_dir`` until epochs or steps are over; return the last top-1 error in %.
+
+    Goes on from the run's newest checkpoint where there is one; a run that is over already is
+    left as it is.  A collective of the whole mesh.
+    """
+    training = _Training(settings, prepared, mesh, run_dir)
+    start = find_start(settings, prepared, run_dir)
+    if start is not None and start.step >= training.total and not start.manifest.get("untested"):
+        if mesh.rank == 0:
+            tqdm.write(f"finished: {run_dir} is at step {start.step} of {training.total}")
+        top1 = start.manifest["top1"]
+        return math.nan if top1 is None else float(top1)
+    if start is not None:
+        training.resume(start)
+    try:
+        with stop.heeded() as request:
+            if mesh.rank == 0:
+                runs.begin(run_dir, asdict(settings))
+                training.open_monitor()
+            return training.run(request)
+    finally:
+        training.close()
+
+
+class _Training:
+    """The state of one run: what ``train`` holds between steps."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        prepared: Prepared,
+        mesh: Mesh,
+        run_dir: Path,
+    ) -> None:
+        self.settings, self.mesh, self.run_dir = settings, mesh, run_dir
+        images, stats, plan = prepared.images, prepared.statistics, prepared.plan
+        self.images, self.stats, self.plan = images, stats, plan
+        data, device = settings.data, mesh.device
+        workers = data.workers if settings.workers is None else settings.workers
+        recipe = plan.recipe
+        net = build(
+            plan,
+            mesh,
+            settings.precision,
+            settings.crossing,
+            settings.seed,
+            channels_last=settings.channels_last,
+        )
+        epochs = settings.epochs or data.epochs
+        self.learner = Learner(
+            net,
+            mesh,
+            MomentumDecay(net, recipe, DTYPES[settings.precision]),
+            Schedule(recipe, epochs),
+            settings.batch_size,
+            settings.seed,
+            settings.precision,
+            compiled=self._compiles(),
+        )
+        scaled = recipe.colour_noise == "added_and_scaled"
+        self.lens = Lens(stats, plan.image_size, scaled=scaled, device=device)
+        self.order = BatchOrder(
+            len(images.train),
+            settings.batch_size,
+            settings.seed,
+            replica=mesh.replica,
+            replicas=mesh.replicas,
+            shuffle=recipe.shuffle if images.shuffled else "never",
+        )
+        self.loader = TrainLoader(
+            images.train, self.order, self.lens, device, crops=recipe.crops, workers=workers
+        )
+        self.tests = TestLoader(
+            images.test,
+            settings.batch_size,
+            device,
+            replica=mesh.replica,
+            replicas=mesh.replicas,
+            workers=workers,
+        )
+        self.total = epochs * len(self.order)
+        if settings.steps is not None:
+            self.total = min(self.total, settings.steps)
+        every = settings.checkpoint_every
+        self.save_every = data.checkpoint_every if every is None else every
+        self.step = 0
+        self.last = math.nan  # top-1 error in %
+        self.tested = -1  # the step it was measured at
+        self.untested = False  # stopped where an evaluation was due
+        self.monitor: Monitor | None = None
+        self.watch = Watch(mesh, stop.Request())
+        keep = checkpoint.Keep(settings.keep_last, settings.keep_every, best=settings.keep_best)
+        self.saver = checkpoint.Saver(run_dir / "checkpoints", mesh, keep)
+
+    def _compiles(self) -> bool:
+        """Whether to compile; rank 0 says so, since the first step waits for it."""
+        complaint = compiler_complaint(self.mesh.device) if self.settings.compile else ""
+        if self.mesh.rank == 0 and complaint:
+            tqdm.write(f"modelpar: nothing is compiled, slower ({complaint})")
+        elif self.mesh.rank == 0 and self.settings.compile:
+            tqdm.write("modelpar: compiling; later starts on this machine find it done")
+        return self.settings.compile and not complaint
+
+    def open_monitor(self) -> None:
+        """Check the disk and open what the run shows of itself: rank 0."""
+        own = checkpoint.num_bytes(self._parts())
+        checkpoint.check_space(self.run_dir, own * self.mesh.columns)
+        self.monitor = Monitor(
+            self.run_dir,
+            self.step,
+            self.total,
+            progress=self.settings.monitor.progress,
+            tensorboard=self.settings.monitor.tensorboard,
+        )
+
+    def run(self, request: stop.Request) -> float:
+        """Train to the end; return the last top-1 error in %.  Raises StoppedError."""
+        self.watch = Watch(self.mesh, request)
+        if self.untested:
+            asked = self._evaluate()
+            if asked or self.step == self.total:
+                self._save(last=True)
+            if asked:
+                self._stop(asked)
+        while self.step < self.total:
+            self._epoch()
+        if self.monitor:
+            self.monitor.say(
+                f"{self.run_dir}: checkpoints, metrics.jsonl, conv1.png; "
+                f"tensorboard --logdir {self.run_dir}"
+            )
+        return self.last
+
+    def close(self) -> None:
+        """End what the run shows of itself, and let a save under way finish."""
+        self.saver.close()
+        if self.monitor:
+            self.monitor.close()
+
+    def _epoch(self) -> None:
+        """Train from where the run stands to the end of its epoch, or of the run."""
+        epoch, start = divmod(self.step, len(self.order))
+        rates = self.learner.schedule.rates(epoch)
+        meter = _Meter(self.learner)
+        noise = self.learner.schedule.colour_noise(epoch)
+        weights = self.learner.optimizer.weights()
+        for batch in self.loader.epoch(epoch, start, noise):
+            if self.monitor and self.step == 0:
+                self.monitor.images("batch/augmented", image_grid(batch.images), 0)
+            self.watch.begin(self.step, batch, weights, failed=self.saver.failed())
+            loss = self.learner.step(batch, self.step, rates)
+            self.step += 1
+            meter.add(batch)
+            asked, failed = self.watch.end()
+            self._show(self.saver.end() if failed else self.saver.take())
+            ends = self.step == self.total
+            due = self._due()
+            saves = ends or asked or bool(self.save_every and self.step % self.save_every == 0)
+            logs = (self.step - 1) % self.settings.log_every == 0
+            if logs or saves:
+                row = self._row(loss, epoch, rates)
+                if logs and self.monitor:
+                    self.monitor.train(row | meter.take(), rates)
+            if due or ends:
+                asked = asked or self._evaluate()
+                self.untested = bool(asked)
+            if saves or self.untested:
+                self._save(last=ends or bool(asked))
+            if asked:
+                self._stop(asked)
+            if due or saves:
+                meter.pause()
+            if ends:
+                return
+
+    def _due(self) -> bool:
+        """Whether an evaluation is due by the epochs done, not because the run ends."""
+        epochs, rest = divmod(self.step, len(self.order))
+        return rest == 0 and epochs % self.settings.data.evaluate_every == 0
+
+    def _stop(self, asked: int) -> NoReturn:
+        how = f"run_dir={self.run_dir}"
+        if self.settings.resume != "auto":
+            how += " resume=auto"
+        message = (
+            f"{self.run_dir}: asked to stop ({signal_name(asked)}), saved at step {self.step} of "
+            f"{self.total}; the same command with {how} goes on"
+        )
+        raise StoppedError(message)
+
+    def _row(self, loss: Tensor, epoch: int, rates: dict[str, float]) -> dict[str, float]:
+        """Return step, epoch, loss and rate; raises DivergedError for a loss that is no number."""
+        mesh = self.mesh
+        mean = sum_over(loss.double().reshape(1), mesh.peers).item() / mesh.replicas
+        self._require_finite(mean)
+        return {"step": self.step, "epoch": epoch, "loss": mean, "lr": rates["fc8.weight"]}
+
+    def _require_finite(self, loss: float) -> None:
+        """Raise DivergedError for a loss that is no finite number, the same on every process."""
+        if not math.isfinite(loss):
+            message = (
+                f"step {self.step}: the loss is {loss}; the last checkpoint is good, but the same "
+                "rate diverges again: start a new run_dir with a lower recipe.lr"
+            )
+            raise DivergedError(message)
+
+    def _evaluate(self) -> int:
+        """Evaluate, record, tell the schedule; return the signal that broke it off, else 0."""
+        try:
+            errors = evaluate(
+                self.learner.net,
+                self.mesh,
+                self._watched_tests(),
+                self.lens,
+                precision=self.settings.precision,
+            )
+        except _BrokenOffError as broken:
+            return broken.asked
+        self._require_finite(errors.loss)
+        self.last, self.tested, self.untested = errors.top1, self.step, False
+        if self.monitor:
+            self.monitor.test(self.step, errors, self.plan.num_classes)
+        if self._due():  # never at an end that a longer run would not have
+            epoch = self.step // len(self.order) - 1
+            self.learner.schedule.plateau.observe(epoch, errors.top1)
+        return 0
+
+    def _watched_tests(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the test batches; an evaluation may take longer than a scheduler waits."""
+        for number, batch in enumerate(self.tests):
+            asked = self.watch.asked() if number < self.tests.common else 0
+            if asked:
+                raise _BrokenOffError(asked)
+            yield batch
+
+    def _parts(self) -> dict[checkpoint.Kind, dict[str, Tensor]]:
+        return {
+            "weights": self.learner.optimizer.weights(),
+            "velocities": self.learner.optimizer.velocities(),
+        }
+
+    def _save(self, *, last: bool = False) -> None:
+        """Start a checkpoint of this step; the ``last`` one is waited for."""
+        finite = all(bool(value.isfinite().all()) for value in self._parts()["weights"].values())
+        if first_complaint("" if finite else "not finite", self.mesh):
+            self._require_finite(math.nan)  # the update went wrong after a loss that was right
+        self._show(self.saver.end())
+        if self.monitor:
+            self.monitor.flush()
+        self.saver.start(
+            self._parts(),
+            {"mean": self.stats.mean, "std": self.stats.std, "axes": self.stats.axes},
+            {
+                "step": self.step,
+                "epoch": self.step // len(self.order),
+                "schedule": self.learner.schedule.state(),
+                "top1": None if math.isnan(self.last) else self.last,
+                "tested": self.tested,
+                "untested": self.untested,
+                "seed": self.settings.seed,
+                "images_a_step": self.settings.batch_size * self.mesh.replicas,
+                "precision": self.settings.precision,
+                "plan": settings_of(self.plan),
+                "data": asdict(chosen_data(self.settings.data, self.settings.model)),
+                "fingerprint": self.images.fingerprint,
+            },
+        )
+        if last:
+            self._show(self.saver.end())
+
+    def _show(self, folder: Path | None) -> None:
+        """Show the kernels of a step that was published, if one was."""
+        if self.monitor and folder is not None:
+            saved = checkpoint.open_step(folder)
+            self.monitor.kernels(checkpoint.read_conv1(saved), saved.step)
+
+    def resume(self, start: checkpoint.Checkpoint) -> None:
+        """Take up a checkpoint; nothing changes before all ranks have read theirs, and it fits.
+
+        Raises CheckpointError, on every process alike.
+        """
+        column = self.mesh.column if self.mesh.pair is not None else None
+        weights, velocities = dict[str, Tensor](), dict[str, Tensor]()
+        complaint = ""
+        try:
+            weights = checkpoint.read_part(start, "weights", column)
+            velocities = checkpoint.read_part(start, "velocities", column)
+            check_state(self.learner.net, weights, str(start.folder))
+            check_state(self.learner.net, velocities, f"{start.folder}, velocities")
+        except CheckpointError as error:
+            complaint = str(error)
+        if complaint := first_complaint(complaint, self.mesh):
+            raise CheckpointError(complaint)
+        if len(set(gather_text(start.digest, self.mesh))) > 1:
+            message = (
+                f"{start.folder}: the processes see different checkpoints there; share a disk"
+            )
+            raise CheckpointError(message)
+        self.learner.optimizer.load(weights, velocities)
+        self.learner.schedule.load(start.manifest["schedule"])
+        self.step = start.step
+        self.tested = int(start.manifest.get("tested", -1))
+        top1 = start.manifest["top1"]
+        self.last = math.nan if top1 is None else float(top1)
+        self.untested = bool(start.manifest.get("untested"))
+
+
+class _BrokenOffError(Exception):
+    """An evaluation was left because some process was asked to stop."""
+
+    def __init__(self, asked: int) -> None:
+        self.asked = asked
+
+
+class _Meter:
+    """Time, waiting and bytes since the last row."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        self.link = learner.net.link if isinstance(learner.net, Column) else None
+        self.pause()
+
+    def pause(self) -> None:
+        """Start anew, after an evaluation or a save that no row should count."""
+        self.began = time.perf_counter()
+        self.waited, self.steps = 0.0, 0
+        self.crossed = self.link.seconds if self.link else 0.0
+        self.sent = self.link.bytes_sent if self.link else 0
+
+    def add(self, batch: Batch) -> None:
+        """Count one step."""
+        self.waited += batch.waited
+        self.steps += 1
+
+    def take(self) -> dict[str, float]:
+        """Return the means a step since the last row, and start anew."""
+        if self.learner.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        steps = max(1, self.steps)
+        images = steps * self.learner.batch_size
+        crossed = (self.link.seconds if self.link else 0.0) - self.crossed
+        sent = (self.link.bytes_sent if self.link else 0) - self.sent
+        row = {
+            "images_per_s": images / (time.perf_counter() - self.began),
+            "data_wait_s": self.waited / steps,
+            "crossing_s": crossed / steps,
+            "exchange_bytes_per_image": sent / images,
+        }
+        self.pause()
+        return row
