@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
@@ -17,13 +17,13 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from modelpar.config import CrossingSettings
+from modelpar.config import CrossingSettings, ModelSettings
 from modelpar.images.loader import Batch
 from modelpar.mesh import compiler_complaint, generator
 from modelpar.net import paper
 from modelpar.net.alexnet import AlexNet, Column
-from modelpar.net.paper import COLUMNS, LAYERS
-from modelpar.training.engine import DTYPES, Learner, build
+from modelpar.net.paper import COLUMNS, LAYERS, Recipe
+from modelpar.training.engine import DTYPES, Learner, build, plan_for
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
 
@@ -154,6 +154,12 @@ class _OurStep:
         """Learn from the batch."""
         self.learner.step(self.batch, self.taken, self.learner.schedule.rates(0))
         self.taken += 1
+
+
+def plan_of(settings: BenchmarkSettings) -> Plan:
+    """Return the net that all contenders train; raises SettingsError."""
+    recipe = Recipe(**asdict(settings.recipe))
+    return plan_for(recipe, ModelSettings(), settings.num_classes, settings.image_size)
 
 
 def batch_of(plan: Plan, images: int, seed: int, device: torch.device) -> Batch:

@@ -14,11 +14,8 @@ import torch
 from tqdm import tqdm
 
 from modelpar.bench import anatomy, wire
-from modelpar.bench.contenders import CONTENDERS, gflop
+from modelpar.bench.contenders import CONTENDERS, gflop, plan_of
 from modelpar.bench.worlds import World
-from modelpar.config import ModelSettings
-from modelpar.net.paper import Recipe
-from modelpar.training.engine import plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,13 +101,7 @@ def _measure(worlds: list[World], settings: BenchmarkSettings, result: dict[str,
         for precision, found in peaks.items()
     }
     result["peaks"].append({"batch_size": batch_size, **best})
-    plan = plan_for(
-        Recipe(**asdict(settings.recipe)),
-        ModelSettings(),
-        settings.num_classes,
-        settings.image_size,
-    )
-    work = gflop(plan, batch_size)
+    work = gflop(plan_of(settings), batch_size)
     for case in cases:
         row = _row(case, cases, settings)
         row["gflops"] = work / row["step_s"]["median"]

@@ -20,12 +20,10 @@ from omegaconf import OmegaConf
 
 from modelpar import config
 from modelpar.bench import anatomy, wire
-from modelpar.bench.contenders import CONTENDERS, make, on_column
-from modelpar.config import ModelSettings
+from modelpar.bench.contenders import CONTENDERS, make, on_column, plan_of
 from modelpar.errors import LaunchError, RunError, one_line
 from modelpar.mesh import Mesh, choose_device, opened
-from modelpar.net.paper import Recipe
-from modelpar.training.engine import DTYPES, plan_for
+from modelpar.training.engine import DTYPES
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -174,13 +172,7 @@ class _Worker:
         self, name: str, precision: str, batch_size: int, settings: BenchmarkSettings, mesh: Mesh
     ) -> None:
         self.mesh, self.precision = mesh, precision
-        plan = plan_for(
-            Recipe(**asdict(settings.recipe)),
-            ModelSettings(),
-            settings.num_classes,
-            settings.image_size,
-        )
-        self.trained = make(name, precision, batch_size, settings, mesh, plan)
+        self.trained = make(name, precision, batch_size, settings, mesh, plan_of(settings))
         column = on_column(self.trained)
         self.link = None if column is None else column.link
 

@@ -104,23 +104,24 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
     Goes on from the run's newest checkpoint where there is one; a run that is over already is
     left as it is.  A collective of the whole mesh.
     """
-    training = _Training(settings, prepared, mesh, run_dir)
-    start = find_start(settings, prepared, run_dir)
-    if start is not None and start.step >= training.total and not start.manifest.get("untested"):
-        if mesh.rank == 0:
-            tqdm.write(f"finished: {run_dir} is at step {start.step} of {training.total}")
-        top1 = start.manifest["top1"]
-        return math.nan if top1 is None else float(top1)
-    if start is not None:
-        training.resume(start)
-    try:
-        with stop.heeded() as request:
+    with stop.heeded() as request:
+        training = _Training(settings, prepared, mesh, run_dir, Watch(mesh, request))
+        start = find_start(settings, prepared, run_dir)
+        over = start is not None and start.step >= training.total
+        if start is not None and over and not start.manifest.get("untested"):
+            if mesh.rank == 0:
+                tqdm.write(f"finished: {run_dir} is at step {start.step} of {training.total}")
+            top1 = start.manifest["top1"]
+            return math.nan if top1 is None else float(top1)
+        if start is not None:
+            training.resume(start)
+        try:
             if mesh.rank == 0:
                 runs.begin(run_dir, asdict(settings))
                 training.open_monitor()
-            return training.run(request)
-    finally:
-        training.close()
+            return training.run()
+        finally:
+            training.close()
 
 
 class _Training:
@@ -132,8 +133,9 @@ class _Training:
         prepared: Prepared,
         mesh: Mesh,
         run_dir: Path,
+        watch: Watch,
     ) -> None:
-        self.settings, self.mesh, self.run_dir = settings, mesh, run_dir
+        self.settings, self.mesh, self.run_dir, self.watch = settings, mesh, run_dir, watch
         images, stats, plan = prepared.images, prepared.statistics, prepared.plan
         self.images, self.stats, self.plan = images, stats, plan
         data, device = settings.data, mesh.device
@@ -189,7 +191,6 @@ class _Training:
         self.tested = -1  # the step it was measured at
         self.untested = False  # stopped where an evaluation was due
         self.monitor: Monitor | None = None
-        self.watch = Watch(mesh, stop.Request())
         keep = checkpoint.Keep(settings.keep_last, settings.keep_every, best=settings.keep_best)
         self.saver = checkpoint.Saver(run_dir / "checkpoints", mesh, keep)
 
@@ -214,9 +215,8 @@ class _Training:
             tensorboard=self.settings.monitor.tensorboard,
         )
 
-    def run(self, request: stop.Request) -> float:
+    def run(self) -> float:
         """Train to the end; return the last top-1 error in %.  Raises StoppedError."""
-        self.watch = Watch(self.mesh, request)
         if self.untested:
             asked = self._evaluate()
             if asked or self.step == self.total:
