@@ -86,9 +86,10 @@ class CrossingSettings:
 
 @dataclass
 class CommSettings:
-    """How long a process waits for another."""
+    """How processes talk to each other."""
 
-    timeout: float = 120.0  # s
+    timeout: float = 120.0  # s that one waits for another
+    check: bool = False  # compare each collective before it runs: slow, to find a bug
 
 
 @dataclass

@@ -8,7 +8,6 @@ agent, which starts the ranks.  Both end with the exit statuses of ``modelpar.er
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import math
 import multiprocessing
@@ -20,39 +19,33 @@ import traceback
 import uuid
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from modelpar import config, mesh
-from modelpar.errors import (
-    LaunchError,
-    PeerLostError,
-    RunError,
-    SettingsError,
-    StoppedError,
-    one_line,
-)
+import modelpar
+from modelpar import config, ends, host, mesh
+from modelpar.errors import LaunchError, PeerLostError, RunError, SettingsError, StoppedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterator
     from contextlib import AbstractContextManager
 
     from omegaconf import DictConfig
+    from torch.distributed import Store
 
     from modelpar.mesh import Mesh
 
 SWEEPS: Final = ("--multirun", "-m")
 INFORMS: Final = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i")
 THREADS_GIVEN: Final = "OMP_NUM_THREADS" in os.environ
-END: Final = Path("log/exit.json")  # in a run directory: how it ended, if not well
 PATIENCE: Final = 5.0  # s that a rank waits for local rank 0 to speak first
 HANDLED: Final = (
     signal.SIGTERM,
@@ -95,7 +88,7 @@ def enter(job: Job) -> NoReturn:
 def enter_alone(name: str, work: Callable[[Any], None]) -> NoReturn:
     """Run a main that needs no other process, with the same settings and exit statuses."""
     words = sys.argv[1:]
-    ends: list[BaseException] = []
+    found: list[BaseException] = []
 
     def run(cfg: DictConfig) -> None:
         try:
@@ -103,17 +96,17 @@ def enter_alone(name: str, work: Callable[[Any], None]) -> NoReturn:
             config.VALIDATORS[name](settings)
             work(settings)
         except RunError as error:
-            ends.append(error)
+            found.append(error)
 
     try:
         if not _has_flags(words):
             config.read(name, words)
         _hydra_main(name, run)
     except (RunError, KeyboardInterrupt) as error:
-        ends.append(error)
-    for error in ends:
-        status, line = _status(error)
-        _say(line)
+        found.append(error)
+    for error in found:
+        status, line = ends.status(error)
+        ends.say(line)
         sys.exit(status)
     sys.exit(0)
 
@@ -134,20 +127,22 @@ def _torchrun_door(job: Job) -> int:
     _die_with_parent()
     try:
         if any(word.startswith(INFORMS) for word in overrides):
-            if mesh.local_rank() == 0:
+            if host.place().local_rank == 0:
                 _hydra_main(job.name, lambda _: None)
             return 0
         _refuse_flags(job, overrides)
         settings, named = _read(job, overrides)
-        mesh.check_world(settings.columns, settings.replicas, mesh.world_size())
-        settings.replicas = mesh.world_size() // settings.columns
+        where = host.place()
+        settings.replicas = host.check_world(settings.columns, settings.replicas, where.size)
+        _check_restarts(job, named)
+        store = mesh.meet(_same(settings))
         # Started again by torchrun, a rank finds its own run, whatever ``resume`` says.
-        if _restarted() and _recorded(named) == StoppedError.status:
+        if where.attempt and ends.recorded(named) == StoppedError.status:
             return 0  # asked to stop, not lost: torchrun takes any end but 0 for a failure
-        prepared = job.prepare(settings, None if _restarted() else named)
-        if named and int(os.environ["RANK"]) == 0:
-            (named / END).unlink(missing_ok=True)  # of an earlier end
-        with _opened(settings) as ranks:
+        prepared = job.prepare(settings, None if where.attempt else named)
+        if where.rank == 0:
+            ends.forget(named)
+        with _opened(settings, store) as ranks:
             place = str(named or _new_run_dir(job, overrides))
             run_dir = Path(mesh.gather_text(place, ranks)[0])
             kept = run_dir if job.keeps_runs else None
@@ -180,6 +175,36 @@ def _read(job: Job, overrides: list[str]) -> tuple[Any, Path | None]:
     return settings, Path(given) if given is not None else None
 
 
+# What may differ between the hosts of one run.
+OWN: Final = ("device", "threads", "workers", "cache_dir", "data.root", "data.workers", "monitor")
+
+
+def _same(settings: Any) -> dict[str, Any]:
+    """Return what all ranks must have alike: versions, and all settings but a host's own."""
+    flat = {".".join(map(str, path)): value for path, value in _leaves(asdict(settings)) if path}
+    versions = {"modelpar": modelpar.__version__, "torch": torch.__version__}
+    return versions | {key: value for key, value in flat.items() if not key.startswith(OWN)}
+
+
+def _leaves(tree: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not isinstance(tree, dict):
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, *path, key)
+
+
+def _check_restarts(job: Job, named: Path | None) -> None:
+    """Raise SettingsError where torchrun would start the run again, and it would not be found."""
+    if (
+        job.keeps_runs
+        and named is None
+        and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    ):
+        message = "torchrun --max-restarts: needs run_dir=, where the run goes on"
+        raise SettingsError(message)
+
+
 def _new_run_dir(job: Job, overrides: list[str]) -> Path:
     """Return Hydra's output directory for a run that starts now."""
     return Path(str(config.compose_settings(job.name, overrides).hydra.run.dir))
@@ -191,15 +216,15 @@ def _end(error: BaseException, run_dir: Path | None) -> int:
     torchrun ends the others as soon as one is gone, so local rank 0 speaks and they wait.  Who
     failed first leaves its end in the run directory; who merely lost it adds nothing.
     """
-    status, line = _status(error)
-    if isinstance(error, PeerLostError) and (first := _recorded(run_dir)) is not None:
+    status, line = ends.status(error)
+    if isinstance(error, PeerLostError) and (first := ends.recorded(run_dir)) is not None:
         return first
-    _record(run_dir, status, line, int(os.environ["RANK"]))
+    ends.record(run_dir, status, line, int(os.environ["RANK"]))
     if status == 1:
         traceback.print_exception(error)
-    if mesh.local_rank() > 0:
+    if host.place().local_rank > 0:
         time.sleep(PATIENCE)
-    _say(line)
+    ends.say(line)
     return status
 
 
@@ -209,19 +234,19 @@ def _end(error: BaseException, run_dir: Path | None) -> int:
 def _own_door(job: Job) -> int:
     words = sys.argv[1:]
     sweeps = any(flag in words for flag in SWEEPS)
-    ends: list[RunError] = []
+    found: list[RunError] = []
 
     def run(cfg: DictConfig) -> float | None:
         try:
             return _launched(job, cfg, checked=not sweeps)
         except StoppedError as error:
-            ends.append(error)
+            found.append(error)
             raise KeyboardInterrupt from None  # ends a sweep too
         except RunError as error:
             if sweeps:
-                _say(str(error))  # a sweep says so at once; Hydra decides whether it goes on
+                ends.say(str(error))  # a sweep says so at once; Hydra decides whether it goes on
                 raise RuntimeError(str(error)) from None
-            ends.append(error)
+            found.append(error)
             return None
 
     try:
@@ -231,14 +256,14 @@ def _own_door(job: Job) -> int:
             job.prepare(settings, run_dir)
         _hydra_main(job.name, run)
     except RunError as error:
-        ends.append(error)
+        found.append(error)
     except KeyboardInterrupt:
-        if not ends:
-            _say("stopped")
+        if not found:
+            ends.say("stopped")
             return 130  # 128 + SIGINT, as shells count
-    if ends:
-        _say(str(ends[0]))
-        return ends[0].status
+    if found:
+        ends.say(str(found[0]))
+        return found[0].status
     return 0
 
 
@@ -257,11 +282,11 @@ def _placed(settings: Any) -> tuple[Any, int]:
     """Fix device and number of ranks: the pair, or the whole net where there is just one GPU."""
     ranks = settings.columns * settings.replicas
     one_gpu = (
-        mesh.choose_device("auto", ranks) == "cpu" and mesh.choose_device("auto", 1) == "cuda"
+        host.choose_device("auto", ranks) == "cpu" and host.choose_device("auto", 1) == "cuda"
     )
     if settings.device == "auto" and settings.replicas == 1 and one_gpu:
         settings.columns, ranks = 1, 1
-    settings.device = mesh.choose_device(settings.device, ranks)
+    settings.device = host.choose_device(settings.device, ranks)
     return settings, ranks
 
 
@@ -277,7 +302,7 @@ def _launched(job: Job, cfg: DictConfig, *, checked: bool) -> float:
     if not checked:
         job.prepare(settings, run_dir)
     if not THREADS_GIVEN:  # of this job alone: the next of a sweep may have other ranks
-        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, host.cores() // ranks))
     # A restarted pair that shares the agent's store reads stale addresses and hangs.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Inside joblib's workers the default is a context of joblib's own, which has no processes.
@@ -297,34 +322,23 @@ def _launched(job: Job, cfg: DictConfig, *, checked: bool) -> float:
         signals_to_handle=",".join(number.name for number in HANDLED),
         shutdown_timeout=SHUTDOWN,
     )
-    if job.keeps_runs:
-        (run_dir / END).unlink(missing_ok=True)  # of an earlier end
+    kept = run_dir if job.keeps_runs else None
+    ends.forget(kept)
     with _signals_restored():
         try:
             results = elastic_launch(agent, _rank)(job, asdict(settings), str(run_dir))
         except SignalException as error:  # Hydra would take it for a failed job and go on
-            _raise_stopped(run_dir if job.keeps_runs else None)
+            ends.raise_stopped(kept)
             message = f"signal {error.sigval}"
             raise KeyboardInterrupt(message) from None
         except ChildFailedError as error:
-            _raise_stopped(run_dir if job.keeps_runs else None)
-            cause = _cause(error)
+            ends.raise_stopped(kept)
+            cause = ends.cause(error)
             rank, _ = error.get_first_failure()
-            _record(run_dir if job.keeps_runs else None, cause.status, str(cause), rank)
+            ends.record(kept, cause.status, str(cause), rank)
             raise cause from None
-    _raise_stopped(run_dir if job.keeps_runs else None)
+    ends.raise_stopped(kept)
     return next(iter(results.values()))
-
-
-def _restarted() -> bool:
-    """Whether torchrun's agent starts this rank for another time."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
-def _raise_stopped(run_dir: Path | None) -> None:
-    """Raise StoppedError where the ranks say that they were asked to stop, and saved."""
-    if _recorded(run_dir) == StoppedError.status and run_dir is not None:
-        raise StoppedError(json.loads((run_dir / END).read_text())["line"])
 
 
 @contextmanager
@@ -343,7 +357,7 @@ def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
     """Run in each process that the agent starts."""
     settings = config.to_object(job.name, OmegaConf.create(plain))
     _die_with_parent()
-    if _restarted() and _recorded(Path(run_dir)) == StoppedError.status:
+    if host.place().attempt and ends.recorded(Path(run_dir)) == StoppedError.status:
         return math.nan  # asked to stop, not lost: the agent takes any end but 0 for a failure
     prepared = job.prepare(settings, None)
     try:
@@ -351,7 +365,7 @@ def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
             return _work(job, prepared, settings, ranks, Path(run_dir))
     except StoppedError as error:
         # Each says so: the first that leaves may take the others along.
-        _record(Path(run_dir), error.status, str(error), int(os.environ["RANK"]))
+        ends.record(Path(run_dir), error.status, str(error), int(os.environ["RANK"]))
         # To return would be to wait for an agent that is shutting down and asks for no result.
         sys.exit(error.status)
     except PeerLostError:
@@ -359,70 +373,33 @@ def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
         raise
 
 
-def _cause(error: ChildFailedError) -> RunError:
-    """Return what the first rank to fail died of."""
-    rank, failure = error.get_first_failure()
-    told: Any = failure.message
-    if isinstance(told, dict):
-        name, _, line = one_line(Exception(told["message"])).partition(": ")
-        for kind in RunError.__subclasses__():
-            if kind.__name__ == name:
-                return kind(line)
-        sys.stderr.write(told["extraInfo"]["py_callstack"])  # a bug: once, from who failed first
-        return RunError(f"rank {rank}: {name}: {line}")
-    if failure.exitcode < 0:
-        often = ", often out of memory" if failure.exitcode == -signal.SIGKILL else ""
-        return PeerLostError(f"rank {rank} was ended by {failure.signal_name()}{often}")
-    return LaunchError(f"rank {rank} ended with status {failure.exitcode}: {told}")
-
-
 # -- both ----------------------------------------------------------------------------------------
 
 
-def _opened(settings: Any) -> AbstractContextManager[Mesh]:
+def _opened(settings: Any, store: Store | None = None) -> AbstractContextManager[Mesh]:
     return mesh.opened(
         settings.columns,
         settings.device,
         settings.comm.timeout,
         threads=settings.threads,
         tf32=settings.tf32,
+        checked=settings.comm.check,
+        store=store,
     )
 
 
 def _work(job: Job, prepared: Any, settings: Any, ranks: Mesh, run_dir: Path) -> float:
     if ranks.rank == 0:
         print(f"modelpar: {ranks.describe()}, {settings.precision}", flush=True)  # noqa: T201
-    return job.work(prepared, settings, ranks, run_dir)
-
-
-def _status(error: BaseException) -> tuple[int, str]:
-    if isinstance(error, RunError):
-        return error.status, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "stopped"
-    return 1, f"{type(error).__name__}: {one_line(error)}"
-
-
-def _record(run_dir: Path | None, status: int, line: str, rank: int) -> None:
-    """Leave status and line in the run directory, where it exists."""
-    if run_dir is None or not run_dir.is_dir():
-        return
-    with suppress(OSError):
-        (run_dir / "log").mkdir(exist_ok=True)
-        when = datetime.now().astimezone().isoformat(timespec="seconds")
-        end = {"status": status, "line": line, "rank": rank, "time": when}
-        (run_dir / END).write_text(json.dumps(end) + "\n")
-
-
-def _recorded(run_dir: Path | None) -> int | None:
-    """Return the exit status that another rank of this run has left, None where none has."""
-    if run_dir is None:
-        return None
-    with suppress(OSError, ValueError, KeyError):
-        return int(json.loads((run_dir / END).read_text())["status"])
-    return None
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"modelpar: {line}\n")
-    sys.stderr.flush()
+        if complaint := host.crowding(ranks.threads):
+            ends.say(complaint)
+    try:
+        return job.work(prepared, settings, ranks, run_dir)
+    except RuntimeError as error:
+        if not host.is_out_of_memory(error):
+            raise
+        message = (
+            f"rank {ranks.rank}: out of memory on {host.memory(ranks.device)} at "
+            f"batch_size={settings.batch_size}; give a smaller one, or more replicas"
+        )
+        raise LaunchError(message) from None

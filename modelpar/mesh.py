@@ -1,39 +1,38 @@
 """Processes and devices: the group, the 2-D mesh of replicas and columns, and its collectives.
 
 This is the one place that calls a collective.  Each checks contiguity and dtype first, since gloo
-returns wrong numbers, without an error, for tensors that are not contiguous.
+returns wrong numbers, without an error, for tensors that are not contiguous; with ``comm.check``
+the processes also tell each other what they are about to do, and stop where it differs.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import logging
+import json
 import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from modelpar.errors import LaunchError, PeerLostError, SettingsError, one_line
+from modelpar import host
+from modelpar.errors import LaunchError, PeerLostError, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
 AXES: Final = ("replica", "column")
 TEXT_BYTES: Final = 4096
+CALL_BYTES: Final = 128  # of a collective's name, shape and number
 DISK_PATIENCE: Final = 10  # times ``comm.timeout``
-M_TRIM_THRESHOLD: Final = -1  # malloc.h
-M_MMAP_MAX: Final = -4  # malloc.h
 CARRIED: Final = (
     torch.float32,
     torch.float64,
@@ -125,104 +124,53 @@ class Mesh:
         )
 
 
-def world_size() -> int:
-    """Return the number of processes the launcher started (1 without a launcher)."""
-    return _env_int("WORLD_SIZE", 1)
+def meet(same: Mapping[str, Any]) -> dist.Store | None:
+    """Find the other processes and see that ``same`` is the same on all; None for one alone.
 
-
-def local_rank() -> int:
-    """Return this process's number on its host."""
-    return _env_int("LOCAL_RANK", 0)
-
-
-def _env_int(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        message = f"{name}={text}: the launcher must set a whole number; start with torchrun"
-        raise LaunchError(message)
-    return int(text)
-
-
-def choose_device(device: str, local_processes: int) -> str:
-    """Return ``cuda`` or ``cpu`` for the setting ``device``; auto takes GPUs if each rank has one.
-
-    Raises SettingsError where ``device=cuda`` asks for more GPUs than there are.
+    ``same``: what they must agree on, by name, as JSON knows it.  The store that is returned is
+    for ``opened``.  Raises LaunchError, within ``host.MEETING`` s for an address where no one is.
     """
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return "cuda" if found >= local_processes else "cpu"
-    if device == "cuda" and found < local_processes:
-        message = (
-            f"device=cuda: {found} GPUs for {local_processes} processes on this host; "
-            "give columns=1 for one GPU, or device=cpu"
-        )
-        raise SettingsError(message)
-    return device
-
-
-def check_world(columns: int, replicas: int, size: int) -> int:
-    """Return how many replicas ``size`` processes make; raises SettingsError where none fit."""
-    if size % columns:
-        message = (
-            f"columns={columns}: a world of {size} is no multiple of it; "
-            f"give --nproc-per-node {columns * replicas}, or columns=1"
-        )
-        raise SettingsError(message)
-    if replicas > 1 and replicas * columns != size:
-        message = (
-            f"replicas={replicas}: needs a world of {replicas * columns}, this one is {size}; "
-            f"give --nproc-per-node {replicas * columns}"
-        )
-        raise SettingsError(message)
-    return size // columns
-
-
-def keep_memory() -> bool:
-    """Make glibc keep what is freed; return whether this libc can.
-
-    By default big buffers go back to the system at each step and are faulted in anew, which cost
-    a third of a step here (224 pixels, two processes: 21 and 30 images/s).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
-
-
-def share_cores(processes: int, threads: int | None = None) -> int:
-    """Give this process its share of the host's cores; return its number of threads.
-
-    ``threads`` None: OMP_NUM_THREADS where it says more than torchrun's own 1, or the cores this
-    process may use divided by the host's ``processes``.
-    """
-    if threads is None:
-        given = _env_int("OMP_NUM_THREADS", 1)
-        threads = given if given > 1 else max(1, len(os.sched_getaffinity(0)) // processes)
-    torch.set_num_threads(threads)
-    return threads
-
-
-@cache
-def compiler_complaint(device: torch.device) -> str:
-    """Return why torch.compile does not work here, in one line; empty where it does."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # CUDA without a GPU
+    where = host.place()
+    if where.size == 1:
+        return None
+    address, port = host.master()
+    host.check_network(where)
+    patience = timedelta(seconds=host.MEETING)
     try:
-        torch.compile(torch.neg)(torch.zeros(8, device=device))
-    except Exception as error:  # noqa: BLE001 - no compiler, no headers, a full disk: all the same
-        return one_line(error)[:160]
-    return ""
-
-
-def _set_up(device: torch.device, *, tf32: bool) -> bool:
-    """Make this process fast on ``device``; return whether freed memory is kept.
-
-    ``tf32`` lets a GPU round float32 products.
-    """
-    if device.type == "cpu":
-        return keep_memory()
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True  # shapes never change
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32  # torch's own default rounds convolutions
-    return False  # torch keeps a GPU's memory itself
+        store = dist.PrefixStore(
+            f"modelpar/{where.attempt}",
+            dist.TCPStore(
+                address,
+                port,
+                None if where.agent_has_store else where.size,
+                is_master=where.rank == 0 and not where.agent_has_store,
+                timeout=patience,
+                multi_tenant=True,  # a process may open a second group at its own address
+            ),
+        )
+        if store.add(f"rank {where.rank}", 1) > 1:
+            message = f"RANK={where.rank}: two processes say so; number them 0 to {where.size - 1}"
+            raise LaunchError(message)
+        store.set(f"same {where.rank}", json.dumps(same))
+        store.wait([f"same {rank}" for rank in range(where.size)], patience)
+        told = [json.loads(store.get(f"same {rank}")) for rank in range(where.size)]
+        store.set(f"read {where.rank}", "")  # rank 0 may take the store along when it ends
+        store.wait([f"read {rank}" for rank in range(where.size)], patience)
+    except (RuntimeError, ValueError) as error:
+        message = (
+            f"rank {where.rank} of {where.size}: the processes did not meet at {address}:{port} "
+            f"({one_line(error).partition('. ')[0][:200]})"
+        )
+        raise LaunchError(message) from None
+    for rank, other in enumerate(told):
+        for key in told[0].keys() | other.keys():
+            if other.get(key) != told[0].get(key):
+                message = (
+                    f"rank {rank} has {key}={other.get(key)}, rank 0 {key}={told[0].get(key)}; "
+                    "start all with the same"
+                )
+                raise LaunchError(message)
+    return store
 
 
 @contextmanager
@@ -233,30 +181,41 @@ def opened(
     *,
     threads: int | None = None,
     tf32: bool = False,
+    checked: bool = False,
+    store: dist.Store | None = None,
 ) -> Generator[Mesh]:
     """Start the process group that the launcher's environment describes; end it on the way out.
 
-    ``timeout`` in s holds for every collective.  A world of one process needs no group.  For
-    ``threads`` and ``tf32`` see ``share_cores`` and ``_set_up``.  Raises LaunchError where the
-    group does not start.
+    ``timeout`` in s holds for every collective; ``checked``: each is compared first.  A world of
+    one process needs no group.  ``store``: of ``meet``, which is called where none is given.  For
+    ``threads`` and ``tf32`` see ``host.share_cores`` and ``host.set_up``.
+
+    Raises LaunchError where the group does not start.
     """
-    size = world_size()
-    replicas = check_world(columns, 1, size)
-    local = _env_int("LOCAL_WORLD_SIZE", size)
-    kind = choose_device(device, local)
-    place = torch.device(kind, local_rank()) if kind == "cuda" else torch.device("cpu")
-    kept = _set_up(place, tf32=tf32)
-    threads = share_cores(local, threads)
+    where = host.place()
+    size = where.size
+    replicas = host.check_world(columns, 1, size)
+    kind = host.choose_device(device, where.local_size)
+    place = torch.device(kind, where.local_rank) if kind == "cuda" else torch.device("cpu")
+    kept = host.set_up(place, tf32=tf32)
+    threads = host.share_cores(where.local_size, threads)
     if size == 1:
         yield Mesh(place, threads=threads, keeps_memory=kept)
         return
-    if _env_int("LOCAL_WORLD_SIZE", 0) == size:  # one host: no port is open to others
+    if where.one_host:  # no port is open to others
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if kind == "cuda" and not dist.is_nccl_available():
+        message = "this torch has no NCCL for GPUs to talk by; install another, or device=cpu"
+        raise LaunchError(message)
+    store = store or meet({})
     wait = timedelta(seconds=timeout)
     try:
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
             timeout=wait,
+            store=store,
+            rank=where.rank,
+            world_size=size,
             device_id=place if kind == "cuda" else None,
         )
         # The groups of init_device_mesh would wait for torch's default of half an hour.
@@ -268,9 +227,18 @@ def opened(
         aside = dist.new_group(backend="gloo", timeout=wait * DISK_PATIENCE)
         groups = cast("list[dist.ProcessGroup]", [peers, pair])
         axes = DeviceMesh.from_group(groups, kind, grid, mesh_dim_names=AXES)
+        if checked:
+            for group, ranks in (
+                (pair, grid.tolist()),
+                (peers, grid.t().tolist()),
+                (control, [list(range(size))]),
+                (aside, [list(range(size))]),
+            ):
+                twin, _ = dist.new_subgroups_by_enumeration(ranks, timeout=wait, backend="gloo")
+                own = cast("dist.ProcessGroup", group)
+                _CHECKS[own.group_name] = _Check(cast("dist.ProcessGroup", twin))
     except (RuntimeError, ValueError) as error:
-        master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        message = f"no process group at {master}: {one_line(error)[:300]}"
+        message = f"rank {where.rank}: no process group ({one_line(error)[:300]})"
         raise LaunchError(message) from None
     try:
         replica, column = axes.get_coordinate() or (0, 0)
@@ -288,8 +256,11 @@ def opened(
             aside=cast("dist.ProcessGroup", aside),
         )
     finally:
+        _CHECKS.clear()
         dist.destroy_process_group()
 
+
+# -- collectives ---------------------------------------------------------------------------------
 
 LOST: Final = re.compile(r"onnection|imed out|gloo|NCCL|[Ss]ocket")
 
@@ -307,13 +278,34 @@ def peer_named(operation: str) -> Generator[None]:
         raise PeerLostError(message) from None
 
 
-def _check(tensor: Tensor, operation: str) -> None:
+@dataclass
+class _Check:
+    """What ``comm.check`` keeps for one group: a second one to compare over, and a count."""
+
+    twin: dist.ProcessGroup
+    calls: int = 0
+
+
+_CHECKS: Final[dict[str, _Check]] = {}  # by the group's name; empty unless ``opened`` checks
+
+
+def _check(tensor: Tensor, operation: str, group: dist.ProcessGroup) -> None:
+    """Raise ValueError for a tensor that gloo would garble, RuntimeError for calls that differ."""
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     if not tensor.is_contiguous():
-        message = f"{operation}: a tensor of shape {tuple(tensor.shape)} is not contiguous"
+        message = f"{operation}: a tensor of shape {shape} is not contiguous"
         raise ValueError(message)
     if tensor.dtype not in CARRIED:
         message = f"{operation}: {tensor.dtype} is not carried"
         raise ValueError(message)
+    if check := _CHECKS.get(group.group_name):
+        check.calls += 1
+        call = f"{operation} {shape} {dtype}, call {check.calls}"
+        calls = _gather(call, CALL_BYTES, check.twin)
+        if len(set(calls)) > 1:
+            told = "; ".join(f"{place}: {other}" for place, other in enumerate(calls))
+            message = f"the processes of a group call different collectives ({told})"
+            raise RuntimeError(message)
 
 
 def swap(tensor: Tensor, pair: dist.ProcessGroup) -> tuple[Tensor, Callable[[], None]]:
@@ -322,7 +314,7 @@ def swap(tensor: Tensor, pair: dist.ProcessGroup) -> tuple[Tensor, Callable[[], 
     A collective of ``pair``.  Returns the tensor that will hold the peer's values, and a function
     that waits for both; until then neither tensor may be touched.  Raises PeerLostError.
     """
-    _check(tensor, "swap")
+    _check(tensor, "swap", pair)
     received = torch.empty_like(tensor)
     peer = dist.get_global_rank(pair, 1 - dist.get_rank(pair))
     with peer_named("swap"):
@@ -344,31 +336,25 @@ def swap(tensor: Tensor, pair: dist.ProcessGroup) -> tuple[Tensor, Callable[[], 
 def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum ``tensor`` in place over ``group`` (None: this process alone) and return it."""
     if group is not None:
-        _check(tensor, "sum")
+        _check(tensor, "sum", group)
         with peer_named("sum"):
             dist.all_reduce(tensor, group=group)
     return tensor
 
 
-def tell(values: Sequence[int], mesh: Mesh) -> Callable[[], list[tuple[int, ...]]]:
-    """Start telling every process these whole numbers; return a function that waits for all's.
+def tell(values: Sequence[int], mesh: Mesh) -> list[tuple[int, ...]]:
+    """Tell every process these whole numbers, 8 bytes each; return all's, in rank order.
 
-    A collective of the whole world, of 8 bytes a number.  What it returns is in rank order.
+    A collective of the whole world.
     """
     if mesh.control is None:
-        return lambda: [tuple(values)]
+        return [tuple(values)]
     own = torch.tensor(values, dtype=torch.int64, device="cpu")
-    _check(own, "tell")
+    _check(own, "tell", mesh.control)
     told = [torch.empty_like(own) for _ in range(mesh.world_size)]
     with peer_named("tell"):
-        work = dist.all_gather(told, own, group=mesh.control, async_op=True)
-
-    def wait() -> list[tuple[int, ...]]:
-        with peer_named("tell"):
-            work.wait()
-        return [tuple(one.tolist()) for one in told]
-
-    return wait
+        dist.all_gather(told, own, group=mesh.control)
+    return [tuple(one.tolist()) for one in told]
 
 
 def gather_text(text: str, mesh: Mesh) -> list[str]:
@@ -378,14 +364,19 @@ def gather_text(text: str, mesh: Mesh) -> list[str]:
     """
     if mesh.control is None:
         return [text]
-    own = torch.zeros(TEXT_BYTES, dtype=torch.uint8, device="cpu")
-    encoded = text.encode()[:TEXT_BYTES]
+    _check(torch.empty(TEXT_BYTES, dtype=torch.uint8, device="cpu"), "gather", mesh.control)
+    return _gather(text, TEXT_BYTES, mesh.control)
+
+
+def _gather(text: str, size: int, group: dist.ProcessGroup) -> list[str]:
+    """Return the text of each process of ``group``, cut at ``size`` bytes."""
+    own = torch.zeros(size, dtype=torch.uint8, device="cpu")
+    encoded = text.encode(errors="backslashreplace")[:size]
     if encoded:
         own[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    _check(own, "gather")
-    texts = [torch.empty_like(own) for _ in range(mesh.world_size)]
+    texts = [torch.empty_like(own) for _ in range(group.size())]
     with peer_named("gather"):
-        dist.all_gather(texts, own, group=mesh.control)
+        dist.all_gather(texts, own, group=group)
     return [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in texts]
 
 

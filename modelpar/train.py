@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
 from modelpar import config, launch
-from modelpar.training import loop, runs
+from modelpar.training import loop, runs, start
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from modelpar.mesh import Mesh
 
 
-def prepare(settings: TrainSettings, run_dir: Path | None) -> loop.Prepared:
+def prepare(settings: TrainSettings, run_dir: Path | None) -> start.Prepared:
     """Open all that the training needs; raise where ``run_dir`` or what it resumes do not fit."""
     if run_dir is not None:
         config.check_run_dir(run_dir)
         runs.check_same(run_dir, asdict(settings), settings.resume)
-    prepared = loop.prepare(settings)
-    loop.find_start(settings, prepared, run_dir)
+    prepared = start.prepare(settings)
+    start.find_start(settings, prepared, run_dir)
     return prepared
 
 
-def work(prepared: loop.Prepared, settings: TrainSettings, mesh: Mesh, run_dir: Path) -> float:
+def work(prepared: start.Prepared, settings: TrainSettings, mesh: Mesh, run_dir: Path) -> float:
     """Train on this rank; return the last top-1 error in %."""
     return loop.train(settings, prepared, mesh, run_dir)
 

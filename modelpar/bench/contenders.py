@@ -18,8 +18,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelpar.config import CrossingSettings, ModelSettings
+from modelpar.host import compiler_complaint
 from modelpar.images.loader import Batch
-from modelpar.mesh import compiler_complaint, generator
+from modelpar.mesh import generator
 from modelpar.net import paper
 from modelpar.net.alexnet import AlexNet, Column
 from modelpar.net.paper import COLUMNS, LAYERS, Recipe

@@ -22,7 +22,8 @@ from modelpar import config
 from modelpar.bench import anatomy, wire
 from modelpar.bench.contenders import CONTENDERS, make, on_column, plan_of
 from modelpar.errors import LaunchError, RunError, one_line
-from modelpar.mesh import Mesh, choose_device, opened
+from modelpar.host import choose_device
+from modelpar.mesh import Mesh, opened
 from modelpar.training.engine import DTYPES
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 from torch.nn import functional
+from torch.nn.utils import get_total_norm
 
 from modelpar.mesh import Mesh, peer_named
 from modelpar.net.alexnet import AlexNet, Column
@@ -19,7 +20,7 @@ from modelpar.training.metrics import ErrorCount, Errors
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from modelpar.config import CrossingSettings, ModelSettings
     from modelpar.images.augment import Lens
@@ -110,20 +111,41 @@ class Learner:
 
         ``step`` counts from 0 and fixes the dropout masks.  A collective of the whole mesh.
         """
-        mesh = self.mesh
-        first = mesh.replica * self.batch_size
-        total = mesh.replicas * self.batch_size
-        rows = slice(first, first + self.batch_size)
-        self.net.train()
-        self.net.fix_dropout(Draw(self.seed, step, rows, total))
-        self.optimizer.set_rates(rates)
-        logits = self.replicated(batch.images)
+        loss = self.gradients(batch, step)
+        self.update(rates)
+        return loss
+
+    def gradients(self, batch: Batch, step: int) -> Tensor:
+        """Do forward and backward; return the loss.  Weights stay as they are."""
+        logits = self.logits(batch, step, self.replicated)
         loss = functional.cross_entropy(logits.to(_wide(self.precision)), batch.labels)
         with peer_named("gradients"):  # what DistributedDataParallel sums
             loss.backward()
+        return loss.detach()
+
+    def logits(self, batch: Batch, step: int, net: nn.Module | None = None) -> Tensor:
+        """Return (N, classes) as training has them, with the masks of ``step``."""
+        first = self.mesh.replica * self.batch_size
+        rows = slice(first, first + self.batch_size)
+        self.net.train()
+        self.net.fix_dropout(Draw(self.seed, step, rows, self.mesh.replicas * self.batch_size))
+        return (net or self.net)(batch.images)
+
+    def finite(self, loss: Tensor) -> bool:
+        """Return whether ``loss`` and every gradient of this process are finite numbers."""
+        grads = [weight.grad for weight in self.net.parameters() if weight.grad is not None]
+        # One pass for the norm; element by element, forty times slower, only where it is not
+        # finite, since squares overflow before the gradients do.
+        norm = get_total_norm(grads)
+        if bool((norm.isfinite() & loss.isfinite()).item()):
+            return True
+        return bool(loss.isfinite().item()) and all(bool(one.isfinite().all()) for one in grads)
+
+    def update(self, rates: dict[str, float]) -> None:
+        """Move the weights along their gradients."""
+        self.optimizer.set_rates(rates)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
 
 
 # -- one evaluation ------------------------------------------------------------------------------

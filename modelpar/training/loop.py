@@ -3,99 +3,36 @@
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from modelpar import config, stop
+from modelpar import stop
 from modelpar.errors import CheckpointError, DivergedError, StoppedError
-from modelpar.images.augment import Lens, Statistics
+from modelpar.host import compiler_complaint
+from modelpar.images.augment import Lens
 from modelpar.images.loader import TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.images.sets import open_set, statistics
-from modelpar.mesh import Mesh, compiler_complaint, first_complaint, gather_text, sum_over
+from modelpar.mesh import Mesh, first_complaint, gather_text, sum_over
 from modelpar.net.alexnet import Column, check_state
-from modelpar.net.paper import Plan, Recipe, settings_of
+from modelpar.net.paper import settings_of
 from modelpar.training import checkpoint, runs
-from modelpar.training.engine import DTYPES, Learner, build, evaluate, plan_for
-from modelpar.training.monitor import Monitor, image_grid
+from modelpar.training.diagnosis import name_culprit
+from modelpar.training.engine import DTYPES, Learner, build, evaluate
+from modelpar.training.monitor import Meter, Monitor, image_grid
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
+from modelpar.training.start import Prepared, chosen_data, find_start
 from modelpar.training.watch import Watch, signal_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from modelpar.config import DataSettings, ModelSettings, TrainSettings
+    from modelpar.config import TrainSettings
     from modelpar.images.loader import Batch
-    from modelpar.images.sets import ImageSet
-
-
-def chosen_data(data: DataSettings, model: ModelSettings) -> DataSettings:
-    """Return the data settings with the sizes that the model asks for."""
-    asked = {"image_size": model.image_size, "num_classes": model.num_classes}
-    return replace(data, **{key: value for key, value in asked.items() if value is not None})
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a training needs before its processes meet."""
-
-    images: ImageSet
-    statistics: Statistics
-    plan: Plan
-
-
-def prepare(settings: TrainSettings) -> Prepared:
-    """Open the data, measure it, plan the net: all that can fail before any process group.
-
-    Raises SettingsError and DataError; creates nothing but what the cache holds.
-    """
-    data = chosen_data(settings.data, settings.model)
-    recipe = Recipe(**asdict(settings.recipe))
-    plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
-    cache = config.cache_dir(settings.cache_dir)
-    images = open_set(data, cache, settings.seed, settings.batch_size * settings.replicas)
-    BatchOrder(len(images.train), settings.batch_size, settings.seed, replicas=settings.replicas)
-    plan = plan_for(recipe, settings.model, len(images.classes), data.image_size)
-    workers = data.workers if settings.workers is None else settings.workers
-    return Prepared(images, statistics(images, cache, workers), plan)
-
-
-def find_start(
-    settings: TrainSettings, prepared: Prepared, run_dir: Path | None
-) -> checkpoint.Checkpoint | None:
-    """Return what the run goes on from: its newest checkpoint, or the one ``resume`` names.
-
-    Raises CheckpointError where that is none of this training's.
-    """
-    found = checkpoint.newest(run_dir) if run_dir is not None else None
-    if found is None and settings.resume not in {"auto", "never"}:
-        named = checkpoint.find(settings.resume)
-        if not isinstance(named, checkpoint.Checkpoint):
-            message = f"resume={settings.resume}: weights alone; give a run or a step"
-            raise CheckpointError(message)
-        found = named
-    if found is None:
-        return None
-    for key, now in (
-        ("plan", settings_of(prepared.plan)),
-        ("fingerprint", prepared.images.fingerprint),
-        ("seed", settings.seed),
-        ("images_a_step", settings.batch_size * settings.replicas),
-    ):
-        if found.manifest.get(key) != now:
-            message = (
-                f"{found.folder}: its {key} is not this training's; give the settings it was "
-                "made with, or another run_dir"
-            )
-            raise CheckpointError(message)
-    return found
 
 
 def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path) -> float:
@@ -149,6 +86,7 @@ class _Training:
             settings.seed,
             channels_last=settings.channels_last,
         )
+        self.link = net.link if isinstance(net, Column) else None
         epochs = settings.epochs or data.epochs
         self.learner = Learner(
             net,
@@ -242,18 +180,13 @@ class _Training:
         """Train from where the run stands to the end of its epoch, or of the run."""
         epoch, start = divmod(self.step, len(self.order))
         rates = self.learner.schedule.rates(epoch)
-        meter = _Meter(self.learner)
+        meter = Meter(self.link, self.settings.batch_size, self.mesh.device)
         noise = self.learner.schedule.colour_noise(epoch)
-        weights = self.learner.optimizer.weights()
         for batch in self.loader.epoch(epoch, start, noise):
             if self.monitor and self.step == 0:
                 self.monitor.images("batch/augmented", image_grid(batch.images), 0)
-            self.watch.begin(self.step, batch, weights, failed=self.saver.failed())
-            loss = self.learner.step(batch, self.step, rates)
-            self.step += 1
+            loss, asked = self._learn(batch, rates)
             meter.add(batch)
-            asked, failed = self.watch.end()
-            self._show(self.saver.end() if failed else self.saver.take())
             ends = self.step == self.total
             due = self._due()
             saves = ends or asked or bool(self.save_every and self.step % self.save_every == 0)
@@ -274,6 +207,26 @@ class _Training:
             if ends:
                 return
 
+    def _learn(self, batch: Batch, rates: dict[str, float]) -> tuple[Tensor, int]:
+        """Do one step; return its loss, and the signal that asked any process to stop.
+
+        What the processes do not agree on, or what is not finite, changes no weight.
+        """
+        loss = self.learner.gradients(batch, self.step)
+        told = self.watch.agree(
+            self.step + 1,
+            batch,
+            self.learner.optimizer.weights(),
+            finite=self.learner.finite(loss),
+            failed=self.saver.failed(),
+        )
+        if not told.finite:
+            self._diverged(self.step + 1, name_culprit(self.learner, batch, self.step, loss))
+        self.learner.update(rates)
+        self.step += 1
+        self._show(self.saver.end() if told.failed else self.saver.take())
+        return loss, told.asked
+
     def _due(self) -> bool:
         """Whether an evaluation is due by the epochs done, not because the run ends."""
         epochs, rest = divmod(self.step, len(self.order))
@@ -290,20 +243,18 @@ class _Training:
         raise StoppedError(message)
 
     def _row(self, loss: Tensor, epoch: int, rates: dict[str, float]) -> dict[str, float]:
-        """Return step, epoch, loss and rate; raises DivergedError for a loss that is no number."""
+        """Return step, epoch, loss over all replicas, and rate."""
         mesh = self.mesh
         mean = sum_over(loss.double().reshape(1), mesh.peers).item() / mesh.replicas
-        self._require_finite(mean)
         return {"step": self.step, "epoch": epoch, "loss": mean, "lr": rates["fc8.weight"]}
 
-    def _require_finite(self, loss: float) -> None:
-        """Raise DivergedError for a loss that is no finite number, the same on every process."""
-        if not math.isfinite(loss):
-            message = (
-                f"step {self.step}: the loss is {loss}; the last checkpoint is good, but the same "
-                "rate diverges again: start a new run_dir with a lower recipe.lr"
-            )
-            raise DivergedError(message)
+    def _diverged(self, step: int, what: str) -> NoReturn:
+        """Raise DivergedError, the same on every process."""
+        message = (
+            f"step {step}: {what}; the last checkpoint is good, but the same rate diverges "
+            "again: start a new run_dir with a lower recipe.lr"
+        )
+        raise DivergedError(message)
 
     def _evaluate(self) -> int:
         """Evaluate, record, tell the schedule; return the signal that broke it off, else 0."""
@@ -317,7 +268,8 @@ class _Training:
             )
         except _BrokenOffError as broken:
             return broken.asked
-        self._require_finite(errors.loss)
+        if not math.isfinite(errors.loss):
+            self._diverged(self.step, f"the test loss is {errors.loss}")
         self.last, self.tested, self.untested = errors.top1, self.step, False
         if self.monitor:
             self.monitor.test(self.step, errors, self.plan.num_classes)
@@ -344,7 +296,7 @@ class _Training:
         """Start a checkpoint of this step; the ``last`` one is waited for."""
         finite = all(bool(value.isfinite().all()) for value in self._parts()["weights"].values())
         if first_complaint("" if finite else "not finite", self.mesh):
-            self._require_finite(math.nan)  # the update went wrong after a loss that was right
+            self._diverged(self.step, "a weight is not finite after its update")
         self._show(self.saver.end())
         if self.monitor:
             self.monitor.flush()
@@ -411,41 +363,3 @@ class _BrokenOffError(Exception):
 
     def __init__(self, asked: int) -> None:
         self.asked = asked
-
-
-class _Meter:
-    """Time, waiting and bytes since the last row."""
-
-    def __init__(self, learner: Learner) -> None:
-        self.learner = learner
-        self.link = learner.net.link if isinstance(learner.net, Column) else None
-        self.pause()
-
-    def pause(self) -> None:
-        """Start anew, after an evaluation or a save that no row should count."""
-        self.began = time.perf_counter()
-        self.waited, self.steps = 0.0, 0
-        self.crossed = self.link.seconds if self.link else 0.0
-        self.sent = self.link.bytes_sent if self.link else 0
-
-    def add(self, batch: Batch) -> None:
-        """Count one step."""
-        self.waited += batch.waited
-        self.steps += 1
-
-    def take(self) -> dict[str, float]:
-        """Return the means a step since the last row, and start anew."""
-        if self.learner.mesh.device.type == "cuda":
-            torch.cuda.synchronize()
-        steps = max(1, self.steps)
-        images = steps * self.learner.batch_size
-        crossed = (self.link.seconds if self.link else 0.0) - self.crossed
-        sent = (self.link.bytes_sent if self.link else 0) - self.sent
-        row = {
-            "images_per_s": images / (time.perf_counter() - self.began),
-            "data_wait_s": self.waited / steps,
-            "crossing_s": crossed / steps,
-            "exchange_bytes_per_image": sent / images,
-        }
-        self.pause()
-        return row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from modelpar.images.loader import Batch
+    from modelpar.net.crossing import Link
     from modelpar.training.metrics import Errors
 
 METRICS: Final = "metrics.jsonl"
@@ -151,3 +154,42 @@ def _drop_after(path: Path, step: int) -> None:
     unfinished = path.with_suffix(".part")
     unfinished.write_text("".join(kept))
     unfinished.replace(path)
+
+
+class Meter:
+    """Time, waiting and bytes since the last row."""
+
+    def __init__(self, link: Link | None, batch_size: int, device: torch.device) -> None:
+        self.link = link
+        self.batch_size = batch_size
+        self.device = device
+        self.pause()
+
+    def pause(self) -> None:
+        """Start anew, after an evaluation or a save that no row should count."""
+        self.began = time.perf_counter()
+        self.waited, self.steps = 0.0, 0
+        self.crossed = self.link.seconds if self.link else 0.0
+        self.sent = self.link.bytes_sent if self.link else 0
+
+    def add(self, batch: Batch) -> None:
+        """Count one step."""
+        self.waited += batch.waited
+        self.steps += 1
+
+    def take(self) -> dict[str, float]:
+        """Return the means a step since the last row, and start anew."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        steps = max(1, self.steps)
+        images = steps * self.batch_size
+        crossed = (self.link.seconds if self.link else 0.0) - self.crossed
+        sent = (self.link.bytes_sent if self.link else 0) - self.sent
+        row = {
+            "images_per_s": images / (time.perf_counter() - self.began),
+            "data_wait_s": self.waited / steps,
+            "crossing_s": crossed / steps,
+            "exchange_bytes_per_image": sent / images,
+        }
+        self.pause()
+        return row

@@ -1,20 +1,21 @@
-"""What the processes tell each other once a step, in one message of 40 bytes.
+"""What the processes tell each other once a step, in one message of 48 bytes.
 
 The classical silent bug of model parallelism is two ranks that train on different batches: the
-loss falls, and the net is wrong.  Each column sends a digest of its batch while the step runs.
+loss falls, and the net is wrong.  Each column sends a digest of its batch, and whether its
+gradients are finite, before the step's update: what they do not agree on changes no weight.
 """
 
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from modelpar.errors import DataError, DivergedError
 from modelpar.images.loader import PIXELS_EVERY
 from modelpar.mesh import digest, tell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -25,66 +26,64 @@ if TYPE_CHECKING:
 WEIGHTS_EVERY: Final = 500  # steps, between replicas
 
 
+class Told(NamedTuple):
+    """What the processes have told each other, the same on all of them."""
+
+    asked: int  # the signal that asked one to stop, 0 for none
+    failed: bool  # a save did not succeed
+    finite: bool  # loss and gradients of all are finite
+
+
 class Watch:
-    """One process's end of the control message: ``begin`` before a step, ``end`` after it."""
+    """One process's end of the control message."""
 
     def __init__(self, mesh: Mesh, request: Request) -> None:
         self.mesh = mesh
         self.request = request
-        self.step = 0
-        self.wait: Callable[[], list[tuple[int, ...]]] | None = None
 
-    def begin(
-        self, step: int, batch: Batch, weights: Mapping[str, Tensor], *, failed: bool = False
-    ) -> None:
-        """Start telling all of step number ``step``; ``weights`` are those before it.
+    def agree(
+        self,
+        step: int,
+        batch: Batch,
+        weights: Mapping[str, Tensor],
+        *,
+        finite: bool = True,
+        failed: bool = False,
+    ) -> Told:
+        """Tell all of step number ``step``, counted from 1, and return what all have told.
 
-        ``failed``: a save did not succeed, which all shall notice at the same step.
+        ``weights`` are those before its update.  Raises DataError where the columns of a replica
+        had different batches, DivergedError where replicas have different weights: the same on
+        every process.  A collective of the world.
         """
-        self.step = step
         hashes_weights = self.mesh.replicas > 1 and step % WEIGHTS_EVERY == 0
-        self.wait = tell(
-            (
-                step,
-                self.request.signal,
-                int(failed),
-                batch.digest,
-                digest(weights.values()) if hashes_weights else 0,
-            ),
-            self.mesh,
-        )
-
-    def end(self) -> tuple[int, bool]:
-        """Return the signal that asked any process to stop, 0 for none; whether any save failed.
-
-        Raises DataError where the columns of a replica had different batches, DivergedError where
-        replicas have different weights: the same on every process.
-        """
-        if self.wait is None:
-            return 0, False
-        told, self.wait = self.wait(), None
+        hashed = digest(weights.values()) if hashes_weights else 0
+        flags = (self.request.signal, int(failed), int(not finite))
+        told = tell((step, batch.digest, hashed, *flags), self.mesh)
         columns = self.mesh.columns
         for first in range(0, len(told), columns):
-            seen = {(step, batch) for step, _, _, batch, _ in told[first : first + columns]}
-            if len(seen) > 1:
+            pair = told[first : first + columns]
+            if len({one[:2] for one in pair}) > 1:
                 message = (
-                    f"step {self.step}: the columns were given different batches "
-                    f"({_list(told[first : first + columns], 3)}); see that all ranks read the "
-                    f"same images, and go on from a checkpoint {PIXELS_EVERY} steps older"
+                    f"step {step}: the columns were given different batches ({_list(pair, 1)}); "
+                    "see that all ranks read the same images, and go on from a checkpoint "
+                    f"{PIXELS_EVERY} steps older"
                 )
                 raise DataError(message)
         for column in range(columns):
-            if len({weights for *_, weights in told[column::columns]}) > 1:
+            same = told[column::columns]
+            if len({one[2] for one in same}) > 1:
                 message = (
-                    f"step {self.step}: the replicas' weights of column {column} differ "
-                    f"({_list(told[column::columns], 4)}); go on from the last checkpoint"
+                    f"step {step}: the replicas' weights of column {column} differ "
+                    f"({_list(same, 2)}); go on from the last checkpoint"
                 )
                 raise DivergedError(message)
-        return max(one[1] for one in told), any(one[2] for one in told)
+        asked, failures, infinite = (max(one[place] for one in told) for place in (3, 4, 5))
+        return Told(asked, bool(failures), not infinite)
 
     def asked(self) -> int:
         """Return the signal that asked any process to stop, now; a collective of the world."""
-        return max(asked for (asked,) in tell((self.request.signal,), self.mesh)())
+        return max(asked for (asked,) in tell((self.request.signal,), self.mesh))
 
 
 def _list(told: list[tuple[int, ...]], which: int) -> str:

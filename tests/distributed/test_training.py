@@ -16,11 +16,14 @@ from modelpar.images.augment import Lens
 from modelpar.images.loader import TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.mesh import Mesh
-from modelpar.training import loop
+from modelpar.training import loop, start
 from modelpar.training.checkpoint import newest, read_part
+from modelpar.training.engine import Learner
 
 if TYPE_CHECKING:
     from ranks import Ranks
+
+    from modelpar.images.loader import Batch
 
 
 QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
@@ -41,7 +44,7 @@ def overrides(images: Path, *more: str) -> list[str]:
 def trained(mesh: Mesh, words: list[str], run_dir: str) -> float:
     settings = config.read("train", words)
     settings.replicas = mesh.replicas
-    return loop.train(settings, loop.prepare(settings), mesh, Path(run_dir))
+    return loop.train(settings, start.prepare(settings), mesh, Path(run_dir))
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -96,7 +99,7 @@ def test_a_pairs_checkpoint_goes_on_in_one_process_and_back(
 
 def digests(mesh: Mesh, words: list[str]) -> list[str]:
     settings = config.read("train", words)
-    found = loop.prepare(settings)
+    found = start.prepare(settings)
     lens = Lens(found.statistics, 64, scaled=True, device="cpu")
     order = BatchOrder(len(found.images.train), 4, 0, replica=mesh.replica, replicas=mesh.replicas)
     loader = TrainLoader(found.images.train, order, lens, mesh.device, crops="per_32")
@@ -145,3 +148,50 @@ def test_bfloat16_learns_too(pair: Ranks, images: Path, tmp_path: Path) -> None:
     found = newest(tmp_path / "half")
     assert found is not None
     assert read_part(found, "weights", None)["fc6.weight"].dtype == torch.float32
+
+
+def poisoned(mesh: Mesh, words: list[str], run_dir: str, layer: str, what: str) -> str:
+    """Train; from the third step on rank 1 has a number that is not finite in ``layer``."""
+    real = Learner.gradients
+
+    def gradients(self: Learner, batch: Batch, step: int) -> torch.Tensor:
+        weight = self.net.get_submodule(layer).weight
+        if mesh.rank == 1 and step == 2 and what == "weight":
+            with torch.no_grad():
+                weight[0] = float("inf")
+        if mesh.rank == 1 and step == 2 and what == "maps":
+            with torch.no_grad():
+                weight[0] = 3e38  # the weight is finite, what it gives is not
+        loss = real(self, batch, step)
+        if mesh.rank == 1 and step == 2 and what == "gradient":
+            assert weight.grad is not None
+            weight.grad[0] = float("nan")
+        return loss
+
+    Learner.gradients = gradients  # type: ignore[method-assign]
+    try:
+        return diverged(mesh, words, run_dir)
+    finally:
+        Learner.gradients = real  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("layer", "what", "named"),
+    [
+        ("conv4", "weight", "conv4.weight is not finite in column 1"),
+        ("conv2", "maps", "what conv2 gives is not finite in column 1"),
+        ("fc7", "maps", "what fc7 gives is not finite in column 1"),
+        ("conv2", "gradient", "the gradient of conv2.weight is not finite in column 1"),
+    ],
+)
+def test_the_layer_that_is_not_finite_is_named_on_both(
+    pair: Ranks, images: Path, tmp_path: Path, layer: str, what: str, named: str
+) -> None:
+    words = overrides(images, "epochs=4", "recipe.lr=0.0005", "checkpoint_every=1")
+    one, other = pair.run(poisoned, words, str(tmp_path / "run"), layer, what)
+    assert one == other
+    assert one.startswith("step 3: the loss is ")
+    assert named in one
+    found = newest(tmp_path / "run")
+    assert found is not None
+    assert found.step == 2

@@ -16,7 +16,7 @@ from modelpar.images.augment import Lens
 from modelpar.images.loader import Batch, TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.mesh import Mesh
-from modelpar.training import loop, watch
+from modelpar.training import loop, start, watch
 from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.watch import Watch
 
@@ -33,9 +33,8 @@ def batch(digest: int = 7) -> Batch:
 def told(mesh: Mesh, wrong: int) -> str:
     """Exchange one message in which rank ``wrong`` has another batch; return what that raises."""
     own = Watch(mesh, stop.Request())
-    own.begin(5, batch(8 if mesh.rank == wrong else 7), {})
     try:
-        own.end()
+        own.agree(5, batch(8 if mesh.rank == wrong else 7), {})
     except RunError as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -58,7 +57,7 @@ def test_equal_batches_and_replicas_of_other_batches_go_on(pair: Ranks, two_pair
 def read(mesh: Mesh, words: list[str], change: str) -> list[int]:
     """Return the digests of an epoch's batches; rank 1's set differs by ``change``."""
     settings = config.read("train", words)
-    found = loop.prepare(settings)
+    found = start.prepare(settings)
     images: Any = found.images.train
 
     class Changed:
@@ -106,9 +105,8 @@ def replicas(mesh: Mesh, change: float, rank: int) -> tuple[int, str]:
     request = stop.Request()
     own = Watch(mesh, request)
     weights = {"fc8.weight": torch.ones(3) * mesh.column + change * (mesh.rank == rank)}
-    own.begin(watch.WEIGHTS_EVERY, batch(mesh.replica), weights)
     try:
-        return own.end()[0], ""
+        return own.agree(watch.WEIGHTS_EVERY, batch(mesh.replica), weights).asked, ""
     except DivergedError as error:
         return 0, str(error)
 
@@ -124,8 +122,7 @@ def asked(mesh: Mesh, rank: int) -> tuple[int, int]:
         if mesh.rank == rank:
             os.kill(os.getpid(), signal.SIGUSR1)
         own = Watch(mesh, request)
-        own.begin(1, batch(), {})
-        return own.end()[0], own.asked()
+        return own.agree(1, batch(), {}).asked, own.asked()
 
 
 def test_one_process_that_is_asked_stops_all(pair: Ranks, two_pairs: Ranks) -> None:
@@ -136,16 +133,14 @@ def test_one_process_that_is_asked_stops_all(pair: Ranks, two_pairs: Ranks) -> N
 
 def test_one_process_alone_needs_no_message() -> None:
     own = Watch(Mesh(torch.device("cpu")), stop.Request())
-    assert own.end() == (0, False)
-    own.begin(0, batch(), {}, failed=True)
-    assert own.end() == (0, True)
+    assert own.agree(1, batch(), {}) == (0, False, True)
+    assert own.agree(1, batch(), {}, failed=True, finite=False) == (0, True, False)
     assert own.asked() == 0
 
 
 def failed(mesh: Mesh, rank: int) -> bool:
     own = Watch(mesh, stop.Request())
-    own.begin(1, batch(), {}, failed=mesh.rank == rank)
-    return own.end()[1]
+    return own.agree(1, batch(), {}, failed=mesh.rank == rank).failed
 
 
 def test_a_save_that_failed_is_everyones(pair: Ranks) -> None:
@@ -160,29 +155,34 @@ def test_a_batch_of_another_step_is_another_batch(pair: Ranks) -> None:
 
 def out_of_step(mesh: Mesh) -> None:
     own = Watch(mesh, stop.Request())
-    own.begin(1 + mesh.rank, batch(), {})
-    own.end()
+    own.agree(1 + mesh.rank, batch(), {})
 
 
 def interrupted(mesh: Mesh, words: list[str], run_dir: str, step: int, where: str) -> str:
     """Train, and be asked to stop in ``step``, or in the evaluation after it: rank 1 alone."""
     settings = config.read("train", words)
-    name = {"step": "begin", "evaluation": "asked"}[where]
-    real = getattr(Watch, name)
+    agree, asked, at = Watch.agree, Watch.asked, [0]
 
-    def ask(self: Watch, *arguments: Any, **more: Any) -> Any:
-        at = arguments[0] if arguments else self.step
-        if mesh.rank == 1 and at == step:
+    def ask(here: str) -> None:
+        if mesh.rank == 1 and (here, at[0]) == (where, step + 1):
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *arguments, **more)
 
-    setattr(Watch, name, ask)
+    def in_step(self: Watch, number: int, *arguments: Any, **more: Any) -> Any:
+        at[0] = number
+        ask("step")
+        return agree(self, number, *arguments, **more)
+
+    def in_evaluation(self: Watch) -> int:
+        ask("evaluation")
+        return asked(self)
+
+    Watch.agree, Watch.asked = in_step, in_evaluation  # type: ignore[method-assign]
     try:
-        loop.train(settings, loop.prepare(settings), mesh, Path(run_dir))
+        loop.train(settings, start.prepare(settings), mesh, Path(run_dir))
     except RunError as error:
         return f"{error.status}: {error}"
     finally:
-        setattr(Watch, name, real)
+        Watch.agree, Watch.asked = agree, asked  # type: ignore[method-assign]
     return "not stopped"
 
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from modelpar import Recipe, config
 from modelpar.errors import SettingsError
 from modelpar.net import paper
-from modelpar.training import loop, runs
+from modelpar.training import runs, start
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def refused(overrides: list[str]) -> str:
     with pytest.raises(SettingsError) as error:
-        loop.prepare(config.read("train", overrides))
+        start.prepare(config.read("train", overrides))
     line = str(error.value)
     assert "\n" not in line
     assert error.value.status == 2

@@ -13,7 +13,7 @@ PACKAGE = Path(modelpar.__file__).parent
 # From the ground up; a module may import what stands before it.
 FLOORS = [
     ["errors", "stop"],
-    ["config"],
+    ["config", "host"],
     ["mesh"],
     ["net.paper"],
     ["net.crossing", "net.layers"],
@@ -25,11 +25,13 @@ FLOORS = [
     ["training.schedule", "training.optimizer", "training.metrics"],
     ["training.monitor", "training.checkpoint", "training.runs", "training.watch"],
     ["training.engine"],
+    ["training.diagnosis", "training.start"],
     ["training.loop"],
     ["training.scoring"],
     ["bench.wire", "bench.anatomy", "bench.contenders"],
     ["bench.worlds", "bench.picture"],
     ["bench.rounds", "bench.report"],
+    ["ends"],
     ["launch"],
     ["train", "evaluate", "benchmark", "export"],
 ]
@@ -104,7 +106,7 @@ def test_the_environment_is_read_at_the_doors_alone() -> None:
             for node in ast.walk(tree(module))
         )
     }
-    assert readers <= {"launch", "mesh", "config", "bench.worlds"}  # it launches, too
+    assert readers <= {"launch", "host", "mesh", "config", "bench.worlds"}  # it launches, too
 
 
 def test_collectives_are_called_in_mesh_alone() -> None:

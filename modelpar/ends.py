@@ -1,0 +1,82 @@
+"""How an end is told: an exit status, one line, and ``log/exit.json`` in the run's directory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from modelpar.errors import LaunchError, PeerLostError, RunError, StoppedError, one_line
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+END: Final = Path("log/exit.json")  # in a run directory: how it ended, if not well
+
+
+def status(error: BaseException) -> tuple[int, str]:
+    """Return the exit status of ``error``, and its line."""
+    if isinstance(error, RunError):
+        return error.status, one_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped"  # 128 + SIGINT, as shells count
+    return 1, f"{type(error).__name__}: {one_line(error)}"
+
+
+def say(line: str) -> None:
+    """Write the line that a user sees; a file's name may hold what is not to be printed."""
+    sys.stderr.write(f"modelpar: {' '.join(line.split())}\n")
+    sys.stderr.flush()
+
+
+def record(run_dir: Path | None, number: int, line: str, rank: int) -> None:
+    """Leave status and line in the run directory, where it exists."""
+    if run_dir is None or not run_dir.is_dir():
+        return
+    with suppress(OSError):
+        (run_dir / "log").mkdir(exist_ok=True)
+        when = datetime.now().astimezone().isoformat(timespec="seconds")
+        end = {"status": number, "line": line, "rank": rank, "time": when}
+        (run_dir / END).write_text(json.dumps(end) + "\n")
+
+
+def recorded(run_dir: Path | None) -> int | None:
+    """Return the exit status that another rank of this run has left, None where none has."""
+    if run_dir is None:
+        return None
+    with suppress(OSError, ValueError, KeyError):
+        return int(json.loads((run_dir / END).read_text())["status"])
+    return None
+
+
+def forget(run_dir: Path | None) -> None:
+    """Remove an earlier start's end."""
+    if run_dir is not None:
+        (run_dir / END).unlink(missing_ok=True)
+
+
+def raise_stopped(run_dir: Path | None) -> None:
+    """Raise StoppedError where the ranks say that they were asked to stop, and saved."""
+    if run_dir is not None and recorded(run_dir) == StoppedError.status:
+        raise StoppedError(json.loads((run_dir / END).read_text())["line"])
+
+
+def cause(error: ChildFailedError) -> RunError:
+    """Return what the first rank to fail died of."""
+    rank, failure = error.get_first_failure()
+    told: Any = failure.message
+    if isinstance(told, dict):
+        name, _, line = one_line(Exception(told["message"])).partition(": ")
+        for kind in RunError.__subclasses__():
+            if kind.__name__ == name:
+                return kind(line)
+        sys.stderr.write(told["extraInfo"]["py_callstack"])  # a bug: once, from who failed first
+        return RunError(f"rank {rank}: {name}: {line}")
+    if failure.exitcode < 0:
+        often = ", often out of memory" if failure.exitcode == -signal.SIGKILL else ""
+        return PeerLostError(f"rank {rank} was ended by {failure.signal_name()}{often}")
+    return LaunchError(f"rank {rank} ended with status {failure.exitcode}: {told}")

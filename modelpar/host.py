@@ -1,0 +1,245 @@
+"""This machine, and what the launcher says of this process: checked before processes meet."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+import socket
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from modelpar.errors import LaunchError, SettingsError, one_line
+
+M_TRIM_THRESHOLD: Final = -1  # malloc.h
+M_MMAP_MAX: Final = -4  # malloc.h
+MEETING: Final = 25.0  # s that a process tries to reach the others before it says that it cannot
+RETRY: Final = 0.2  # s between two tries
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where torch's loaders pass their batches
+PREFETCHED: Final = 2  # batches a loader process has ready: torch's default
+
+
+# -- what the launcher says ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among those that the launcher started; 0 of 1 where there is no launcher."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    one_host: bool = True  # all processes are known to be on this host
+    attempt: int = 0  # how often torchrun's agent has started it again
+    agent_has_store: bool = False  # the store is the agent's, not rank 0's
+
+
+def place() -> Place:
+    """Read the launcher's environment; raises LaunchError for what no launcher says."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return Place()
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
+    if rank >= size:
+        message = f"RANK={rank}: there are WORLD_SIZE={size}, numbered from 0"
+        raise LaunchError(message)
+    return Place(
+        rank,
+        size,
+        _number("LOCAL_RANK", 0),
+        _number("LOCAL_WORLD_SIZE", size),
+        _number("LOCAL_WORLD_SIZE", 0) == size,
+        _number("TORCHELASTIC_RESTART_COUNT", 0),
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def master() -> tuple[str, int]:
+    """Return host and port where the processes meet; raises LaunchError."""
+    address = os.environ.get("MASTER_ADDR")
+    if not address:
+        message = "MASTER_ADDR is not set: start with torchrun, or name the host of rank 0"
+        raise LaunchError(message)
+    return address, _number("MASTER_PORT")
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        said = f"{name}={text}" if text else f"{name} is not set"
+        message = f"{said}: the launcher must set a whole number; start with torchrun"
+        raise LaunchError(message)
+    return int(text)
+
+
+def check_world(columns: int, replicas: int, size: int) -> int:
+    """Return how many replicas ``size`` processes make; raises LaunchError where none fit."""
+    if size % columns:
+        message = (
+            f"columns={columns}: a world of {size} is no multiple of it; "
+            f"give --nproc-per-node {columns * replicas}, or columns=1"
+        )
+        raise LaunchError(message)
+    if replicas > 1 and replicas * columns != size:
+        message = (
+            f"replicas={replicas}: needs a world of {replicas * columns}, this one is {size}; "
+            f"give --nproc-per-node {replicas * columns}"
+        )
+        raise LaunchError(message)
+    return size // columns
+
+
+def check_network(where: Place) -> None:
+    """Raise LaunchError where this process cannot reach the others, within ``MEETING``.
+
+    torch itself would try for as long as a collective may last, and print a page.
+    """
+    address, port = master()
+    known = {name for _, name in socket.if_nameindex()}
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in known:
+            message = f"GLOO_SOCKET_IFNAME={name}: this host has {', '.join(sorted(known))}"
+            raise LaunchError(message)
+    if where.rank == 0 and not where.agent_has_store:
+        return  # it is the one that listens
+    reason = ""
+    deadline = time.monotonic() + MEETING
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((address, port), timeout=MEETING / 5):
+                return
+        except socket.gaierror as error:
+            reason = one_line(error)
+            break  # another try will not find the name
+        except OSError as error:
+            reason = one_line(error)
+            time.sleep(RETRY)
+    message = (
+        f"rank {where.rank}: nothing answers at MASTER_ADDR={address} MASTER_PORT={port} "
+        f"({reason}); give the host and port of rank 0, and see that it runs"
+    )
+    raise LaunchError(message)
+
+
+# -- GPUs ----------------------------------------------------------------------------------------
+
+
+def choose_device(device: str, local_processes: int) -> str:
+    """Return ``cuda`` or ``cpu`` for the setting ``device``; auto takes GPUs if each rank has one.
+
+    Raises SettingsError where ``device=cuda`` asks for more GPUs than there are.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if found >= local_processes else "cpu"
+    if device == "cuda" and found < local_processes:
+        message = (
+            f"device=cuda: {found} GPUs for {local_processes} processes on this host; "
+            "give columns=1 for one GPU, or device=cpu"
+        )
+        raise SettingsError(message)
+    return device
+
+
+# -- cores and memory ----------------------------------------------------------------------------
+
+
+def keep_memory() -> bool:
+    """Make glibc keep what is freed; return whether this libc can.
+
+    By default big buffers go back to the system at each step and are faulted in anew, which cost
+    a third of a step here (224 pixels, two processes: 21 and 30 images/s).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def share_cores(processes: int, threads: int | None = None) -> int:
+    """Give this process its share of the host's cores; return its number of threads.
+
+    ``threads`` None: OMP_NUM_THREADS where it says more than torchrun's own 1, or the cores this
+    process may use divided by the host's ``processes``.
+    """
+    if threads is None:
+        given = _number("OMP_NUM_THREADS", 1)
+        threads = given if given > 1 else max(1, cores() // processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def crowding(threads: int) -> str:
+    """Return a warning where this host's processes have more threads than cores, else nothing."""
+    processes = place().local_size
+    if threads * processes <= cores():
+        return ""
+    return (
+        f"{processes} processes of {threads} threads on {cores()} cores get in each other's way; "
+        "leave threads and OMP_NUM_THREADS out"
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get the memory that it asked for, of a GPU or of the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def memory(device: torch.device) -> str:
+    """Name ``device`` with the memory that it had in use at most, where that is known."""
+    if device.type != "cuda":
+        return f"this host ({device})"
+    peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]
+    return f"{device} ({peak / 1e6:.0f} of {total / 1e6:.0f} MB)"
+
+
+def check_shared_memory(workers: int, batch_bytes: int, processes: int) -> None:
+    """Raise LaunchError where the loaders' batches do not fit into /dev/shm.
+
+    A loader that finds no room there dies with a bus error.
+    """
+    needed = workers * PREFETCHED * batch_bytes * processes
+    if not needed or not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        message = (
+            f"{SHARED_MEMORY}: {workers} loader processes for each of {processes} need "
+            f"{needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make it larger "
+            "(docker run --shm-size), or give workers=0"
+        )
+        raise LaunchError(message)
+
+
+def set_up(device: torch.device, *, tf32: bool) -> bool:
+    """Make this process fast on ``device``; return whether freed memory is kept.
+
+    ``tf32`` lets a GPU round float32 products.
+    """
+    if device.type == "cpu":
+        return keep_memory()
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # shapes never change
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32  # torch's own default rounds convolutions
+    return False  # torch keeps a GPU's memory itself
+
+
+@cache
+def compiler_complaint(device: torch.device) -> str:
+    """Return why torch.compile does not work here, in one line; empty where it does."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # CUDA without a GPU
+    try:
+        torch.compile(torch.neg)(torch.zeros(8, device=device))
+    except Exception as error:  # noqa: BLE001 - no compiler, no headers, a full disk: all the same
+        return one_line(error)[:160]
+    return ""

@@ -1,0 +1,88 @@
+"""What a training needs before its processes meet: images, plan, and where it goes on from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from modelpar import config, host
+from modelpar.errors import CheckpointError
+from modelpar.images.order import BatchOrder
+from modelpar.images.sets import ImageSet, open_set, statistics
+from modelpar.net.paper import Plan, Recipe, settings_of
+from modelpar.training import checkpoint
+from modelpar.training.engine import plan_for
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from modelpar.config import DataSettings, ModelSettings, TrainSettings
+    from modelpar.images.augment import Statistics
+
+
+def chosen_data(data: DataSettings, model: ModelSettings) -> DataSettings:
+    """Return the data settings with the sizes that the model asks for."""
+    asked = {"image_size": model.image_size, "num_classes": model.num_classes}
+    return replace(data, **{key: value for key, value in asked.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a training needs before its processes meet."""
+
+    images: ImageSet
+    statistics: Statistics
+    plan: Plan
+
+
+def prepare(settings: TrainSettings) -> Prepared:
+    """Open the data, measure it, plan the net: all that can fail before any process group.
+
+    Raises SettingsError and DataError; creates nothing but what the cache holds.
+    """
+    data = chosen_data(settings.data, settings.model)
+    recipe = Recipe(**asdict(settings.recipe))
+    plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
+    cache = config.cache_dir(settings.cache_dir)
+    images = open_set(data, cache, settings.seed, settings.batch_size * settings.replicas)
+    BatchOrder(len(images.train), settings.batch_size, settings.seed, replicas=settings.replicas)
+    plan = plan_for(recipe, settings.model, len(images.classes), data.image_size)
+    workers = data.workers if settings.workers is None else settings.workers
+    launched = host.place()
+    host.check_shared_memory(
+        workers,
+        settings.batch_size * 3 * images.stored_size**2,
+        launched.local_size if launched.size > 1 else settings.columns * settings.replicas,
+    )
+    return Prepared(images, statistics(images, cache, workers), plan)
+
+
+def find_start(
+    settings: TrainSettings, prepared: Prepared, run_dir: Path | None
+) -> checkpoint.Checkpoint | None:
+    """Return what the run goes on from: its newest checkpoint, or the one ``resume`` names.
+
+    Raises CheckpointError where that is none of this training's.
+    """
+    found = checkpoint.newest(run_dir) if run_dir is not None else None
+    if found is None and settings.resume not in {"auto", "never"}:
+        named = checkpoint.find(settings.resume)
+        if not isinstance(named, checkpoint.Checkpoint):
+            message = f"resume={settings.resume}: weights alone; give a run or a step"
+            raise CheckpointError(message)
+        found = named
+    if found is None:
+        return None
+    for key, now in (
+        ("plan", settings_of(prepared.plan)),
+        ("fingerprint", prepared.images.fingerprint),
+        ("seed", settings.seed),
+        ("images_a_step", settings.batch_size * settings.replicas),
+    ):
+        if found.manifest.get(key) != now:
+            message = (
+                f"{found.folder}: its {key} is not this training's; give the settings it was "
+                "made with, or another run_dir"
+            )
+            raise CheckpointError(message)
+    return found
