@@ -106,8 +106,13 @@ def check_network(where: Place) -> None:
         if name not in known:
             message = f"GLOO_SOCKET_IFNAME={name}: this host has {', '.join(sorted(known))}"
             raise LaunchError(message)
-    if where.rank == 0 and not where.agent_has_store:
-        return  # it is the one that listens
+    if where.rank == 0 and not where.agent_has_store:  # it is the one that listens
+        try:
+            socket.create_server(("", port)).close()
+        except OSError as error:
+            message = f"MASTER_PORT={port}: {one_line(error)}; give another"
+            raise LaunchError(message) from None
+        return
     reason = ""
     deadline = time.monotonic() + MEETING
     while time.monotonic() < deadline:

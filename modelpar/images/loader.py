@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from modelpar.images.order import BatchOrder
-    from modelpar.images.sets import Images
+    from modelpar.images.samples import Images
 
 
 PIXELS_EVERY: Final = 100  # batches: to hash the 25 MB of one takes a few hundredths of a second

@@ -4,120 +4,33 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import safetensors.torch
 import torch
-from filelock import AcquireReturnProxy, FileLock
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
-from torchvision.transforms import v2
-from tqdm import tqdm
 
 from modelpar.config import refuse_choice
 from modelpar.errors import DataError, SettingsError, one_line
-from modelpar.images.augment import Statistics, principal_colours
+from modelpar.images.samples import ImageSet, InMemory, Resized
+from modelpar.images.statistics import locked
 from modelpar.mesh import generator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
 
     from modelpar.config import DataSettings
 
-Sample = tuple["Tensor", int]  # (3, T, T) uint8, label
-
 # Differs: the paper's stored images are 256 pixels wide for crops of 224 (section 4.1); smaller
 # crops keep that proportion.
 STORED_PER_CROP: Final = 256 / 224
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
-STATISTICS_BATCH: Final = 64
-
-
-class Images(Protocol):
-    """A sized source of samples."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A data set: training and test images at their stored size, and the names of the classes.
-
-    ``fingerprint`` changes with the images: their pixels where they are in memory, else their
-    names and sizes.  ``shuffled``: whether training may mix them.
-    """
-
-    name: str
-    train: Images
-    test: Images
-    classes: Sequence[str]
-    stored_size: int
-    fingerprint: str
-    shuffled: bool = True
-
-
-class InMemory(Dataset[Sample]):
-    """Images (N, C, T, T) uint8 that fit in memory, grey ones with C = 1, and their labels."""
-
-    def __init__(self, images: Tensor, labels: Sequence[int], rows: Sequence[int]) -> None:
-        self.images = images
-        self.labels = labels
-        self.rows = rows
-
-    def __len__(self) -> int:
-        """Return the number of samples, which may show an image more than once."""
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Return one image as (3, T, T) and its label."""
-        row = self.rows[index]
-        return self.images[row].expand(3, -1, -1), self.labels[row]
-
-
-class Resized(Dataset[Sample]):
-    """Images of any size and mode as RGB, shorter side scaled, central square (section 2).
-
-    ``source[i]`` gives a PIL image, or a path to one, and its label.
-    """
-
-    def __init__(self, source: Callable[[int], tuple[Any, int]], length: int, size: int) -> None:
-        self.source = source
-        self.length = length
-        self.transform = v2.Compose(
-            [
-                v2.Resize(size, antialias=True),
-                v2.CenterCrop(size),
-                v2.PILToTensor(),
-            ]
-        )
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return self.length
-
-    def __getitem__(self, index: int) -> Sample:
-        """Return one image as (3, T, T) uint8 and its label; raises DataError with its name."""
-        image, label = self.source(index)
-        name = image if isinstance(image, (str, os.PathLike)) else f"image {index}"
-        try:
-            if isinstance(image, (str, os.PathLike)):
-                with Image.open(image) as opened:
-                    return self.transform(opened.convert("RGB")), label
-            return self.transform(image.convert("RGB")), label
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            message = f"{name}: not a readable image ({one_line(error)}); mend or remove it"
-            raise DataError(message) from None
 
 
 # -- photos ------------------------------------------------------------------------------------
@@ -348,6 +261,11 @@ class _Idx:
         if len(self.data) != len(self.targets):
             message = f"{root}: {part} has {len(self.data)} images, {len(self.targets)} labels"
             raise DataError(message)
+        if self.targets and max(self.targets) >= len(self.classes):
+            message = (
+                f"{root}: {part} has label {max(self.targets)} of {len(self.classes)} classes"
+            )
+            raise DataError(message)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -439,7 +357,7 @@ def open_set(settings: DataSettings, cache: Path, seed: int = 0, batch: int = 12
     """
     check_root(settings, cache)
     if settings.download and settings.name in SETS:
-        with _locked(cache / "download.lock"):
+        with locked(cache / "download.lock"):
             found = SETS[settings.name](settings, cache)
     elif settings.name == "synthetic":
         found = synthetic(settings, seed, batch)
@@ -459,64 +377,3 @@ def open_set(settings: DataSettings, cache: Path, seed: int = 0, batch: int = 12
         )
         raise SettingsError(message)
     return found
-
-
-def _locked(path: Path) -> AcquireReturnProxy[FileLock]:
-    """Return a held file lock, its folder made; raises DataError where it cannot be had.
-
-    It waits without end: whoever holds it may be reading a million images.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path).acquire()
-    except OSError as error:
-        message = f"cache_dir={path.parent}: {one_line(error)}; give another cache_dir"
-        raise DataError(message) from None
-
-
-# -- statistics ----------------------------------------------------------------------------------
-
-
-def statistics(images: ImageSet, cache: Path, workers: int = 0) -> Statistics:
-    """Return the mean image and colours of the training images, computed once and kept.
-
-    Kept in ``cache`` under the set's fingerprint, behind a file lock; one pass over the images.
-    """
-    path = cache / "statistics" / f"{images.name}-{images.fingerprint[:16]}.safetensors"
-    if not path.exists():
-        with _locked(path.with_suffix(".lock")):
-            if not path.exists():
-                found = _measure(images, workers)
-                unfinished = path.with_suffix(".part")
-                safetensors.torch.save_file(
-                    {"mean": found.mean, "std": found.std, "axes": found.axes}, unfinished
-                )
-                unfinished.replace(path)
-    try:
-        return Statistics(**safetensors.torch.load_file(path))
-    except (OSError, TypeError, safetensors.SafetensorError) as error:
-        message = f"{path}: damaged ({one_line(error)}); remove it, it is computed again"
-        raise DataError(message) from None
-
-
-def _measure(images: ImageSet, workers: int) -> Statistics:
-    """Pass over the training images once: mean image, colour covariance (section 4.1)."""
-    side = images.stored_size
-    total = torch.zeros(3, side, side, dtype=torch.float64)
-    products = torch.zeros(3, 3, dtype=torch.float64)
-    count = 0
-    # Synthetic images are one batch, shown again and again: once is enough.
-    shown = images.train if images.shuffled else images.test
-    loader = DataLoader(
-        shown,  # pyright: ignore[reportArgumentType] - sized and indexed is enough
-        STATISTICS_BATCH,
-        num_workers=workers,
-        generator=torch.Generator(),
-    )
-    for batch, _ in tqdm(loader, desc="mean image", unit="batch", leave=False, delay=2):
-        pixels = batch.double()
-        total += pixels.sum(0)
-        colours = pixels.transpose(0, 1).flatten(1)
-        products += colours @ colours.T
-        count += len(batch)
-    return principal_colours(total / count, products / (count * side * side))

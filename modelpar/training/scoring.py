@@ -17,7 +17,8 @@ from modelpar.config import DataSettings
 from modelpar.errors import CheckpointError, SettingsError, one_line
 from modelpar.images.augment import Lens, Statistics
 from modelpar.images.loader import TestLoader
-from modelpar.images.sets import open_set, statistics
+from modelpar.images.sets import open_set
+from modelpar.images.statistics import statistics
 from modelpar.net.alexnet import AlexNet, check_state, part_of
 from modelpar.net.paper import Plan, plan_of, settings_of
 from modelpar.training import checkpoint
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from modelpar.config import EvaluateSettings
-    from modelpar.images.sets import ImageSet
+    from modelpar.images.samples import ImageSet
     from modelpar.mesh import Mesh
     from modelpar.training.metrics import Errors
 

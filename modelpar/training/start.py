@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from modelpar import config, host
 from modelpar.errors import CheckpointError
 from modelpar.images.order import BatchOrder
-from modelpar.images.sets import ImageSet, open_set, statistics
+from modelpar.images.sets import open_set
+from modelpar.images.statistics import statistics
 from modelpar.net.paper import Plan, Recipe, settings_of
 from modelpar.training import checkpoint
 from modelpar.training.engine import plan_for
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from modelpar.config import DataSettings, ModelSettings, TrainSettings
     from modelpar.images.augment import Statistics
+    from modelpar.images.samples import ImageSet
 
 
 def chosen_data(data: DataSettings, model: ModelSettings) -> DataSettings:

@@ -99,7 +99,7 @@ def test_defaults_are_the_contract() -> None:
     }.items():
         assert plain[key] == value
     assert plain["crossing"] == {"dtype": None, "overlap": True, "chunks": 2}
-    assert plain["comm"] == {"timeout": 120.0}
+    assert plain["comm"] == {"timeout": 120.0, "check": False}
 
 
 @pytest.mark.parametrize(

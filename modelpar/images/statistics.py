@@ -1,0 +1,79 @@
+"""Mean image and colour axes of a data set, measured once and kept (sections 2 and 4.1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import safetensors.torch
+import torch
+from filelock import AcquireReturnProxy, FileLock
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from modelpar.errors import DataError, one_line
+from modelpar.images.augment import Statistics, principal_colours
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from modelpar.images.samples import ImageSet
+
+STATISTICS_BATCH: Final = 64
+
+
+def locked(path: Path) -> AcquireReturnProxy[FileLock]:
+    """Return a held file lock, its folder made; raises DataError where it cannot be had.
+
+    It waits without end: whoever holds it may be reading a million images.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path).acquire()
+    except OSError as error:
+        message = f"cache_dir={path.parent}: {one_line(error)}; give another cache_dir"
+        raise DataError(message) from None
+
+
+def statistics(images: ImageSet, cache: Path, workers: int = 0) -> Statistics:
+    """Return the mean image and colours of the training images, computed once and kept.
+
+    Kept in ``cache`` under the set's fingerprint, behind a file lock; one pass over the images.
+    """
+    path = cache / "statistics" / f"{images.name}-{images.fingerprint[:16]}.safetensors"
+    if not path.exists():
+        with locked(path.with_suffix(".lock")):
+            if not path.exists():
+                found = _measure(images, workers)
+                unfinished = path.with_suffix(".part")
+                safetensors.torch.save_file(
+                    {"mean": found.mean, "std": found.std, "axes": found.axes}, unfinished
+                )
+                unfinished.replace(path)
+    try:
+        return Statistics(**safetensors.torch.load_file(path))
+    except (OSError, TypeError, safetensors.SafetensorError) as error:
+        message = f"{path}: damaged ({one_line(error)}); remove it, it is computed again"
+        raise DataError(message) from None
+
+
+def _measure(images: ImageSet, workers: int) -> Statistics:
+    """Pass over the training images once: mean image, colour covariance (section 4.1)."""
+    side = images.stored_size
+    total = torch.zeros(3, side, side, dtype=torch.float64)
+    products = torch.zeros(3, 3, dtype=torch.float64)
+    count = 0
+    # Synthetic images are one batch, shown again and again: once is enough.
+    shown = images.train if images.shuffled else images.test
+    loader = DataLoader(
+        shown,  # pyright: ignore[reportArgumentType] - sized and indexed is enough
+        STATISTICS_BATCH,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+    for batch, _ in tqdm(loader, desc="mean image", unit="batch", leave=False, delay=2):
+        pixels = batch.double()
+        total += pixels.sum(0)
+        colours = pixels.transpose(0, 1).flatten(1)
+        products += colours @ colours.T
+        count += len(batch)
+    return principal_colours(total / count, products / (count * side * side))

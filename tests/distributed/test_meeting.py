@@ -1,0 +1,144 @@
+"""Before a group starts: who is there, whether all have the same, and what is called in it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from modelpar import host, mesh
+from modelpar.errors import LaunchError
+from modelpar.mesh import Mesh, sum_over, swap, tell
+
+if TYPE_CHECKING:
+    from ranks import Ranks
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def met(ranks: Mesh, port: int, seed_of_rank_1: int = 0) -> tuple[str, float]:
+    """Meet at ``port``; return the complaint, and how long it took in s."""
+    before = dict(os.environ)
+    os.environ["MASTER_PORT"] = str(port)
+    host.MEETING = 5.0  # type: ignore[misc]
+    began = time.monotonic()
+    try:
+        store = mesh.meet({"torch": "2.99", "seed": ranks.rank * seed_of_rank_1})
+    except LaunchError as error:
+        return str(error), time.monotonic() - began
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        host.MEETING = 25.0  # type: ignore[misc]
+    assert store is not None
+    return "", time.monotonic() - began
+
+
+def test_all_meet(pair: Ranks, two_pairs: Ranks) -> None:
+    assert [said for said, _ in pair.run(met, free_port())] == [""] * 2
+    assert [said for said, _ in two_pairs.run(met, free_port())] == [""] * 4
+
+
+def test_what_differs_is_named_on_both(pair: Ranks) -> None:
+    one, other = pair.run(met, free_port(), 1)
+    assert one[0] == other[0] == "rank 1 has seed=1, rank 0 seed=0; start all with the same"
+
+
+def alone(ranks: Mesh, port: int) -> tuple[str, float]:
+    return met(ranks, port) if ranks.rank == 0 else ("", 0.0)
+
+
+def astray(ranks: Mesh, port: int) -> tuple[str, float]:
+    return met(ranks, port) if ranks.rank == 1 else ("", 0.0)
+
+
+def test_who_waits_in_vain_says_so_in_time(pair: Ranks) -> None:
+    for function in (alone, astray):
+        said, took = max(pair.run(function, free_port()))
+        assert said.startswith("rank ")
+        assert "\n" not in said
+        assert took < 15  # here it tries for 5 s, not for as long as a collective may last
+
+
+def test_a_port_that_is_taken_is_told(pair: Ranks) -> None:
+    with socket.create_server(("", 0)) as server:
+        (said, _), _ = pair.run(alone, server.getsockname()[1])
+    assert "Address already in use" in said
+    assert "give another" in said
+
+
+def twice(ranks: Mesh, port: int) -> tuple[str, float]:
+    """Four processes, one of which says that it is another."""
+    os.environ["RANK"] = str({3: 2}.get(ranks.rank, ranks.rank))
+    try:
+        return met(ranks, port)
+    finally:
+        os.environ["RANK"] = str(ranks.rank)
+
+
+def test_two_of_one_number_are_told(two_pairs: Ranks) -> None:
+    said = [said for said, _ in two_pairs.run(twice, free_port())]
+    assert any("RANK=2: two processes say so" in one for one in said)
+    assert all(said)
+
+
+# -- comm.check -----------------------------------------------------------------------------------
+
+
+def called(ranks: Mesh, how: str) -> str:
+    """Do a collective that rank 1 does another way; return what that raises."""
+    assert ranks.pair is not None
+    twin = dist.new_group(backend="gloo")
+    mesh._CHECKS[ranks.pair.group_name] = mesh._Check(twin)  # type: ignore[arg-type]
+    odd = ranks.rank == 1
+    try:
+        sum_over(torch.ones(4), ranks.pair)  # the first of both
+        if how == "operation" and odd:
+            swap(torch.ones(4), ranks.pair)
+        elif how == "shape":
+            sum_over(torch.ones(2, 2) if odd else torch.ones(4), ranks.pair)
+        elif how == "dtype":
+            sum_over(torch.ones(4, dtype=torch.float64 if odd else torch.float32), ranks.pair)
+        else:
+            sum_over(torch.ones(4), ranks.pair)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        mesh._CHECKS.clear()
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("how", "mine", "theirs"),
+    [
+        ("operation", "sum (4,) float32, call 2", "swap (4,) float32, call 2"),
+        ("shape", "sum (4,) float32, call 2", "sum (2, 2) float32, call 2"),
+        ("dtype", "sum (4,) float32, call 2", "sum (4,) float64, call 2"),
+    ],
+)
+def test_calls_that_differ_are_told_before_they_garble(
+    pair: Ranks, how: str, mine: str, theirs: str
+) -> None:
+    said = pair.run(called, how)
+    expected = "the processes of a group call different collectives"
+    assert said == [f"{expected} (0: {mine}; 1: {theirs})"] * 2
+
+
+def test_calls_that_agree_go_on(pair: Ranks) -> None:
+    assert pair.run(called, "") == ["", ""]
+
+
+def counted(ranks: Mesh) -> Any:
+    return tell((ranks.rank,), ranks)
+
+
+def test_all_are_told_in_rank_order(two_pairs: Ranks) -> None:
+    assert two_pairs.run(counted) == [[(0,), (1,), (2,), (3,)]] * 4
