@@ -11,7 +11,7 @@ from modelpar import launch
 from modelpar.bench import report, rounds
 
 if TYPE_CHECKING:
-    from modelpar.config import BenchmarkSettings
+    from modelpar.settings import BenchmarkSettings
 
 
 def benchmark(settings: BenchmarkSettings) -> None:

@@ -13,8 +13,8 @@ from modelpar.training import scoring
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from modelpar.config import EvaluateSettings
     from modelpar.mesh import Mesh
+    from modelpar.settings import EvaluateSettings
 
 
 def prepare(settings: EvaluateSettings, run_dir: Path | None) -> scoring.Prepared:

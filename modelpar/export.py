@@ -9,7 +9,7 @@ from modelpar import launch
 from modelpar.training import scoring
 
 if TYPE_CHECKING:
-    from modelpar.config import ExportSettings
+    from modelpar.settings import ExportSettings
 
 
 def export(settings: ExportSettings) -> None:

@@ -20,14 +20,20 @@ SAME: Final = 5.0  # s in which further signals are the same request: a terminal
 # torchrun each deliver to the whole group, so that a process gets it twice
 
 
-def ignored(worker: int) -> None:
-    """Let a loader's ``worker`` outlive Ctrl-C and Slurm's warning: it ends with its rank.
-
-    SIGTERM is how the rank itself ends it.
-    """
+def outlive(worker: int) -> None:
+    """Let a loader's ``worker`` live through what a whole group is sent: its rank ends it."""
     del worker
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # A handler does not learn who sent a signal; who waits for one does.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Request:

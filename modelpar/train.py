@@ -14,8 +14,8 @@ from modelpar.training import loop, runs, start
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from modelpar.config import TrainSettings
     from modelpar.mesh import Mesh
+    from modelpar.settings import TrainSettings
 
 
 def prepare(settings: TrainSettings, run_dir: Path | None) -> start.Prepared:

@@ -17,13 +17,13 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from modelpar.config import CrossingSettings, ModelSettings
 from modelpar.host import compiler_complaint
 from modelpar.images.loader import Batch
 from modelpar.mesh import generator
 from modelpar.net import paper
 from modelpar.net.alexnet import AlexNet, Column
 from modelpar.net.paper import COLUMNS, LAYERS, Recipe
+from modelpar.settings import CrossingSettings, ModelSettings
 from modelpar.training.engine import DTYPES, Learner, build, plan_for
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
@@ -31,9 +31,9 @@ from modelpar.training.schedule import Schedule
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from modelpar.config import BenchmarkSettings
     from modelpar.mesh import Mesh
     from modelpar.net.paper import Plan
+    from modelpar.settings import BenchmarkSettings
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from modelpar.bench.contenders import CONTENDERS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from modelpar.config import BenchmarkSettings
+    from modelpar.settings import BenchmarkSettings
 
 HEAD = (
     "contender", "precision", "step, s", "images/s", "/ plain float32", "/ plain", "/ ddp",

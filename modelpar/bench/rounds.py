@@ -20,7 +20,7 @@ from modelpar.bench.worlds import World
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from modelpar.config import BenchmarkSettings
+    from modelpar.settings import BenchmarkSettings
 
 ALONE_REPEATS: Final = 5
 BASELINES: Final = ("plain float32", "plain", "layers", "ddp", "in_turn")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from modelpar.config import BenchmarkSettings
+    from modelpar.settings import BenchmarkSettings
 
 PATIENCE: Final = 600.0  # s for one answer: a slow link, a cold compile
 PEAK_SIDE: Final = 2048  # rows of the square matrices whose product is the machine's peak

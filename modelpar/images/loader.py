@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from modelpar.errors import DataError
 from modelpar.images.augment import Draws, Lens
 from modelpar.mesh import digest
-from modelpar.stop import ignored
+from modelpar.stop import outlive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ def _load(images: Images, device: torch.device, workers: int, **how: Any) -> Dat
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
-        worker_init_fn=ignored,
+        worker_init_fn=outlive,
         **how,
     )
 

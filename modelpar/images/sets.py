@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from modelpar.config import DataSettings
+    from modelpar.settings import DataSettings
 
 # Differs: the paper's stored images are 256 pixels wide for crops of 224 (section 4.1); smaller
 # crops keep that proportion.

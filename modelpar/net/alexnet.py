@@ -167,6 +167,16 @@ def own_part(key: str, value: Tensor, column: int) -> Tensor | None:
     return value.chunk(COLUMNS, dim=1 if key == "fc8.weight" else 0)[column]
 
 
+def place_of(key: str, shape: Sequence[int], columns: int, column: int) -> dict[str, list[int]]:
+    """Say where a part of ``shape`` lies in the whole net's tensor: its shape, the first index."""
+    whole, first = list(shape), [0] * len(shape)
+    if columns > 1 and key != "fc8.bias":
+        axis = 1 if key == "fc8.weight" else 0
+        whole[axis] *= columns
+        first[axis] = column * shape[axis]
+    return {"whole": whole, "first": first}
+
+
 def part_of(state: Mapping[str, Tensor], column: int) -> dict[str, Tensor]:
     """Return one column's state dict, views of the whole net's ``state``."""
     parts = {key: own_part(key, value, column) for key, value in state.items()}

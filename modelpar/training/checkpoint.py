@@ -7,45 +7,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import platform
 import re
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from modelpar import __version__
 from modelpar.errors import CheckpointError, one_line
 from modelpar.mesh import Mesh, first_complaint
-from modelpar.net.alexnet import merge, part_of
+from modelpar.net.alexnet import merge, part_of, place_of
 from modelpar.net.paper import COLUMNS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MANIFEST: Final = "manifest.json"
+SIGNATURE: Final = "sha256"  # in a manifest: of all else in it
 STATISTICS: Final = "statistics.safetensors"
 STEP_NAME: Final = re.compile(r"step-(\d{8})")
 SPARE: Final = 1.1  # free space asked for, as a multiple of what is written
-CLOSING: Final = 10.0  # s that a run which ends badly waits for a save under way
+PICKLES: Final = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar")
 Kind = Literal["weights", "velocities"]
-
-
-@dataclass(frozen=True)
-class Keep:
-    """What pruning leaves: the ``last`` steps, each ``every``-th (0: none), the ``best``."""
-
-    last: int = 2
-    every: int = 0
-    best: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,9 +75,8 @@ def save(
     parts: Mapping[Kind, Mapping[str, Tensor]],
     statistics: Mapping[str, Tensor],
     manifest: Mapping[str, Any],
-    keep: Keep,
 ) -> Path:
-    """Publish ``folder``/step-######## with every column's ``parts``; prune the older ones.
+    """Publish ``folder``/step-######## with every column's ``parts``.
 
     A collective of the whole mesh.  All write into one temporary folder; when all agree that
     theirs is whole, rank 0 adds the manifest and renames.  Raises CheckpointError on every
@@ -108,79 +100,7 @@ def save(
                 shutil.rmtree(saving.unfinished, ignore_errors=True)
             message = f"{final}: not saved, {complaint}; older checkpoints are as they were"
             raise CheckpointError(message)
-    if mesh.rank == 0:
-        with suppress(OSError):  # the checkpoint is there; what is old goes next time
-            prune(folder, keep)
     return final
-
-
-class Saver:
-    """Saves from a copy, in a thread, while the training goes on; one save at a time.
-
-    Every process starts and ends its saves in the same order.
-    """
-
-    def __init__(self, folder: Path, mesh: Mesh, keep: Keep) -> None:
-        self.folder = folder
-        self.mesh = mesh.beside()
-        self.keep = keep
-        self.thread: Thread | None = None
-        self.saved: Path | None = None
-        self.error: Exception | None = None
-
-    def start(
-        self,
-        parts: Mapping[Kind, Mapping[str, Tensor]],
-        statistics: Mapping[str, Tensor],
-        manifest: Mapping[str, Any],
-    ) -> None:
-        """Copy ``parts`` and start writing them; waits for an earlier save first."""
-        self.end()
-        copies: dict[Kind, dict[str, Tensor]] = {
-            kind: {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
-            for kind, tensors in parts.items()
-        }
-
-        def work() -> None:
-            try:
-                self.saved = save(self.folder, self.mesh, copies, statistics, manifest, self.keep)
-            except Exception as error:  # noqa: BLE001 - raised where the training sees it
-                self.error = error
-
-        self.thread = Thread(target=work, name="saver", daemon=True)
-        self.thread.start()
-
-    def failed(self) -> bool:
-        """Whether a save is over and did not succeed."""
-        return self.error is not None
-
-    def end(self) -> Path | None:
-        """Wait for the save under way; return what was published since the last call, if any.
-
-        Raises what the save raised: CheckpointError on every process alike.
-        """
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        return self._taken()
-
-    def close(self) -> None:
-        """Let a save under way finish, where the others still answer; never raises."""
-        if self.thread is not None:
-            self.thread.join(CLOSING)
-
-    def take(self) -> Path | None:
-        """Return what was published since the last call; neither waits nor raises."""
-        if self.thread is None or self.thread.is_alive() or self.failed():
-            return None
-        return self.end()
-
-    def _taken(self) -> Path | None:
-        saved, error = self.saved, self.error
-        self.saved = self.error = None
-        if error is not None:
-            raise error
-        return saved
 
 
 @dataclass(frozen=True)
@@ -206,6 +126,14 @@ class _Saving:
         for kind, tensors in self.parts.items():
             name = part_name(self.mesh.columns, self.mesh.column, kind)
             files[name] = _write_tensors(self.unfinished / name, tensors)
+            files[name]["tensors"] = {
+                key: {
+                    "dtype": str(value.dtype).removeprefix("torch."),
+                    "shape": list(value.shape),
+                    **place_of(key, value.shape, self.mesh.columns, self.mesh.column),
+                }
+                for key, value in tensors.items()
+            }
         if self.mesh.rank == 0:
             files[STATISTICS] = _write_tensors(self.unfinished / STATISTICS, self.statistics)
         _write_text(self.unfinished / f"files-{self.mesh.column}.json", json.dumps(files))
@@ -217,8 +145,18 @@ class _Saving:
             listed = self.unfinished / f"files-{column}.json"
             files |= json.loads(listed.read_text())
             listed.unlink()
-        whole = {"format": FORMAT, **self.manifest, "columns": self.mesh.columns, "files": files}
-        _write_text(self.unfinished / MANIFEST, json.dumps(whole, indent=1))
+        whole = {
+            "format": FORMAT,
+            "versions": {
+                "modelpar": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            **self.manifest,
+            "columns": self.mesh.columns,
+            "files": files,
+        }
+        _write_text(self.unfinished / MANIFEST, json.dumps(signed(whole), indent=1))
         _sync_folder(self.unfinished)
         earlier = self.final.with_name(f".old-{self.final.name}")
         if self.final.exists():  # of the same run, which passes here again: aside until it is new
@@ -226,6 +164,13 @@ class _Saving:
         self.unfinished.rename(self.final)
         _sync_folder(self.final.parent)
         shutil.rmtree(earlier, ignore_errors=True)
+
+
+def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``manifest`` with a hash of all else in it: it may be damaged like any file."""
+    content = {key: value for key, value in manifest.items() if key != SIGNATURE}
+    text = json.dumps(content, sort_keys=True)
+    return {**content, SIGNATURE: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _sweep(folder: Path) -> None:
@@ -250,36 +195,6 @@ def check_space(folder: Path, needed: int) -> None:
             "free; make room or give another run_dir"
         )
         raise CheckpointError(message)
-
-
-def prune(folder: Path, keep: Keep) -> None:
-    """Remove the steps that ``keep`` does not name: first out of sight by a rename, then gone."""
-    steps = _steps(folder)
-    kept = set(steps[-keep.last :])
-    kept |= {step for step in steps if keep.every and _number(step) % keep.every == 0}
-    if keep.best:
-        kept |= set(_best(steps))
-    for old in steps:
-        if old not in kept:
-            doomed = old.with_name(f".del-{old.name}")
-            with suppress(OSError):  # swept before the next save
-                old.rename(doomed)
-                shutil.rmtree(doomed)
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def _best(steps: Sequence[Path]) -> list[Path]:
-    """Return the step with the lowest top-1 error of those that were tested themselves."""
-    errors: list[tuple[float, Path]] = []
-    for step in steps:
-        with suppress(CheckpointError):
-            manifest = open_step(step).manifest
-            if manifest.get("tested") == manifest["step"] and manifest["top1"] is not None:
-                errors.append((manifest["top1"], step))
-    return [min(errors)[1]] if errors else []
 
 
 def num_bytes(parts: Mapping[Kind, Mapping[str, Tensor]]) -> int:
@@ -318,40 +233,52 @@ def _sync_folder(folder: Path) -> None:
 # -- finding and reading -------------------------------------------------------------------------
 
 
-def _steps(folder: Path) -> list[Path]:
-    """Return the published step folders, oldest first."""
+def steps(folder: Path) -> list[Path]:
+    """Return the published step folders, oldest first; one without a manifest is none."""
     if not folder.is_dir():
         return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if STEP_NAME.fullmatch(path.name) and (path / MANIFEST).is_file()
-    )
+    named = sorted(path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name))
+    whole = [path for path in named if (path / MANIFEST).is_file()]
+    for path in set(named) - set(whole):
+        logging.getLogger(__name__).warning("%s: passed over, it has no %s", path, MANIFEST)
+    return whole
 
 
 def newest(run_dir: Path) -> Checkpoint | None:
     """Return the newest published step of a run, None where it has none."""
-    steps = _steps(run_dir / "checkpoints")
-    return open_step(steps[-1]) if steps else None
+    found = steps(run_dir / "checkpoints")
+    return open_step(found[-1]) if found else None
 
 
 def open_step(folder: Path) -> Checkpoint:
     """Read a step's manifest; raises CheckpointError where it is damaged or from the future."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        names = manifest["files"]
-        version = manifest["format"]
+        names, version = manifest["files"], manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"{folder / MANIFEST}: not a readable manifest ({one_line(error)})"
+        message = (
+            f"{folder / MANIFEST}: not a readable manifest ({one_line(error)}); {_older(folder)}"
+        )
         raise CheckpointError(message) from None
     if version != FORMAT:
-        message = f"{folder}: format {version}, this modelpar reads {FORMAT}; install a newer one"
+        message = f"{folder}: format {version}, this modelpar reads {FORMAT}; install its modelpar"
+        raise CheckpointError(message)
+    if signed(manifest) != manifest:
+        message = f"{folder / MANIFEST}: damaged, its hash is not its own; {_older(folder)}"
         raise CheckpointError(message)
     for name in names:
         if Path(name).name != name or name.startswith("."):
             message = f"{folder / MANIFEST}: {name!r} is not a plain file name"
             raise CheckpointError(message)
     return Checkpoint(folder, manifest)
+
+
+def _older(folder: Path) -> str:
+    """Say how a run goes on without the step in ``folder``."""
+    kept = [step for step in steps(folder.parent) if step.name < folder.name]
+    if not kept:
+        return "no older step is there; start a new run_dir"
+    return f"move {folder.name} away, and the run goes on from {kept[-1].name}"
 
 
 def find(path: str) -> Checkpoint | Path:
@@ -361,6 +288,12 @@ def find(path: str) -> Checkpoint | Path:
         return place
     if (place / MANIFEST).is_file():
         return open_step(place)
+    if place.suffix in PICKLES or (place / ".metadata").is_file():
+        message = (
+            f"checkpoint={path}: may hold a pickle, which runs whatever it likes, and is never "
+            "read; give a run, a step or a .safetensors"
+        )
+        raise CheckpointError(message)
     found = newest(place)
     if found is None:
         message = f"checkpoint={path}: no checkpoint there; give a run, a step or a .safetensors"
@@ -379,7 +312,7 @@ def read_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> dict[
         len(content) != expected["bytes"]
         or hashlib.sha256(content).hexdigest() != expected["sha256"]
     ):
-        message = f"{path}: damaged, size or hash is not the manifest's; take an older step"
+        message = f"{path}: damaged, size or hash is not the manifest's; {_older(path.parent)}"
         raise CheckpointError(message)
     try:
         return safetensors.torch.load(content)

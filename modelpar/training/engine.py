@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from modelpar.config import CrossingSettings, ModelSettings
     from modelpar.images.augment import Lens
     from modelpar.images.loader import Batch
+    from modelpar.settings import CrossingSettings, ModelSettings
     from modelpar.training.optimizer import MomentumDecay
     from modelpar.training.schedule import Schedule
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modelpar import stop
+from modelpar.config import without_secrets
 from modelpar.errors import CheckpointError, DivergedError, StoppedError
 from modelpar.host import compiler_complaint
 from modelpar.images.augment import Lens
@@ -23,6 +24,7 @@ from modelpar.training.diagnosis import name_culprit
 from modelpar.training.engine import DTYPES, Learner, build, evaluate
 from modelpar.training.monitor import Meter, Monitor, image_grid
 from modelpar.training.optimizer import MomentumDecay
+from modelpar.training.saver import Keep, Saver
 from modelpar.training.schedule import Schedule
 from modelpar.training.start import Prepared, chosen_data, find_start
 from modelpar.training.watch import Watch, signal_name
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from modelpar.config import TrainSettings
     from modelpar.images.loader import Batch
+    from modelpar.settings import TrainSettings
 
 
 def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path) -> float:
@@ -53,10 +55,10 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
         if start is not None:
             training.resume(start)
         try:
-            if mesh.rank == 0:
-                runs.begin(run_dir, asdict(settings))
-                training.open_monitor()
-            return training.run()
+            with runs.begun(run_dir, asdict(settings), mesh):
+                if mesh.rank == 0:
+                    training.open_monitor()
+                return training.run()
         finally:
             training.close()
 
@@ -75,7 +77,8 @@ class _Training:
         self.settings, self.mesh, self.run_dir, self.watch = settings, mesh, run_dir, watch
         images, stats, plan = prepared.images, prepared.statistics, prepared.plan
         self.images, self.stats, self.plan = images, stats, plan
-        data, device = settings.data, mesh.device
+        data, device = chosen_data(settings.data, settings.model), mesh.device
+        self.data = data
         workers = data.workers if settings.workers is None else settings.workers
         recipe = plan.recipe
         net = build(
@@ -129,8 +132,8 @@ class _Training:
         self.tested = -1  # the step it was measured at
         self.untested = False  # stopped where an evaluation was due
         self.monitor: Monitor | None = None
-        keep = checkpoint.Keep(settings.keep_last, settings.keep_every, best=settings.keep_best)
-        self.saver = checkpoint.Saver(run_dir / "checkpoints", mesh, keep)
+        keep = Keep(settings.keep_last, settings.keep_every, best=settings.keep_best)
+        self.saver = Saver(run_dir / "checkpoints", mesh, keep)
 
     def _compiles(self) -> bool:
         """Whether to compile; rank 0 says so, since the first step waits for it."""
@@ -314,7 +317,7 @@ class _Training:
                 "images_a_step": self.settings.batch_size * self.mesh.replicas,
                 "precision": self.settings.precision,
                 "plan": settings_of(self.plan),
-                "data": asdict(chosen_data(self.settings.data, self.settings.model)),
+                "data": without_secrets(asdict(self.data)),
                 "fingerprint": self.images.fingerprint,
             },
         )
@@ -340,6 +343,7 @@ class _Training:
             velocities = checkpoint.read_part(start, "velocities", column)
             check_state(self.learner.net, weights, str(start.folder))
             check_state(self.learner.net, velocities, f"{start.folder}, velocities")
+            checkpoint.read_statistics(start)  # a damaged file is no part of a good checkpoint
         except CheckpointError as error:
             complaint = str(error)
         if complaint := first_complaint(complaint, self.mesh):

@@ -13,7 +13,6 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
 from modelpar import config
-from modelpar.config import DataSettings
 from modelpar.errors import CheckpointError, SettingsError, one_line
 from modelpar.images.augment import Lens, Statistics
 from modelpar.images.loader import TestLoader
@@ -21,6 +20,7 @@ from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
 from modelpar.net.alexnet import AlexNet, check_state, part_of
 from modelpar.net.paper import Plan, plan_of, settings_of
+from modelpar.settings import DataSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, read_tensors
 from modelpar.training.engine import DTYPES, build, evaluate
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from modelpar.config import EvaluateSettings
     from modelpar.images.samples import ImageSet
     from modelpar.mesh import Mesh
+    from modelpar.settings import EvaluateSettings
     from modelpar.training.metrics import Errors
 
 TOLD: Final = ("step", "seed", "images_a_step")

@@ -17,9 +17,9 @@ from modelpar.training.engine import plan_for
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from modelpar.config import DataSettings, ModelSettings, TrainSettings
     from modelpar.images.augment import Statistics
     from modelpar.images.samples import ImageSet
+    from modelpar.settings import DataSettings, ModelSettings, TrainSettings
 
 
 def chosen_data(data: DataSettings, model: ModelSettings) -> DataSettings:

@@ -11,10 +11,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional
 
 from modelpar import AlexNet, merge, split
-from modelpar.config import CrossingSettings
 from modelpar.images.loader import Batch
 from modelpar.mesh import Mesh
 from modelpar.net.alexnet import plan_from
+from modelpar.settings import CrossingSettings
 from modelpar.training.engine import DTYPES, Learner, build
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule

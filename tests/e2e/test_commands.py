@@ -168,7 +168,8 @@ def test_resume_takes_a_path_into_a_new_run(tmp_path: Path, trained: Path) -> No
     assert all(torch.equal(once[key], again[key]) for key in once)
 
 
-@pytest.mark.parametrize("views", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("views", [1, 10])
 def test_evaluate_on_two_processes_equals_on_one(
     tmp_path: Path, trained: Path, views: int
 ) -> None:
@@ -297,6 +298,7 @@ def test_a_sweep_makes_a_folder_a_job(tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_trains_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,10 +350,10 @@ def children(of: int) -> set[int]:
     ],
 )
 def test_asked_to_stop_it_saves_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    typed = number == signal.SIGINT  # in a terminal: every process gets it, the loader's too
-    how = ["monitor.tensorboard=false", f"workers={int(typed)}"]
+    group = number != signal.SIGUSR1  # by a terminal or a scheduler: the loaders get it too
+    how = ["monitor.tensorboard=false", f"workers={int(group)}"]
     process = started(tmp_path, "steps=500", *how)
-    (os.killpg if typed else os.kill)(process.pid, number)
+    (os.killpg if group else os.kill)(process.pid, number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75
     saved = newest(tmp_path / "run")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from modelpar import AlexNet, config
+from modelpar import settings as schema
 from modelpar.bench import anatomy, report, rounds
 from modelpar.bench.contenders import CONTENDERS, Plain, gflop
 from modelpar.errors import SettingsError
@@ -38,7 +39,7 @@ def test_the_work_of_a_step_is_counted() -> None:
 
 
 def test_settings_and_contenders_name_the_same() -> None:
-    assert tuple(CONTENDERS) == config.CONTENDERS
+    assert tuple(CONTENDERS) == schema.CONTENDERS
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ import torch
 from modelpar import AlexNet, split
 from modelpar.errors import CheckpointError
 from modelpar.mesh import Mesh
+from modelpar.net.alexnet import place_of
 from modelpar.training import checkpoint
-from modelpar.training.checkpoint import Checkpoint, Keep, find, newest, open_step, read_part, save
+from modelpar.training.checkpoint import Checkpoint, find, newest, open_step, read_part, save
+from modelpar.training.saver import Keep, Saver, prune
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +41,9 @@ def write(run_dir: Path, step: int, keep: Keep = KEEP, weights: Any = None, **to
     weights = SMALL if weights is None else weights
     parts: Any = {"weights": weights, "velocities": weights}
     manifest = {"step": step, **told}
-    return save(run_dir / "checkpoints", ONE, parts, {"mean": torch.ones(1)}, manifest, keep)
+    folder = save(run_dir / "checkpoints", ONE, parts, {"mean": torch.ones(1)}, manifest)
+    prune(run_dir / "checkpoints", keep)
+    return folder
 
 
 def test_what_is_saved_is_read(tmp_path: Path) -> None:
@@ -88,7 +92,7 @@ def test_each_nth_and_the_best_are_kept_too(tmp_path: Path) -> None:
 
 def test_a_saver_writes_what_was_there_when_it_started(tmp_path: Path) -> None:
     weights = {key: value.clone() for key, value in SMALL.items()}
-    saver = checkpoint.Saver(tmp_path / "checkpoints", ONE, KEEP)
+    saver = Saver(tmp_path / "checkpoints", ONE, KEEP)
     saver.start({"weights": weights, "velocities": weights}, {"mean": torch.ones(1)}, {"step": 3})
     for value in weights.values():
         value.zero_()
@@ -103,7 +107,7 @@ def test_a_saver_writes_what_was_there_when_it_started(tmp_path: Path) -> None:
 
 def test_a_save_that_fails_is_raised_later_and_once(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
-    saver = checkpoint.Saver(tmp_path / "checkpoints", ONE, KEEP)
+    saver = Saver(tmp_path / "checkpoints", ONE, KEEP)
     saver.start({"weights": SMALL, "velocities": SMALL}, {"mean": torch.ones(1)}, {"step": 3})
     saver.close()
     assert saver.failed()
@@ -182,14 +186,71 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
 
 def change(folder: Path, **values: object) -> None:
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    path.write_text(json.dumps(checkpoint.signed({**json.loads(path.read_text()), **values})))
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, 3)
-    change(folder, format=2)
-    with pytest.raises(CheckpointError, match="format 2"):
+    change(folder, format=7)
+    with pytest.raises(CheckpointError, match="format 7, this modelpar reads 2"):
         open_step(folder)
+
+
+def test_a_manifest_that_was_changed_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 2)
+    path = write(tmp_path, 3) / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 3', '"step": 4'))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged.* on from step-00000002"):
+        newest(tmp_path)
+
+
+def test_a_manifest_says_what_lies_where(tmp_path: Path) -> None:
+    manifest = open_step(write(tmp_path, 3)).manifest
+    assert set(manifest["versions"]) == {"modelpar", "torch", "python"}
+    assert manifest["versions"]["torch"] == torch.__version__
+    file = manifest["files"]["whole.weights.safetensors"]
+    assert file["tensors"]["fc8.weight"] == {
+        "dtype": "float32",
+        "shape": [4, 6],
+        "whole": [4, 6],
+        "first": [0, 0],
+    }
+
+
+def test_parts_lie_where_they_are_said_to() -> None:
+    whole = state()
+    for column, parts in enumerate(split(whole)):
+        for key, part in parts.items():
+            place = place_of(key, part.shape, 2, column)
+            assert place["whole"] == list(whole[key].shape)
+            where = tuple(
+                slice(first, first + size)
+                for first, size in zip(place["first"], part.shape, strict=True)
+            )
+            assert torch.equal(whole[key][where], part), key
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.ckpt", "dcp"])
+def test_what_may_be_a_pickle_is_never_read(tmp_path: Path, name: str) -> None:
+    place = tmp_path / name
+    if name == "dcp":
+        place.mkdir()
+        (place / ".metadata").write_bytes(b"")
+    else:
+        place.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="may hold a pickle"):
+        find(str(place))
+
+
+def test_a_step_without_a_manifest_is_passed_over_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 3)
+    (tmp_path / "checkpoints" / "step-00000008").mkdir()  # copied in part
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 3
+    assert "step-00000008: passed over" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", ".hidden"])

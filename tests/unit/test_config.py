@@ -6,10 +6,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from modelpar import Recipe, config
-from modelpar.errors import SettingsError
+from modelpar.errors import CheckpointError, SettingsError
+from modelpar.mesh import Mesh
 from modelpar.net import paper
 from modelpar.training import runs, start
 
@@ -166,7 +168,7 @@ def test_a_value_given_wins_over_the_datas_own() -> None:
 
 def begun(run_dir: Path, *overrides: str) -> dict[str, Any]:
     settings = asdict(config.read("train", list(overrides)))
-    runs.begin(run_dir, settings)
+    runs.write(run_dir, settings)
     return settings
 
 
@@ -213,3 +215,29 @@ def test_a_run_dir_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="is a file"):
         config.check_run_dir(tmp_path / "file" / "run")
+
+
+def test_a_run_directory_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    alone = Mesh(torch.device("cpu"))
+    with runs.begun(tmp_path / "run", {"seed": 1}, alone):
+        with (
+            pytest.raises(CheckpointError, match="another run is at work there"),
+            runs.begun(tmp_path / "run", {"seed": 2}, alone),
+        ):
+            pytest.fail("two at once")
+        assert OmegaConf.load(tmp_path / "run" / "config.yaml").seed == 1
+    with runs.begun(tmp_path / "run", {"seed": 3}, alone):
+        assert OmegaConf.load(tmp_path / "run" / "config.yaml").seed == 3
+
+
+def test_no_secret_of_the_environment_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORE_ACCESS_KEY", "tellnobody")
+    settings = asdict(config.read("train", ["data.root=/mnt/${oc.env:STORE_ACCESS_KEY}/images"]))
+    assert "tellnobody" in settings["data"]["root"]
+    runs.write(tmp_path, settings)
+    text = (tmp_path / "config.yaml").read_text()
+    assert "tellnobody" not in text
+    assert "root: /mnt/${oc.env:STORE_ACCESS_KEY}/images" in text
+    runs.check_same(tmp_path, settings, "auto")  # and the run goes on

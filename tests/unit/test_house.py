@@ -12,7 +12,7 @@ import modelpar
 PACKAGE = Path(modelpar.__file__).parent
 # From the ground up; a module may import what stands before it.
 FLOORS = [
-    ["errors", "stop"],
+    ["errors", "stop", "settings"],
     ["config", "host"],
     ["mesh"],
     ["net.paper"],
@@ -26,6 +26,7 @@ FLOORS = [
     ["images.loader"],
     ["training.schedule", "training.optimizer", "training.metrics"],
     ["training.monitor", "training.checkpoint", "training.runs", "training.watch"],
+    ["training.saver"],
     ["training.engine"],
     ["training.diagnosis", "training.start"],
     ["training.loop"],
@@ -130,5 +131,5 @@ def guarded(node: ast.stmt) -> bool:
 
 
 def test_settings_and_numbers_need_no_torch() -> None:
-    for module in ("config", "errors", "net.paper"):
+    for module in ("settings", "config", "errors", "net.paper"):
         assert not [name for name in names(module) if name.partition(".")[0].startswith("torch")]

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from modelpar.config import DataSettings
 from modelpar.errors import DataError, SettingsError
 from modelpar.images import sets
 from modelpar.images import statistics as kept_statistics
 from modelpar.images.order import BatchOrder
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
+from modelpar.settings import DataSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

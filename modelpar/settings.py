@@ -1,0 +1,192 @@
+"""The typed schema of the whole configuration: every setting there is, and its default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from omegaconf import MISSING
+
+
+@dataclass
+class DataSettings:
+    """Which images, and what follows from them; ``conf/data/*.yaml``."""
+
+    name: str = MISSING
+    root: str | None = None  # folder of the images; photos and synthetic need none
+    download: bool = False
+    image_size: int = MISSING  # side of a crop in pixels
+    num_classes: int | None = None  # None: as many as the data has
+    epochs: int = MISSING
+    evaluate_every: int = 1  # epochs
+    checkpoint_every: int = 0  # steps; 0: only at the end
+    workers: int = 2
+
+
+@dataclass
+class RecipeSettings:
+    """The named switches between paper and code; ``conf/recipe/*.yaml``, ``net/paper.py``."""
+
+    name: str = MISSING
+    weight_std: str = MISSING
+    norm_alpha: str = MISSING
+    norm1_input: str = MISSING
+    norms: str = MISSING
+    rates: str = MISSING
+    schedule: str = MISSING
+    decay: str = MISSING
+    colour_noise: str = MISSING
+    crops: str = MISSING
+    shuffle: str = MISSING
+    conv1_padding: str = MISSING
+    lr: float = 0.01  # first learning rate of the weights (section 5)
+    momentum: float = 0.9  # section 5
+    weight_decay: float = 5e-4  # section 5
+
+
+@dataclass
+class ModelSettings:
+    """The net's own switches, see ``net.paper.Plan``; None: as recipe and data have it."""
+
+    norm: str | None = None
+    activation: str | None = None
+    pool: str | None = None
+    dropout: float | None = None
+    crossing_at: list[str] | None = None
+    num_classes: int | None = None
+    image_size: int | None = None
+
+
+@dataclass
+class CrossingSettings:
+    """How maps travel between the columns."""
+
+    dtype: str | None = None  # None: the precision's own
+    overlap: bool = True  # compute the own half while the peer's travels
+    chunks: int = 2  # parts of the batch; the maps of one travel while the next is computed
+
+
+@dataclass
+class CommSettings:
+    """How processes talk to each other."""
+
+    timeout: float = 120.0  # s that one waits for another
+    check: bool = False  # compare each collective before it runs: slow, to find a bug
+
+
+@dataclass
+class MonitorSettings:
+    """What a run shows of itself besides metrics.jsonl."""
+
+    progress: bool = True
+    tensorboard: bool = True
+
+
+@dataclass
+class TrainSettings:
+    """``conf/train.yaml``: everything that ``modelpar.train`` can be told."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    crossing: CrossingSettings = field(default_factory=CrossingSettings)
+    comm: CommSettings = field(default_factory=CommSettings)
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    columns: int = 2
+    replicas: int = 1
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 128  # images a pair
+    seed: int = 0
+    precision: str = "float32"
+    device: str = "auto"
+    compile: bool = True
+    channels_last: bool = True
+    threads: int | None = None  # a rank; None: its share of the cores
+    tf32: bool = False
+    run_dir: str | None = None
+    resume: str = "auto"
+    checkpoint_every: int | None = None  # steps; None: by data
+    keep_last: int = 2
+    keep_every: int = 0  # steps; 0: none for that
+    keep_best: bool = True
+    workers: int | None = None  # loader processes a rank; None: by data
+    log_every: int = 1  # steps
+    restarts: int = 0
+    cache_dir: str | None = None
+
+
+@dataclass
+class EvaluateSettings:
+    """``conf/evaluate.yaml``: everything that ``modelpar.evaluate`` can be told."""
+
+    checkpoint: str = MISSING  # RUN_DIR | STEP_DIR | FILE.safetensors
+    views: int = 1
+    data: DataSettings = field(default_factory=lambda: DataSettings("", image_size=0, epochs=1))
+    crossing: CrossingSettings = field(default_factory=CrossingSettings)
+    comm: CommSettings = field(default_factory=CommSettings)
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    columns: int = 2
+    replicas: int = 1
+    batch_size: int = 128
+    precision: str = "float32"
+    device: str = "auto"
+    channels_last: bool = True
+    threads: int | None = None
+    tf32: bool = False
+    workers: int | None = None
+    cache_dir: str | None = None
+
+
+@dataclass
+class LinkSettings:
+    """The wire of a benchmark, where it runs on two hosts made by ``launch/slow_link.sh``."""
+
+    hosts: list[str] = field(default_factory=list[str])  # network namespaces, one a process
+    rates: list[float] = field(default_factory=list[float])  # Mbit/s to measure at beside full
+
+
+@dataclass
+class BenchmarkSettings:
+    """``conf/benchmark.yaml``: everything that ``modelpar.benchmark`` can be told."""
+
+    contenders: list[str] = MISSING
+    precisions: list[str] = MISSING
+    batch_sizes: list[int] = MISSING
+    image_size: int = 224
+    num_classes: int = 1000
+    rounds: int = 3
+    steps: int = 2  # of each contender in each round
+    breakdown: bool = True
+    out: str = "benchmark"
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    crossing: CrossingSettings = field(default_factory=CrossingSettings)
+    comm: CommSettings = field(default_factory=CommSettings)
+    link: LinkSettings = field(default_factory=LinkSettings)
+    seed: int = 0
+    device: str = "auto"
+    compile: bool = True
+    channels_last: bool = True
+    threads: int | None = None
+
+
+@dataclass
+class ExportSettings:
+    """``conf/export.yaml``: everything that ``modelpar.export`` can be told."""
+
+    checkpoint: str = MISSING
+    out: str = MISSING
+
+
+SCHEMAS: Final = {
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+    "benchmark": BenchmarkSettings,
+    "export": ExportSettings,
+}
+PRECISIONS: Final = ("float32", "bfloat16", "float64")
+WIRE_DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
+DEVICES: Final = ("auto", "cpu", "cuda")
+VIEWS: Final = (1, 10)
+CONTENDERS: Final = ("plain", "layers", "ddp", "tensor_parallel", "in_turn", "pair")
+HOSTS: Final = 2  # that slow_link.sh makes

@@ -1,0 +1,134 @@
+"""Saving while the training goes on, and which steps stay on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Final
+
+from modelpar.errors import CheckpointError
+from modelpar.training import checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from modelpar.mesh import Mesh
+    from modelpar.training.checkpoint import Kind
+
+CLOSING: Final = 10.0  # s that a run which ends badly waits for a save under way
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What pruning leaves: the ``last`` steps, each ``every``-th (0: none), the ``best``."""
+
+    last: int = 2
+    every: int = 0
+    best: bool = True
+
+
+class Saver:
+    """Saves from a copy, in a thread, while the training goes on; one save at a time.
+
+    Every process starts and ends its saves in the same order.
+    """
+
+    def __init__(self, folder: Path, mesh: Mesh, keep: Keep) -> None:
+        self.folder = folder
+        self.mesh = mesh.beside()
+        self.keep = keep
+        self.thread: Thread | None = None
+        self.saved: Path | None = None
+        self.error: Exception | None = None
+
+    def start(
+        self,
+        parts: Mapping[Kind, Mapping[str, Tensor]],
+        statistics: Mapping[str, Tensor],
+        manifest: Mapping[str, Any],
+    ) -> None:
+        """Copy ``parts`` and start writing them; waits for an earlier save first."""
+        self.end()
+        copies: dict[Kind, dict[str, Tensor]] = {
+            kind: {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+            for kind, tensors in parts.items()
+        }
+
+        def work() -> None:
+            try:
+                self.saved = checkpoint.save(self.folder, self.mesh, copies, statistics, manifest)
+                if self.mesh.rank == 0:
+                    with suppress(OSError):  # it is saved; what is old goes next time
+                        prune(self.folder, self.keep)
+            except Exception as error:  # noqa: BLE001 - raised where the training sees it
+                self.error = error
+
+        self.thread = Thread(target=work, name="saver", daemon=True)
+        self.thread.start()
+
+    def failed(self) -> bool:
+        """Whether a save is over and did not succeed."""
+        return self.error is not None
+
+    def end(self) -> Path | None:
+        """Wait for the save under way; return what was published since the last call, if any.
+
+        Raises what the save raised: CheckpointError on every process alike.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        return self._taken()
+
+    def close(self) -> None:
+        """Let a save under way finish, where the others still answer; never raises."""
+        if self.thread is not None:
+            self.thread.join(CLOSING)
+
+    def take(self) -> Path | None:
+        """Return what was published since the last call; neither waits nor raises."""
+        if self.thread is None or self.thread.is_alive() or self.failed():
+            return None
+        return self.end()
+
+    def _taken(self) -> Path | None:
+        saved, error = self.saved, self.error
+        self.saved = self.error = None
+        if error is not None:
+            raise error
+        return saved
+
+
+def prune(folder: Path, keep: Keep) -> None:
+    """Remove the steps that ``keep`` does not name: first out of sight by a rename, then gone."""
+    steps = checkpoint.steps(folder)
+    kept = set(steps[-keep.last :])
+    kept |= {step for step in steps if keep.every and _number(step) % keep.every == 0}
+    if keep.best:
+        kept |= set(_best(steps))
+    for old in steps:
+        if old not in kept:
+            doomed = old.with_name(f".del-{old.name}")
+            with suppress(OSError):  # swept before the next save
+                old.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _best(steps: Sequence[Path]) -> list[Path]:
+    """Return the step with the lowest top-1 error of those that were tested themselves."""
+    errors: list[tuple[float, Path]] = []
+    for step in steps:
+        with suppress(CheckpointError):
+            manifest = checkpoint.open_step(step).manifest
+            if manifest.get("tested") == manifest["step"] and manifest["top1"] is not None:
+                errors.append((manifest["top1"], step))
+    return [min(errors)[1]] if errors else []
