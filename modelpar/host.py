@@ -60,6 +60,11 @@ def place() -> Place:
     )
 
 
+def speaks() -> bool:
+    """Whether this process is the one of its host that says why a run ends."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def master() -> tuple[str, int]:
     """Return host and port where the processes meet; raises LaunchError."""
     address = os.environ.get("MASTER_ADDR")
@@ -150,6 +155,15 @@ def choose_device(device: str, local_processes: int) -> str:
         )
         raise SettingsError(message)
     return device
+
+
+def check_precision(device: str, precision: str) -> None:
+    """Raise SettingsError for bfloat16 on a GPU that only emulates it."""
+    if device != "cuda" or precision != "bfloat16":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        message = "precision=bfloat16: this GPU has none; give precision=float32"
+        raise SettingsError(message)
 
 
 # -- cores and memory ----------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def _torchrun_door(job: Job) -> int:
     _die_with_parent()
     try:
         if any(word.startswith(INFORMS) for word in overrides):
-            if host.place().local_rank == 0:
+            if host.speaks():
                 _hydra_main(job.name, lambda _: None)
             return 0
         _refuse_flags(job, overrides)
@@ -219,10 +219,11 @@ def _end(error: BaseException, run_dir: Path | None) -> int:
     status, line = ends.status(error)
     if isinstance(error, PeerLostError) and (first := ends.recorded(run_dir)) is not None:
         return first
-    ends.record(run_dir, status, line, int(os.environ["RANK"]))
+    if run_dir is not None:
+        ends.record(run_dir, status, line, host.place().rank)
     if status == 1:
         traceback.print_exception(error)
-    if host.place().local_rank > 0:
+    if not host.speaks():
         time.sleep(PATIENCE)
     ends.say(line)
     return status
@@ -365,7 +366,7 @@ def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
             return _work(job, prepared, settings, ranks, Path(run_dir))
     except StoppedError as error:
         # Each says so: the first that leaves may take the others along.
-        ends.record(Path(run_dir), error.status, str(error), int(os.environ["RANK"]))
+        ends.record(Path(run_dir), error.status, str(error), host.place().rank)
         # To return would be to wait for an agent that is shutting down and asks for no result.
         sys.exit(error.status)
     except PeerLostError:
@@ -377,6 +378,8 @@ def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
 
 
 def _opened(settings: Any, store: Store | None = None) -> AbstractContextManager[Mesh]:
+    device = host.choose_device(settings.device, host.place().local_size)
+    host.check_precision(device, getattr(settings, "precision", ""))
     return mesh.opened(
         settings.columns,
         settings.device,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from modelpar import config, host
-from modelpar.errors import CheckpointError
+from modelpar.errors import CheckpointError, DataError
 from modelpar.images.order import BatchOrder
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
@@ -64,7 +64,7 @@ def find_start(
 ) -> checkpoint.Checkpoint | None:
     """Return what the run goes on from: its newest checkpoint, or the one ``resume`` names.
 
-    Raises CheckpointError where that is none of this training's.
+    Raises CheckpointError where that is none of this training's, DataError for other images.
     """
     found = checkpoint.newest(run_dir) if run_dir is not None else None
     if found is None and settings.resume not in {"auto", "never"}:
@@ -77,7 +77,6 @@ def find_start(
         return None
     for key, now in (
         ("plan", settings_of(prepared.plan)),
-        ("fingerprint", prepared.images.fingerprint),
         ("seed", settings.seed),
         ("images_a_step", settings.batch_size * settings.replicas),
     ):
@@ -87,4 +86,10 @@ def find_start(
                 "made with, or another run_dir"
             )
             raise CheckpointError(message)
+    if found.manifest.get("fingerprint") != prepared.images.fingerprint:
+        message = (
+            f"data={settings.data.name}: not the images that {found.folder} was trained on; bring "
+            "them back, or give another run_dir"
+        )
+        raise DataError(message)
     return found

@@ -1,0 +1,321 @@
+"""Whatever is wrong: one line that says what, where and how to mend it, and nothing is touched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from PIL import Image
+
+from modelpar import config, evaluate, export, host, train
+from modelpar.mesh import Mesh
+from modelpar.training import loop, start
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAINS: dict[str, Callable[[], Any]] = {
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "export": export.main,
+}
+SMALL = [
+    "data=imagefolder",
+    "data.root=images",
+    "model.image_size=64",
+    "workers=0",
+    "batch_size=8",
+    "monitor.progress=false",
+    "monitor.tensorboard=false",
+    "compile=false",
+]
+
+
+@pytest.fixture(scope="module")
+def made(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of two steps, saved after each, and the images it was trained on."""
+    place = tmp_path_factory.mktemp("made")
+    shutil.copytree(images, place / "images")
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        words = [*SMALL, "columns=1", "steps=2", "checkpoint_every=1"]
+        settings = config.read("train", words)
+        loop.train(settings, start.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
+    finally:
+        os.chdir(before)
+    return place
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, the working directory; its files are links, to be replaced, not written to."""
+    shutil.copytree(made, tmp_path / "here", copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def told(main: str, words: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+    """Run a main in this process; return its exit status and its one line."""
+    sys.argv = [f"modelpar-{main}", *words]
+    with pytest.raises(SystemExit) as end:
+        MAINS[main]()
+    out, err = capfd.readouterr()
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("modelpar: ")
+    assert not out
+    return end.value.code, lines[0]
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file with its size and time."""
+    return {
+        os.fsdecode(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+    }
+
+
+# The numbers are those of a catalogue of what users get wrong: settings, data, checkpoints.
+WORDS = [
+    ("1 unknown key", ["batchsize=4"], 2, "did you mean batch_size?"),
+    ("2 no number", ["recipe.lr=fast"], 2, "recipe.lr"),
+    ("2 infinite", ["recipe.lr=inf"], 2, "recipe.lr=inf: give a finite number"),
+    ("2 negative", ["recipe.lr=-1"], 2, "recipe.lr=-1"),
+    ("3 no batch", ["batch_size=0"], 2, "batch_size=0: give 1 or more"),
+    ("3 batch over data", ["batch_size=64"], 2, "the data has only 40"),
+    ("4 epochs", ["epochs=-3"], 2, "epochs=-3"),
+    ("5 classes", ["model.num_classes=3"], 2, "data=imagefolder has 2 classes"),
+    ("6 columns", ["columns=3"], 2, "columns=3: give one of 1, 2"),
+    ("7 dropout", ["model.dropout=1"], 2, "model.dropout=1"),
+    ("8 recipe", ["recipe=code2013"], 2, "did you mean code2012?"),
+    ("8 precision", ["precision=float16"], 2, "did you mean bfloat16?"),
+    ("8 activation", ["model.activation=gelu"], 2, "model.activation=gelu"),
+    ("10 a list", ["seed=0,1"], 2, "add -m to sweep"),
+    ("11 a new key", ["+momentum=1"], 2, "momentum"),
+    ("12 environment", ["data.root=${oc.env:NO_SUCH_ROOT}"], 2, "NO_SUCH_ROOT"),
+    ("13 below a file", ["run_dir=images/train/dark/0.png/run"], 2, "is a file; give a folder"),
+    ("14 another run", ["run_dir=run", "seed=5"], 2, "holds a run with seed=0, not 5"),
+    ("14 other things", ["run_dir=images"], 2, "which is no run's; give a new folder"),
+    ("14 never", ["run_dir=run", "resume=never"], 2, "resume=never; give a new folder"),
+    ("15 keep", ["keep_last=1"], 2, "keep_last=1: give 2 or more"),
+    ("15 interval", ["checkpoint_every=-1"], 2, "checkpoint_every=-1"),
+    ("16 no root", ["data.root=nowhere"], 3, "data.root=nowhere: no such folder"),
+    ("16 root not given", ["data.root=null"], 3, "give data.root=FOLDER"),
+    ("16 empty root", ["data.root=run/log"], 3, "data.root=run/log"),
+    ("31 no checkpoint", ["resume=nowhere"], 4, "no checkpoint there"),
+    ("34 another net", ["run_dir=new", "resume=run", "model.norm=none"], 4, "its plan is not"),
+    ("37 a pickle", ["resume=net.pt"], 4, "may hold a pickle"),
+    ("no GPU", ["device=cuda"], 2, "device=cuda: 0 GPUs for 2 processes"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "status", "said"), WORDS, ids=[row[0] for row in WORDS])
+def test_a_wrong_word(
+    place: Path,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    words: list[str],
+    status: int,
+    said: str,
+) -> None:
+    before = contents(place)
+    code, line = told("train", [*SMALL, *words], capfd)
+    assert code == status, name
+    assert said in line
+    assert contents(place) == before
+
+
+def noise(path: Path | str, size: tuple[int, int] = (90, 70)) -> None:
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+def empty_class(place: Path) -> None:
+    (place / "images" / "train" / "none").mkdir()
+
+
+def other_class(place: Path) -> None:
+    shutil.copytree(place / "images/val/dark", place / "images/val/grey")
+
+
+def third(place: Path) -> Path:
+    """A training image that is to be replaced."""
+    path = place / "images/train/dark/3.png"
+    path.unlink()
+    return path
+
+
+def no_bytes(place: Path) -> None:
+    third(place).write_bytes(b"")
+
+
+def a_page(place: Path) -> None:
+    third(place).write_text("<html>404</html>")
+
+
+def cut(place: Path) -> None:
+    content = (place / "images/train/dark/4.png").read_bytes()
+    third(place).write_bytes(content[:4000])
+
+
+def bomb(place: Path) -> None:
+    Image.new("1", (10_000, 9_000)).save(third(place))
+
+
+def huge_bomb(place: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(third(place))
+
+
+def float_pixels(place: Path) -> None:
+    Image.new("F", (80, 80)).save(place / "images/train/dark/big.tiff")
+
+
+def strange_name(place: Path) -> None:
+    folder = os.fsencode(place / "images/train/dark")
+    with open(folder + b"/a\nb\xff.png", "wb") as file:  # noqa: PTH123 - no text can name it
+        file.write(b"no image")
+
+
+def changed(place: Path) -> None:
+    noise(place / "images/train/dark/new.png")
+
+
+DATA: list[tuple[str, Callable[[Path], None], str]] = [
+    ("17 empty class", empty_class, "none"),
+    ("18 other classes", other_class, "different classes"),
+    ("19 no bytes", no_bytes, "3.png: not a readable image"),
+    ("19 a page", a_page, "3.png: not a readable image"),
+    ("20 cut", cut, "3.png: not a readable image"),
+    ("21 a bomb", bomb, "10000 x 9000 pixels"),
+    ("21 a huge bomb", huge_bomb, "3.png: not a readable image"),
+    ("23 no 8 bits", float_pixels, "big.tiff: not a readable image (mode F"),
+    ("29 name", strange_name, ".png: not a readable image"),
+    ("30 changed", changed, "not the images that run/checkpoints/step-00000002 was trained on"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "said"), DATA, ids=[row[0] for row in DATA])
+def test_wrong_images(
+    place: Path,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    spoil: Callable[[Path], None],
+    said: str,
+) -> None:
+    spoil(place)
+    before = contents(place)
+    code, line = told("train", [*SMALL, "run_dir=run", "cache_dir=../cache"], capfd)
+    assert code == 3, name
+    assert said in line
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "P", "LA", "CMYK", "1"])
+def test_odd_images_are_rgb_all_the_same(place: Path, mode: str) -> None:
+    """22 to 25: whatever their mode, an odd EXIF block, a JPEG that is named PNG."""
+    path = third(place)
+    form = "JPEG" if mode == "CMYK" else "PNG"
+    Image.new(mode, (80, 80), 1 << 15 if mode == "I;16" else 0).save(
+        path, form, **({"exif": b"Exif\0\0broken"} if form == "JPEG" else {})
+    )
+    settings = config.read("train", [*SMALL, "cache_dir=../cache"])
+    found = start.prepare(settings).images.train
+    number = next(n for n in range(len(found)) if found.source(n)[0].endswith("dark/3.png"))  # type: ignore[attr-defined]
+    image, _ = found[number]
+    assert image.shape == (3, 73, 73)
+    assert image.unique().tolist() in ([0], [128], [255])
+    assert (int(image[0, 0, 0]) == 128) == (mode == "I;16")  # scaled, not clipped
+
+
+def flipped(place: Path, name: str) -> None:
+    path = place / "run/checkpoints/step-00000002" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+STEP = "run/checkpoints/step-00000002"
+FILES = [
+    "manifest.json",
+    "statistics.safetensors",
+    "whole.velocities.safetensors",
+    "whole.weights.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_changes_no_weight(place: Path, name: str) -> None:
+    """33: one bit of each of its files."""
+    assert sorted(path.name for path in (place / STEP).iterdir()) == FILES
+    flipped(place, name)
+    settings = config.read("train", [*SMALL, "columns=1", "steps=3"])
+    before = contents(place)
+    with pytest.raises(Exception, match=name.replace(".", r"\.")) as error:
+        loop.train(settings, start.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
+    assert type(error.value).__name__ == "CheckpointError"
+    assert "move step-00000002 away, and the run goes on from step-00000001" in str(error.value)
+    assert contents(place) == before
+    shutil.move(place / STEP, place / "damaged")
+    loop.train(settings, start.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
+
+
+@pytest.mark.parametrize(
+    ("main", "name"),
+    [
+        ("evaluate", "manifest.json"),
+        ("evaluate", "statistics.safetensors"),
+        ("export", "manifest.json"),
+        ("export", "whole.weights.safetensors"),
+    ],
+)
+def test_a_damaged_checkpoint_is_not_used(
+    place: Path, capfd: pytest.CaptureFixture[str], main: str, name: str
+) -> None:
+    flipped(place, name)
+    words = ["checkpoint=run", *(["columns=1"] if main == "evaluate" else ["out=o.safetensors"])]
+    before = contents(place)
+    code, line = told(main, words, capfd)
+    assert code == 4
+    assert name in line
+    assert contents(place) == before
+
+
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+PAIR = {**ALONE, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+LAUNCHES = [
+    ("41 a world of one", ALONE, "columns=2: a world of 1 is no multiple of it"),
+    ("42 no size", {"RANK": "0"}, "WORLD_SIZE is not set"),
+    ("42 a rank too many", {**PAIR, "RANK": "2"}, "RANK=2: there are WORLD_SIZE=2"),
+    ("42 no port", {**PAIR, "MASTER_PORT": "x"}, "MASTER_PORT=x"),
+    ("44 no such host", {**PAIR, "RANK": "1", "MASTER_ADDR": "nohost.invalid"}, "nohost.invalid"),
+    ("44 nobody there", {**PAIR, "RANK": "1"}, "nothing answers at MASTER_ADDR=127.0.0.1"),
+    ("50 interface", {**PAIR, "GLOO_SOCKET_IFNAME": "wlan9"}, "GLOO_SOCKET_IFNAME=wlan9"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "said"), LAUNCHES, ids=[row[0] for row in LAUNCHES]
+)
+def test_a_wrong_launch(
+    place: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    environment: dict[str, str],
+    said: str,
+) -> None:
+    monkeypatch.setattr(host, "MEETING", 1.0)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    before = contents(place)
+    code, line = told("train", [*SMALL, "run_dir=new"], capfd)
+    assert code == 5, name
+    assert said in line
+    assert contents(place) == before
