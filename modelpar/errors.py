@@ -39,6 +39,7 @@ class PeerLostError(RunError):
     """The other column, or another replica, is gone or does not answer (exit status 6)."""
 
     status = 6
+    asked = False  # the launcher knows already: it has asked this process to end
 
 
 class DivergedError(RunError):

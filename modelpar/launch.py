@@ -224,7 +224,7 @@ def _end(error: BaseException, run_dir: Path | None) -> int:
     if status == 1:
         traceback.print_exception(error)
     if not host.speaks():
-        time.sleep(PATIENCE)
+        _let_others_speak(error)
     ends.say(line)
     return status
 
@@ -369,9 +369,14 @@ def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
         ends.record(Path(run_dir), error.status, str(error), host.place().rank)
         # To return would be to wait for an agent that is shutting down and asks for no result.
         sys.exit(error.status)
-    except PeerLostError:
-        time.sleep(PATIENCE)  # the lost rank's own end comes first
+    except PeerLostError as error:
+        _let_others_speak(error)  # the lost rank's own end comes first
         raise
+
+
+def _let_others_speak(error: BaseException) -> None:
+    if not (isinstance(error, PeerLostError) and error.asked):
+        time.sleep(PATIENCE)
 
 
 # -- both ----------------------------------------------------------------------------------------
@@ -396,6 +401,8 @@ def _work(job: Job, prepared: Any, settings: Any, ranks: Mesh, run_dir: Path) ->
         print(f"modelpar: {ranks.describe()}, {settings.precision}", flush=True)  # noqa: T201
         if complaint := host.crowding(ranks.threads):
             ends.say(complaint)
+        if attempt := host.place().attempt:
+            ends.say(f"a process was lost; all were started again, for the {attempt}. time")
     try:
         return job.work(prepared, settings, ranks, run_dir)
     except RuntimeError as error:

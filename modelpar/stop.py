@@ -12,6 +12,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from modelpar.errors import PeerLostError
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -64,6 +66,9 @@ def heeded() -> Generator[Request]:
     before = {number: signal.signal(number, request.hear) for number in SIGNALS}
     try:
         yield request
+    except PeerLostError as error:
+        error.asked = bool(request.signal)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -12,7 +12,8 @@ import modelpar
 PACKAGE = Path(modelpar.__file__).parent
 # From the ground up; a module may import what stands before it.
 FLOORS = [
-    ["errors", "stop", "settings"],
+    ["errors", "settings"],
+    ["stop"],
     ["config", "host"],
     ["mesh"],
     ["net.paper"],

@@ -1,0 +1,19 @@
+"""Five of each kind of fault, at random moments; the full table is made by ``inject.py``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from inject import KINDS, inject
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_five_of_each_are_survived() -> None:
+    for kind in inject(5, seed=1, only=list(KINDS)):
+        assert not kind.failures, kind.row()
