@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +20,7 @@ import torch
 
 from modelpar.errors import LaunchError, SettingsError, one_line
 
+PR_SET_PDEATHSIG: Final = 1  # prctl.h
 M_TRIM_THRESHOLD: Final = -1  # malloc.h
 M_MMAP_MAX: Final = -4  # malloc.h
 MEETING: Final = 25.0  # s that a process tries to reach the others before it says that it cannot
@@ -58,6 +62,24 @@ def place() -> Place:
         _number("TORCHELASTIC_RESTART_COUNT", 0),
         os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
+
+
+def die_with_launcher() -> None:
+    """Have the kernel ask this rank to stop when its launcher is gone, even by SIGKILL."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:  # Linux
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if orphaned():  # it was gone before it could be watched
+        sys.exit(LaunchError.status)
+
+
+def orphaned() -> bool:
+    """Whether the launcher that started this process is gone already."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        return os.getppid() != parent.pid
+    # torchrun's agent may itself be the first process, of a container
+    return os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes()
 
 
 def speaks() -> bool:

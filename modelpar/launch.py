@@ -7,7 +7,6 @@ agent, which starts the ranks.  Both end with the exit statuses of ``modelpar.er
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import multiprocessing
@@ -60,7 +59,6 @@ CHATTY: Final = (
     "torch.multiprocessing",
 )
 SHUTDOWN: Final = 120  # s that the agent leaves the ranks to finish a step and save
-PR_SET_PDEATHSIG: Final = 1  # prctl.h
 
 
 @dataclass(frozen=True)
@@ -111,20 +109,13 @@ def enter_alone(name: str, work: Callable[[Any], None]) -> NoReturn:
     sys.exit(0)
 
 
-def _die_with_parent() -> None:
-    """Have the kernel ask this rank to stop when its launcher is gone, even by SIGKILL."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:  # Linux
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
 # -- door 1: under torchrun ----------------------------------------------------------------------
 
 
 def _torchrun_door(job: Job) -> int:
     overrides = sys.argv[1:]
     kept: Path | None = None
-    _die_with_parent()
+    host.die_with_launcher()
     try:
         if any(word.startswith(INFORMS) for word in overrides):
             if host.speaks():
@@ -357,7 +348,7 @@ def _signals_restored() -> Generator[None]:
 def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
     """Run in each process that the agent starts."""
     settings = config.to_object(job.name, OmegaConf.create(plain))
-    _die_with_parent()
+    host.die_with_launcher()
     if host.place().attempt and ends.recorded(Path(run_dir)) == StoppedError.status:
         return math.nan  # asked to stop, not lost: the agent takes any end but 0 for a failure
     prepared = job.prepare(settings, None)
@@ -404,7 +395,10 @@ def _work(job: Job, prepared: Any, settings: Any, ranks: Mesh, run_dir: Path) ->
         if attempt := host.place().attempt:
             ends.say(f"a process was lost; all were started again, for the {attempt}. time")
     try:
-        return job.work(prepared, settings, ranks, run_dir)
+        objective = job.work(prepared, settings, ranks, run_dir)
+        # All leave together: an agent waits without end for one that stands still after the rest.
+        mesh.gather_text("", ranks)
+        return objective  # noqa: TRY300
     except RuntimeError as error:
         if not host.is_out_of_memory(error):
             raise

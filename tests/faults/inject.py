@@ -349,7 +349,7 @@ class Harm:
 
     def _goes_on(self, kind: Kind, run: Run) -> None:
         """Start the run again, as its user would; count the try."""
-        again = Run(self.place, run.run_dir.name)
+        again = Run(self.place, run.run_dir.name, f"workers={self.random.randint(0, 1)}")
         kind.add(self.judge(again, again.end()))
         shutil.rmtree(run.run_dir, ignore_errors=True)
 

@@ -141,3 +141,13 @@ def test_out_of_memory_is_known() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     assert host.is_out_of_memory(error.value)
     assert host.memory(torch.device("cpu")) == "this host (cpu)"
+
+
+def test_a_rank_whose_launcher_is_gone_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not host.orphaned()
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    assert host.orphaned()
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: SimpleNamespace(pid=7))
+    assert host.orphaned()
+    monkeypatch.setattr("os.getppid", lambda: 7)
+    assert not host.orphaned()
