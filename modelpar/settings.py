@@ -31,6 +31,7 @@ class RecipeSettings:
     weight_std: str = MISSING
     norm_alpha: str = MISSING
     norm1_input: str = MISSING
+    norm2_input: str = MISSING
     norms: str = MISSING
     rates: str = MISSING
     schedule: str = MISSING
@@ -48,10 +49,12 @@ class RecipeSettings:
 class ModelSettings:
     """The net's own switches, see ``net.paper.Plan``; None: as recipe and data have it."""
 
+    net: str | None = None
     norm: str | None = None
     activation: str | None = None
     pool: str | None = None
     dropout: float | None = None
+    conv4_dropout: float | None = None
     crossing_at: list[str] | None = None
     num_classes: int | None = None
     image_size: int | None = None

@@ -15,8 +15,8 @@ from modelpar.errors import CheckpointError
 from modelpar.mesh import generator
 from modelpar.net import paper
 from modelpar.net.crossing import Convolution, Departed, Linear, depart, product, summed
-from modelpar.net.layers import ACTIVATIONS, AcrossMaps, Draw, Dropout, WithinMap, pool
-from modelpar.net.paper import COLUMNS, LAYERS, Plan, Recipe
+from modelpar.net.layers import ACTIVATIONS, Draw, Dropout, norm, pool
+from modelpar.net.paper import COLUMNS, Plan, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -30,25 +30,22 @@ if TYPE_CHECKING:
 class Blocks(nn.Module):
     """What stands between the weights: padding, norms, activations, pools and dropout.
 
-    ``units`` is the slice of fc6's and fc7's 4096 units that pass through.  It holds no weights.
+    ``column`` is the one whose maps and units pass through; None: all of them.  It holds no
+    weights.
     """
 
-    def __init__(self, plan: Plan, units: slice) -> None:
+    def __init__(self, plan: Plan, column: int | None = None) -> None:
         super().__init__()
         self.plan = plan
         self.activate = ACTIVATIONS[plan.activation]
         self.pool = pool(plan.pool)
-        response = plan.norm == "response"
-        within = response and plan.recipe.norms == "across_and_within"
-        maps = {name: LAYERS[name].outputs for name in ("conv1", "conv2")}  # of one column
-        alpha = plan.recipe.alpha
-        self.norm1 = AcrossMaps(maps["conv1"], alpha) if response else nn.Identity()
-        across = AcrossMaps(maps["conv2"], alpha) if response else nn.Identity()
-        self.norm2 = nn.Sequential(across, WithinMap()) if within else across
-        width = {name: COLUMNS * LAYERS[name].outputs for name in ("fc6", "fc7")}
+        columns = plan.columns if column is None else 1
+        self.norm1 = norm(plan, "conv1", columns)
+        self.norm2 = norm(plan, "conv2", columns)
         self.norm1_in_training, self.norm2_in_training = self._norm1, self._norm2
-        self.drop6 = Dropout("fc6", width["fc6"], units, plan.dropout)
-        self.drop7 = Dropout("fc7", width["fc7"], units, plan.dropout)
+        self.drop4 = _dropout(plan, "conv4", column, plan.conv4_dropout, plan.sizes[1] ** 2)
+        self.drop6 = _dropout(plan, "fc6", column, plan.dropout)
+        self.drop7 = _dropout(plan, "fc7", column, plan.dropout)
 
     def compile(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Have torch.compile fuse what lies between the products in training.
@@ -84,15 +81,28 @@ class Blocks(nn.Module):
         return self.norm1(maps if linear else self.activate(maps))
 
     def after_conv2(self, maps: Tensor) -> Tensor:
-        """Activate, normalize, pool: (N, C, 27, 27) -> (N, C, 13, 13)."""
-        return self.pool(self.norm2_in_training(maps) if self.training else self._norm2(maps))
+        """Activate, normalize, pool: (N, C, 27, 27) -> (N, C, 13, 13).
+
+        Run 166 normalizes the linear response here too.
+        """
+        normal = self.norm2_in_training(maps) if self.training else self._norm2(maps)
+        linear = self.plan.recipe.norm2_input == "linear"
+        return self.activate(self.pool(normal)) if linear else self.pool(normal)
 
     def _norm2(self, maps: Tensor) -> Tensor:
-        return self.norm2(self.activate(maps))
+        linear = self.plan.recipe.norm2_input == "linear"
+        return self.norm2(maps if linear else self.activate(maps))
+
+    def after_middle(self, name: str, maps: Tensor) -> Tensor:
+        """Activate conv3's or conv4's maps (N, C, 13, 13); run 177 drops some of conv4's."""
+        maps = self.activate(maps)
+        if name != "conv4" or self.drop4.share == 0:
+            return maps
+        return self.drop4(maps.flatten(1)).view(maps.shape)
 
     def after_conv5(self, maps: Tensor) -> Tensor:
-        """Activate, pool, lay out as units: (N, C, 13, 13) -> (N, C * 36)."""
-        return self.pool(self.activate(maps)).flatten(1)
+        """Activate and pool: (N, C, 13, 13) -> (N, C, 6, 6)."""
+        return self.pool(self.activate(maps))
 
     def after_fc6(self, units: Tensor) -> Tensor:
         """Activate and drop the units (N, C)."""
@@ -104,15 +114,23 @@ class Blocks(nn.Module):
 
     def fix_dropout(self, draw: Draw | None) -> None:
         """Make the next forward's masks a function of ``draw``; None: torch's generator."""
-        self.drop6.draw = self.drop7.draw = draw
+        self.drop4.draw = self.drop6.draw = self.drop7.draw = draw
+
+
+def _dropout(plan: Plan, name: str, column: int | None, share: float, places: int = 1) -> Dropout:
+    """Return the dropout of a layer of ``places`` units a map; the mask is of the whole net."""
+    own = plan.layers[name].outputs * places if name in plan.layers else 0
+    first = 0 if column is None else column * own
+    last = plan.columns * own if column is None else first + own
+    return Dropout(name, plan.columns * own, slice(first, last), share)
 
 
 def _conv(plan: Plan, name: str, columns: int) -> nn.Conv2d:
     """Return a convolution for ``columns`` columns; groups keep columns apart off a crossing."""
-    row = LAYERS[name]
+    row = plan.layers[name]
     image, crossed = name == "conv1", name in plan.crossing_at
     return nn.Conv2d(
-        plan.inputs(name) * (1 if image else COLUMNS if crossed else columns),
+        plan.inputs(name) * (1 if image else plan.columns if crossed else columns),
         row.outputs * columns,
         row.kernel,
         stride=row.stride,
@@ -129,13 +147,13 @@ def _linear(plan: Plan, name: str, columns: int, *, bias: bool = True) -> nn.Lin
     all classes for its own units, so that both devices do equal work.
     """
     crossed = name in plan.crossing_at
-    inputs = plan.inputs(name) * (columns if name == "fc8" else COLUMNS if crossed else 1)
+    inputs = plan.inputs(name) * (columns if name == "fc8" else plan.columns if crossed else 1)
     outputs = plan.outputs(name) * (1 if name == "fc8" else columns)
     return nn.Linear(inputs, outputs, bias=bias, device="meta")  # _fill brings the values
 
 
 def initial_weights(
-    plan: Plan, seed: int | None, names: Iterable[str] = LAYERS
+    plan: Plan, seed: int | None, names: Iterable[str] | None = None
 ) -> dict[str, Tensor]:
     """Draw the whole net's initial weights, float32: normal, biases constant (section 5).
 
@@ -143,16 +161,16 @@ def initial_weights(
     equal.  Without a seed torch's global generator is used.
     """
     state: dict[str, Tensor] = {}
-    for name in names:
-        row = LAYERS[name]
+    for name in plan.layers if names is None else names:
+        row = plan.layers[name]
         inputs = plan.inputs(name)
         if name == "fc8" or name in plan.crossing_at:
-            inputs *= COLUMNS
-        outputs = plan.outputs(name) * (1 if name == "fc8" else COLUMNS)
+            inputs *= plan.columns
+        outputs = plan.outputs(name) * (1 if name == "fc8" else plan.columns)
         shape = (outputs, inputs) + (row.kernel, row.kernel) * (row.kernel > 0)
         source = None if seed is None else generator(seed, "init", name)
         weight = torch.empty(shape, dtype=torch.float32, device="cpu")
-        state[f"{name}.weight"] = weight.normal_(0, plan.recipe.std(name), generator=source)
+        state[f"{name}.weight"] = weight.normal_(0, plan.std(name), generator=source)
         state[f"{name}.bias"] = torch.full((outputs,), row.bias, device="cpu")
     return state
 
@@ -201,7 +219,7 @@ def merge(columns: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def _fill(net: nn.Module, plan: Plan, seed: int | None, column: int | None) -> None:
     """Give ``net`` its share of the initial weights, on torch's default device."""
     device = torch.get_default_device()
-    for name in LAYERS:  # one whole layer in memory at a time
+    for name in plan.layers:  # one whole layer in memory at a time
         for key, value in initial_weights(plan, seed, [name]).items():
             part = value if column is None else own_part(key, value, column)
             if part is not None:
@@ -226,15 +244,16 @@ class AlexNet(nn.Module):
     def __init__(self, plan: Plan, seed: int | None = None) -> None:
         super().__init__()
         self.plan = plan
-        self.conv1 = _conv(plan, "conv1", COLUMNS)
-        self.conv2 = _conv(plan, "conv2", COLUMNS)
-        self.conv3 = _conv(plan, "conv3", COLUMNS)
-        self.conv4 = _conv(plan, "conv4", COLUMNS)
-        self.conv5 = _conv(plan, "conv5", COLUMNS)
-        self.fc6 = _linear(plan, "fc6", COLUMNS)
-        self.fc7 = _linear(plan, "fc7", COLUMNS)
-        self.fc8 = _linear(plan, "fc8", COLUMNS)
-        self.blocks = Blocks(plan, slice(0, COLUMNS * LAYERS["fc6"].outputs))
+        self.conv1 = _conv(plan, "conv1", plan.columns)
+        self.conv2 = _conv(plan, "conv2", plan.columns)
+        self.conv3 = _conv(plan, "conv3", plan.columns) if "conv3" in plan.layers else None
+        self.conv4 = _conv(plan, "conv4", plan.columns) if "conv4" in plan.layers else None
+        self.conv5 = _conv(plan, "conv5", plan.columns)
+        self.conv6 = _conv(plan, "conv6", plan.columns) if "conv6" in plan.layers else None
+        self.fc6 = _linear(plan, "fc6", plan.columns)
+        self.fc7 = _linear(plan, "fc7", plan.columns)
+        self.fc8 = _linear(plan, "fc8", plan.columns)
+        self.blocks = Blocks(plan)
         _fill(self, plan, seed, column=None)
 
     @classmethod
@@ -259,9 +278,12 @@ class AlexNet(nn.Module):
         x = blocks.pad(images, self.conv1.weight)
         x = blocks.after_conv1(self.conv1(x))  # (N, 96, 27, 27)
         x = blocks.after_conv2(self.conv2(x))  # (N, 256, 13, 13)
-        x = blocks.activate(self.conv3(x))  # (N, 384, 13, 13), reads both columns
-        x = blocks.activate(self.conv4(x))  # (N, 384, 13, 13)
-        x = blocks.after_conv5(self.conv5(x))  # (N, 9216)
+        for name in self.plan.middle:  # conv3 and conv4; conv3 reads both columns
+            x = blocks.after_middle(name, self.get_submodule(name)(x))  # (N, 384, 13, 13)
+        x = blocks.after_conv5(self.conv5(x))  # (N, 256, 6, 6)
+        if self.conv6 is not None:
+            x = blocks.activate(self.conv6(x))
+        x = x.flatten(1)  # (N, 9216)
         x = blocks.after_fc6(self._units("fc6", x))  # (N, 4096), reads both
         x = blocks.after_fc7(self._units("fc7", x))  # (N, 4096), reads both
         return self.fc8(x)
@@ -271,10 +293,11 @@ class AlexNet(nn.Module):
         layer: nn.Linear = self.get_submodule(name)  # pyright: ignore[reportAssignmentType]
         if name in self.plan.crossing_at:
             return layer(units)
+        columns = self.plan.columns
         halves = zip(
-            units.chunk(COLUMNS, 1),
-            layer.weight.chunk(COLUMNS),
-            layer.bias.chunk(COLUMNS),
+            units.chunk(columns, 1),
+            layer.weight.chunk(columns),
+            layer.bias.chunk(columns),
             strict=True,
         )
         return torch.cat([functional.linear(*half) for half in halves], dim=1)
@@ -297,14 +320,14 @@ class Column(nn.Module):
         self.link = link
         self.conv1 = _conv(plan, "conv1", 1)
         self.conv2 = _conv(plan, "conv2", 1)
-        self.conv3 = _conv(plan, "conv3", 1)
-        self.conv4 = _conv(plan, "conv4", 1)
+        self.conv3 = _conv(plan, "conv3", 1) if "conv3" in plan.layers else None
+        self.conv4 = _conv(plan, "conv4", 1) if "conv4" in plan.layers else None
         self.conv5 = _conv(plan, "conv5", 1)
+        self.conv6 = _conv(plan, "conv6", 1) if "conv6" in plan.layers else None
         self.fc6 = _linear(plan, "fc6", 1)
         self.fc7 = _linear(plan, "fc7", 1)
         self.fc8 = _linear(plan, "fc8", 1, bias=link.column == 0)
-        first = link.column * LAYERS["fc6"].outputs
-        self.blocks = Blocks(plan, slice(first, first + LAYERS["fc6"].outputs))
+        self.blocks = Blocks(plan, link.column)
         _fill(self, plan, seed, link.column)
 
     @classmethod
@@ -327,11 +350,12 @@ class Column(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, classes) of ``images`` (N, 3, S, S), the same on both columns.
 
-        conv1-5 take the batch in the link's chunks: a chunk's maps travel to the peer while the
-        next chunk's are computed.
+        conv1-5 take the batch in the link's chunks, where the plan allows it: a chunk's maps travel
+        to the peer while the next chunk's are computed.
         """
         blocks = self.blocks
-        maps = [self._maps(part) for part in images.chunk(self.link.chunks)]
+        chunks = self.link.chunks if self.plan.by_image else 1
+        maps = [self._maps(part) for part in images.chunk(chunks)]
         x = torch.cat([self._units(part) for part in maps])  # (N, 4608)
         x = blocks.after_fc6(self._read("fc6", x))  # (N, 2048), crossing
         x = blocks.after_fc7(self._read("fc7", x))  # (N, 2048), crossing
@@ -343,14 +367,17 @@ class Column(nn.Module):
         x = blocks.pad(images, self.conv1.weight)
         x = blocks.after_conv1(self.conv1(x))  # (N, 48, 27, 27)
         x = blocks.after_conv2(self._read("conv2", x))  # (N, 128, 13, 13)
-        return self._sent("conv3", x)
+        return self._sent(self.plan.middle[0], x)
 
     def _units(self, x: Tensor | Departed) -> Tensor:
         """Return conv5's maps as units, from conv2's."""
         blocks = self.blocks
-        x = blocks.activate(self._read("conv3", x))  # (N, 192, 13, 13), crossing
-        x = blocks.activate(self._read("conv4", x))  # (N, 192, 13, 13)
-        return blocks.after_conv5(self._read("conv5", x))  # (N, 4608)
+        for name in self.plan.middle:  # conv3 and conv4; conv3 is a crossing
+            x = blocks.after_middle(name, self._read(name, x))  # (N, 192, 13, 13)
+        x = blocks.after_conv5(self._read("conv5", x))  # (N, 128, 6, 6)
+        if self.conv6 is not None:
+            x = blocks.activate(self._read("conv6", x))  # crossing
+        return x.flatten(1)  # (N, 4608)
 
     def _sent(self, name: str, own: Tensor) -> Tensor | Departed:
         """Start sending what ``name`` reads of this column, where it reads both."""
@@ -362,7 +389,7 @@ class Column(nn.Module):
         departed = self._sent(name, own) if isinstance(own, torch.Tensor) else own
         if isinstance(departed, torch.Tensor):
             return layer(departed)
-        convolution = Convolution(LAYERS[name].stride, self.plan.padding(name))
+        convolution = Convolution(self.plan.layers[name].stride, self.plan.padding(name))
         multiply = Linear() if isinstance(layer, nn.Linear) else convolution
         return product(departed, layer.weight, layer.get_parameter("bias"), multiply)
 
@@ -371,9 +398,14 @@ class Column(nn.Module):
         self.blocks.fix_dropout(draw)
 
 
-def check_state(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Raise CheckpointError that names the first tensor of ``state`` that does not fit ``net``."""
-    own = net.state_dict()
+def check_state(
+    net: nn.Module, state: Mapping[str, Tensor], source: str, *, learnt: bool = False
+) -> None:
+    """Raise CheckpointError that names the first tensor of ``state`` that does not fit ``net``.
+
+    ``learnt``: ``state`` has a tensor for each parameter, and nothing else.
+    """
+    own = dict(net.named_parameters()) if learnt else net.state_dict()
     for key in sorted(own.keys() | state.keys()):
         if key not in state:
             message = f"{source}: {key} is missing"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from modelpar.net.paper import Plan
+
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "relu": functional.relu,  # section 3.1
     "tanh": torch.tanh,
@@ -161,6 +163,31 @@ class Dropout(nn.Module):
     def extra_repr(self) -> str:
         """Name the layer, the share dropped and the own slice."""
         return f"{self.layer}, share={self.share}, own={self.own.start}:{self.own.stop}"
+
+
+def norm(plan: Plan, layer: str, columns: int) -> nn.Module:
+    """Return what stands after conv1 or conv2 for ``columns`` columns, see ``paper.Plan.norm``."""
+    maps = plan.layers[layer].outputs
+    if plan.norm == "batch":
+        return BatchNorm(maps * columns)
+    if plan.norm == "within":
+        return WithinMap()
+    if plan.norm == "none" or (plan.norm == "first" and layer == "conv2"):
+        return nn.Identity()
+    across = AcrossMaps(maps, plan.recipe.alpha)
+    within = layer == "conv2" and plan.recipe.norms == "across_and_within"
+    return nn.Sequential(across, WithinMap()) if within else across
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """torch's own, without scale and shift: it stands where response normalization stood.
+
+    Each column normalizes its own maps, so a split net computes what the whole net computes.
+    """
+
+    def __init__(self, maps: int) -> None:
+        super().__init__(maps, affine=False)
+        self.num_batches_tracked = None  # a fixed momentum has no use for it
 
 
 def pool(kind: str) -> nn.Module:

@@ -8,12 +8,15 @@ Computer History Museum released it; "run N" is the training its ``layer-params-
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, Final, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args, get_type_hints
 
 from modelpar import config
 from modelpar.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,38 @@ LAYERS: Final = MappingProxyType(
     }
 )
 COLUMNS: Final = 2
+
+
+def _net(*without: str, **outputs: int) -> MappingProxyType[str, Layer]:
+    """Return run 145's layers ``without`` some, with other ``outputs`` of a column."""
+    return MappingProxyType(
+        {
+            name: replace(row, outputs=outputs.get(name, row.outputs))
+            for name, row in LAYERS.items()
+            if name not in without
+        }
+    )
+
+
+def _with_conv6() -> MappingProxyType[str, Layer]:
+    """Put conv6 between pool 5 and fc6; its start is conv5's (runs 141 and 146)."""
+    rows = list(LAYERS.values())
+    place = list(LAYERS).index("fc6")
+    rows.insert(place, replace(LAYERS["conv5"], name="conv6"))
+    return MappingProxyType({row.name: row for row in rows})
+
+
+# The paper's net and those it was held against, each by the layers of one column.
+NETS: Final = MappingProxyType(
+    {
+        "two_columns": LAYERS,  # run 145
+        "one_column": _net(conv5=256, fc6=4096, fc7=4096),  # run 145-half: one column alone
+        "apart": _net(conv2=160, fc6=4096),  # run 150: wider, since the columns do not meet
+        "conv6": _with_conv6(),  # runs 141 and 146
+        "no_conv3": _net("conv3"),  # section 7: without one of the middle layers
+        "no_conv4": _net("conv4"),
+    }
+)
 CROSSINGS: Final = ("conv3", "fc6", "fc7")  # the layers that read both columns; fc8 always does
 PAPER_STD: Final = 0.01  # section 5: every layer
 
@@ -122,18 +157,19 @@ class Recipe:
     """The training rules: one named switch for each place where paper and code differ.
 
     ``conf/recipe/*.yaml`` says which recipe takes which side; the numbers are in this module.
-    The first value of each switch is the paper's, the second the code's.
+    The first value of each switch is the paper's, the second the code's; a third is neither's.
     """
 
     name: str
     weight_std: Literal["same", "wider_conv3_5"]
     norm_alpha: Literal["per_term", "per_window"]
     norm1_input: Literal["rectified", "linear"]
+    norm2_input: Literal["rectified", "linear"]
     norms: Literal["across", "across_and_within"]
     rates: Literal["equal", "double_bias"]
     schedule: Literal["plateau", "run145", "run170"]
     decay: Literal["all", "weights"]
-    colour_noise: Literal["added", "added_and_scaled"]
+    colour_noise: Literal["added", "added_and_scaled", "none"]
     crops: Literal["per_image", "per_32"]
     shuffle: Literal["every_epoch", "once"]
     conv1_padding: Literal["around", "bottom_right"]
@@ -161,10 +197,6 @@ class Recipe:
         """Alpha as torch counts it, over the whole window: 5e-4 (paper) or 1e-4 (code)."""
         return NORM_ALPHA * (NORM_SIZE if self.norm_alpha == "per_term" else 1)
 
-    def std(self, layer: str) -> float:
-        """Return the standard deviation of ``layer``'s initial weights."""
-        return PAPER_STD if self.weight_std == "same" else LAYERS[layer].code_std
-
 
 def _same_size(size: int, row: Layer) -> int:
     return (size + 2 * row.padding - row.kernel) // row.stride + 1
@@ -177,15 +209,22 @@ class Plan:
     ``image_size`` is the side of a crop in pixels.  ``crossing_at`` names the layers that read
     both columns; fc8 always sums both.  ``pool``: ``overlapping`` is 3 x 3 with stride 2 (section
     3.4), ``tiled`` 2 x 2 with stride 2 (run 147), ``average`` the mean over 3 x 3 with stride 2.
+    ``net`` is one of ``NETS``.  ``norm``: ``response`` is the recipe's, ``first`` without what
+    stands after conv2 (run 167), ``within`` inside each map, ``batch`` without scale and shift.
+    ``dropout`` is the share of fc6's and fc7's units, ``conv4_dropout`` that of conv4's (run 177).
     """
 
     recipe: Recipe
     num_classes: int = NUM_CLASSES
     image_size: int = IMAGE_SIZE
-    norm: Literal["response", "none"] = "response"
+    net: Literal["two_columns", "one_column", "apart", "conv6", "no_conv3", "no_conv4"] = (
+        "two_columns"
+    )
+    norm: Literal["response", "first", "within", "batch", "none"] = "response"
     activation: Literal["relu", "tanh", "sigmoid", "elu"] = "relu"
     pool: Literal["overlapping", "tiled", "average"] = "overlapping"
     dropout: float = DROPOUT
+    conv4_dropout: float = 0.0
     crossing_at: tuple[str, ...] = CROSSINGS
 
     def __post_init__(self) -> None:
@@ -199,12 +238,39 @@ class Plan:
         if self.image_size < MIN_IMAGE_SIZE:
             message = f"model.image_size={self.image_size}: give {MIN_IMAGE_SIZE} pixels or more"
             raise SettingsError(message)
-        if not 0 <= self.dropout < 1:
-            message = f"model.dropout={self.dropout}: give the share dropped, 0 <= dropout < 1"
-            raise SettingsError(message)
-        for name in self.crossing_at:
-            if name not in CROSSABLE:
-                config.refuse_choice("model.crossing_at", name, CROSSABLE)
+        for key in ("dropout", "conv4_dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                message = f"model.{key}={getattr(self, key)}: give the share dropped, 0 to below 1"
+                raise SettingsError(message)
+        crossable = [name for name in self.layers if name not in {"conv1", "fc8"}]
+        for name in self.crossing_at if self.columns > 1 else ():
+            if name not in crossable:
+                config.refuse_choice("model.crossing_at", name, crossable)
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The net's layers in order, as one column holds them."""
+        return NETS[self.net]
+
+    @property
+    def columns(self) -> int:
+        """How many columns the whole net has."""
+        return 1 if self.net == "one_column" else COLUMNS
+
+    @property
+    def by_image(self) -> bool:
+        """Whether up to fc6 each image is computed for itself, so that a batch may be cut."""
+        return self.norm != "batch" and self.conv4_dropout == 0
+
+    @property
+    def middle(self) -> tuple[str, ...]:
+        """The layers between conv2 and conv5, which neither normalize nor pool."""
+        return tuple(name for name in ("conv3", "conv4") if name in self.layers)
+
+    def std(self, layer: str) -> float:
+        """Return the standard deviation of ``layer``'s initial weights."""
+        code = self.recipe.weight_std == "wider_conv3_5"
+        return self.layers[layer].code_std if code else PAPER_STD
 
     @property
     def conv1_padding(self) -> tuple[int, int, int, int]:
@@ -216,15 +282,18 @@ class Plan:
         return (0, missing, 0, missing)
 
     @property
-    def last_size(self) -> int:
-        """The side of pool 5's maps in pixels: 6 at 224."""
+    def sizes(self) -> tuple[int, int, int]:
+        """The sides of the maps of pools 1, 2 and 5 in pixels: 27, 13, 6 at 224."""
         left, right, _, _ = self.conv1_padding
-        size = _same_size(self.image_size + left + right, LAYERS["conv1"])
-        size = self.pooled(size)
-        conv2 = size - 2 if self.pool == "tiled" else size  # trap 14: conv2 pads by 1 then
-        size = self.pooled(conv2)
-        conv5 = size - 2 if self.pool == "tiled" else size  # and conv5 by 0
-        return self.pooled(conv5)
+        one = self.pooled(_same_size(self.image_size + left + right, LAYERS["conv1"]))
+        less = 2 if self.pool == "tiled" else 0  # trap 14: conv2 pads by 1 then, conv5 by 0
+        two = self.pooled(one - less)
+        return one, two, self.pooled(two - less)
+
+    @property
+    def last_size(self) -> int:
+        """The side of the maps that fc6 reads."""
+        return self.sizes[-1]
 
     def pooled(self, size: int) -> int:
         """Return the side of a map of side ``size`` after pooling, rounded up as the code did."""
@@ -233,22 +302,19 @@ class Plan:
 
     def padding(self, layer: str) -> int:
         """Return a convolution's zero padding; run 147 took one off conv2 and conv5."""
-        return LAYERS[layer].padding - (self.pool == "tiled" and layer in {"conv2", "conv5"})
+        return self.layers[layer].padding - (self.pool == "tiled" and layer in {"conv2", "conv5"})
 
     def inputs(self, layer: str) -> int:
         """Return how many maps or units of one column ``layer`` reads (conv1: the image's 3)."""
-        names = list(LAYERS)
+        names = list(self.layers)
         if layer == "conv1":
             return 3
-        previous = LAYERS[names[names.index(layer) - 1]].outputs
+        previous = self.layers[names[names.index(layer) - 1]].outputs
         return previous * (self.last_size**2 if layer == "fc6" else 1)
 
     def outputs(self, layer: str) -> int:
         """Return the kernels or units of one column; for fc8 all classes."""
-        return self.num_classes if layer == "fc8" else LAYERS[layer].outputs
-
-
-CROSSABLE: Final = ("conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
+        return self.num_classes if layer == "fc8" else self.layers[layer].outputs
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:

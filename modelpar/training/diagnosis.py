@@ -8,7 +8,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelpar.mesh import gather_text
-from modelpar.net.paper import LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from modelpar.training.engine import Learner
 
 COPIES: Final = ("clone", "_to_copy", "contiguous")
-ORDER: Final = list(LAYERS)
 
 
 def name_culprit(learner: Learner, batch: Batch, step: int, loss: Tensor) -> str:
@@ -36,10 +34,19 @@ def name_culprit(learner: Learner, batch: Batch, step: int, loss: Tensor) -> str
     return f"the loss is {loss.item():.4g}, first {found.partition(' ')[2]}"
 
 
+def _layers(net: nn.Module) -> list[str]:
+    """Return the names of the layers that have weights, in the order of forward."""
+    return list(dict.fromkeys(_layer(key) for key, _ in net.named_parameters()))
+
+
+def _layer(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
 def _weights(net: nn.Module) -> str:
     for key, weight in net.named_parameters():
         if not weight.isfinite().all():
-            return f"{ORDER.index(key.partition('.')[0]):02d} {key} is not finite"
+            return f"{_layers(net).index(_layer(key)):02d} {key} is not finite"
     return ""
 
 
@@ -52,7 +59,7 @@ def _forward(learner: Learner, batch: Batch, step: int) -> str:
 
 def _backward(net: nn.Module) -> str:
     """Name the last layer whose gradient is not finite: backward passes it first."""
-    for number, name in enumerate(reversed(ORDER)):
+    for number, name in enumerate(reversed(_layers(net))):
         for kind in ("weight", "bias"):
             weight = getattr(net.get_submodule(name), kind)
             if weight is not None and weight.grad is not None and not _finite(weight.grad):
@@ -70,8 +77,9 @@ class _Layers(TorchDispatchMode):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.found = ""
+        self.order = _layers(net)
         self.owners = {
-            weight.untyped_storage().data_ptr(): key.partition(".")[0]
+            weight.untyped_storage().data_ptr(): _layer(key)
             for key, weight in net.named_parameters()
         }
         self.held: list[Tensor] = []  # copies of weights: their memory is not given to others
@@ -89,9 +97,9 @@ class _Layers(TorchDispatchMode):
         elif not func.is_view and not all(
             _finite(one) for one in tensors if not self._owner(one) and one.is_floating_point()
         ):
-            self.found = f"{ORDER.index(owner):02d} what {owner} reads is not finite"
+            self.found = f"{self.order.index(owner):02d} what {owner} reads is not finite"
         elif not func.is_view and not _finite(out):
-            self.found = f"{ORDER.index(owner):02d} what {owner} gives is not finite"
+            self.found = f"{self.order.index(owner):02d} what {owner} gives is not finite"
         return out
 
     def _owner(self, tensor: Tensor) -> str | None:

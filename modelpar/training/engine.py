@@ -18,7 +18,7 @@ from modelpar.net.paper import Plan, Recipe
 from modelpar.training.metrics import ErrorCount, Errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -44,7 +44,7 @@ def plan_for(recipe: Recipe, model: ModelSettings, num_classes: int, image_size:
     """Return the net that recipe, switches and data ask for; raises SettingsError."""
     chosen = {
         key: getattr(model, key)
-        for key in ("norm", "activation", "pool", "dropout")
+        for key in ("net", "norm", "activation", "pool", "dropout", "conv4_dropout")
         if getattr(model, key) is not None
     }
     if model.crossing_at is not None:
@@ -114,6 +114,16 @@ class Learner:
         loss = self.gradients(batch, step)
         self.update(rates)
         return loss
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that a checkpoint holds of the net: weights that learn, and running means."""
+        weights = self.optimizer.weights()
+        return self.net.state_dict() | weights
+
+    def load(self, state: Mapping[str, Tensor], velocities: Mapping[str, Tensor]) -> None:
+        """Take up what ``state`` returned, and the optimizer's velocities."""
+        self.net.load_state_dict(state)
+        self.optimizer.load(state, velocities)
 
     def gradients(self, batch: Batch, step: int) -> Tensor:
         """Do forward and backward; return the loss.  Weights stay as they are."""

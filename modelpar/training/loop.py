@@ -95,7 +95,7 @@ class _Training:
             net,
             mesh,
             MomentumDecay(net, recipe, DTYPES[settings.precision]),
-            Schedule(recipe, epochs),
+            Schedule(recipe, epochs, [name for name, _ in net.named_parameters()]),
             settings.batch_size,
             settings.seed,
             settings.precision,
@@ -197,7 +197,8 @@ class _Training:
             if logs or saves:
                 row = self._row(loss, epoch, rates)
                 if logs and self.monitor:
-                    self.monitor.train(row | meter.take(), rates)
+                    shown = {name: rates[name] for name in self.learner.schedule.shown}
+                    self.monitor.train(row | meter.take(), shown)
             if due or ends:
                 asked = asked or self._evaluate()
                 self.untested = bool(asked)
@@ -249,7 +250,12 @@ class _Training:
         """Return step, epoch, loss over all replicas, and rate."""
         mesh = self.mesh
         mean = sum_over(loss.double().reshape(1), mesh.peers).item() / mesh.replicas
-        return {"step": self.step, "epoch": epoch, "loss": mean, "lr": rates["fc8.weight"]}
+        return {
+            "step": self.step,
+            "epoch": epoch,
+            "loss": mean,
+            "lr": rates[self.learner.schedule.shown[1]],
+        }
 
     def _diverged(self, step: int, what: str) -> NoReturn:
         """Raise DivergedError, the same on every process."""
@@ -291,7 +297,7 @@ class _Training:
 
     def _parts(self) -> dict[checkpoint.Kind, dict[str, Tensor]]:
         return {
-            "weights": self.learner.optimizer.weights(),
+            "weights": self.learner.state(),
             "velocities": self.learner.optimizer.velocities(),
         }
 
@@ -342,7 +348,7 @@ class _Training:
             weights = checkpoint.read_part(start, "weights", column)
             velocities = checkpoint.read_part(start, "velocities", column)
             check_state(self.learner.net, weights, str(start.folder))
-            check_state(self.learner.net, velocities, f"{start.folder}, velocities")
+            check_state(self.learner.net, velocities, f"{start.folder}, velocities", learnt=True)
             checkpoint.read_statistics(start)  # a damaged file is no part of a good checkpoint
         except CheckpointError as error:
             complaint = str(error)
@@ -353,7 +359,7 @@ class _Training:
                 f"{start.folder}: the processes see different checkpoints there; share a disk"
             )
             raise CheckpointError(message)
-        self.learner.optimizer.load(weights, velocities)
+        self.learner.load(weights, velocities)
         self.learner.schedule.load(start.manifest["schedule"])
         self.step = start.step
         self.tested = int(start.manifest.get("tested", -1))

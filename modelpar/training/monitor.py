@@ -92,8 +92,8 @@ class Monitor:
         if self.board:
             for key in ("loss", "epoch", "images_per_s", "data_wait_s", "crossing_s"):
                 self.board.add_scalar(f"train/{key}", row[key], row["step"])
-            for name in ("conv1.weight", "fc8.weight", "fc8.bias"):
-                self.board.add_scalar(f"rate/{name}", rates[name], row["step"])
+            for name, rate in rates.items():
+                self.board.add_scalar(f"rate/{name}", rate, row["step"])
 
     def test(self, step: int, errors: Errors, num_classes: int) -> None:
         """Record an evaluation: errors in %, loss in nats; say it beside chance."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 from modelpar.net import paper
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from modelpar.net.paper import Recipe
 
 # Differs: section 5 gives no number for "stopped improving"; here it is five epochs without a new
@@ -38,6 +40,9 @@ def dexp(progress: float, divisor: float, steps: int) -> float:
     return divisor ** -(stretch / (steps - 1))
 
 
+NAMES: Final = tuple(f"{layer}.{kind}" for layer in paper.LAYERS for kind in ("weight", "bias"))
+
+
 class Schedule:
     """The learning rates of a recipe over ``epochs``; fixed epochs scale with the length.
 
@@ -45,10 +50,17 @@ class Schedule:
     are moved in proportion, so that a short training passes through the same stages.
     """
 
-    def __init__(self, recipe: Recipe, epochs: int) -> None:
+    def __init__(self, recipe: Recipe, epochs: int, names: Sequence[str] = NAMES) -> None:
         self.recipe = recipe
         self.epochs = epochs
+        self.names = names  # of the net's parameters, in the order of its layers
         self.plateau = Plateau()
+
+    @property
+    def shown(self) -> tuple[str, str, str]:
+        """The parameters whose rates a run shows: first and last weight, last bias."""
+        weights = [name for name in self.names if name.endswith(".weight")]
+        return weights[0], weights[-1], weights[-1].replace(".weight", ".bias")
 
     def _reached(self, epoch: int, published: int) -> bool:
         """Whether ``epoch`` (from 0) has come to the published run's epoch ``published``."""
@@ -62,19 +74,20 @@ class Schedule:
         recipe = self.recipe
         weight, bias = self._factors(epoch)
         ratio = paper.BIAS_RATIO if recipe.rates == "double_bias" else 1.0
-        rates: dict[str, float] = {}
-        for layer in paper.LAYERS:
-            rates[f"{layer}.weight"] = recipe.lr * weight
-            rates[f"{layer}.bias"] = recipe.lr * ratio * bias
+        rates = {
+            name: recipe.lr * (weight if name.endswith(".weight") else ratio * bias)
+            for name in self.names
+        }
+        first = self.shown[0]
         if recipe.schedule == "run145" and self._reached(epoch, paper.RUN145_CONV1_SLOW):
-            rates["conv1.weight"] = paper.RUN145_CONV1_RATE * recipe.lr / paper.RATE
+            rates[first] = paper.RUN145_CONV1_RATE * recipe.lr / paper.RATE
         frozen = {
             "run145": paper.RUN145_CONV1_FROZEN,
             "run170": paper.RUN170_CONV1_FROZEN,
         }.get(recipe.schedule)
         # Differs: the logs name conv1's rate alone; its bias is frozen with its weights here.
         if frozen is not None and self._reached(epoch, frozen):
-            rates["conv1.weight"] = rates["conv1.bias"] = 0.0
+            rates[first] = rates[first.replace(".weight", ".bias")] = 0.0
         return rates
 
     def _factors(self, epoch: int) -> tuple[float, float]:
@@ -100,6 +113,8 @@ class Schedule:
         """
         late = self.recipe.schedule == "run170"
         off = paper.RUN170_NOISE_OFF if late else paper.RUN145_CONV1_SLOW
+        if self.recipe.colour_noise == "none":
+            return 0.0
         if self.recipe.colour_noise == "added_and_scaled" and self._reached(epoch, off):
             return 0.0
         return paper.COLOUR_NOISE

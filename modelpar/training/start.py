@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from modelpar import config, host
-from modelpar.errors import CheckpointError, DataError
+from modelpar.errors import CheckpointError, DataError, SettingsError
 from modelpar.images.order import BatchOrder
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
@@ -44,11 +44,17 @@ def prepare(settings: TrainSettings) -> Prepared:
     """
     data = chosen_data(settings.data, settings.model)
     recipe = Recipe(**asdict(settings.recipe))
-    plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
+    planned = plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
+    if settings.columns > planned.columns:
+        message = f"model.net={planned.net}: has one column; give columns=1"
+        raise SettingsError(message)
     cache = config.cache_dir(settings.cache_dir)
     images = open_set(data, cache, settings.seed, settings.batch_size * settings.replicas)
     BatchOrder(len(images.train), settings.batch_size, settings.seed, replicas=settings.replicas)
     plan = plan_for(recipe, settings.model, len(images.classes), data.image_size)
+    if settings.replicas > 1 and plan.norm == "batch":
+        message = "model.norm=batch: each replica would normalize by itself; give replicas=1"
+        raise SettingsError(message)
     workers = data.workers if settings.workers is None else settings.workers
     launched = host.place()
     host.check_shared_memory(

@@ -56,7 +56,7 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
         net,
         mesh,
         MomentumDecay(net, plan.recipe, DTYPES[precision]),
-        Schedule(plan.recipe, 91),
+        Schedule(plan.recipe, 91, [name for name, _ in net.named_parameters()]),
         BATCH // mesh.replicas,
         seed=3,
         precision=precision,
@@ -108,7 +108,10 @@ def assert_equal_states(
     merged = merge(parts)
     assert merged.keys() == whole.keys()
     for key, value in whole.items():
-        assert relative(merged[key], value) < 1e-12, key
+        if float(value.norm()) < 1e-15:  # 0 but for rounding: a bias before a batch norm
+            assert float(merged[key].norm()) < 1e-15, key
+        else:
+            assert relative(merged[key], value) < 1e-12, key
 
 
 @pytest.mark.parametrize(
@@ -141,6 +144,10 @@ def test_pair_equals_whole_net(pair: Ranks, recipe: str, *, overlap: bool) -> No
         {"norm": "none", "activation": "tanh"},
         {"pool": "tiled"},
         {"pool": "average", "dropout": 0.2},
+        {"net": "conv6", "norm": "batch", "crossing_at": ("conv3", "conv6", "fc6", "fc7")},
+        {"net": "no_conv3", "norm": "within", "conv4_dropout": 0.2, "crossing_at": ("conv4",)},
+        {"net": "apart", "norm": "first", "crossing_at": ()},
+        {"net": "no_conv4", "activation": "sigmoid"},
     ],
     ids=str,
 )

@@ -95,7 +95,10 @@ def test_double_works() -> None:
         ({"image_size": 63}, "image_size"),
         ({"dropout": 1.0}, "dropout"),
         ({"pool": "max"}, "pool"),
-        ({"norm": "batch"}, "norm"),
+        ({"norm": "group"}, "norm"),
+        ({"net": "three_columns"}, "net"),
+        ({"conv4_dropout": -0.1}, "conv4_dropout"),
+        ({"net": "no_conv3"}, "crossing_at"),  # it has no conv3 to read both
         ({"activation": "gelu"}, "activation"),
         ({"crossing_at": ("conv9",)}, "crossing_at"),
     ],

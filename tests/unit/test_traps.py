@@ -14,7 +14,6 @@ from modelpar import AlexNet, Plan, Recipe
 from modelpar.images.augment import Draws, Lens, Statistics, principal_colours
 from modelpar.mesh import Mesh
 from modelpar.net import paper
-from modelpar.net.baselines import OneColumn
 from modelpar.net.layers import AcrossMaps, Draw, WithinMap
 from modelpar.training.engine import evaluate
 from modelpar.training.optimizer import MomentumDecay
@@ -290,7 +289,7 @@ def test_12_ten_views_average_probabilities() -> None:
 
 
 def test_13_the_one_column_control_keeps_the_pairs_width() -> None:
-    net = OneColumn.from_recipe("code2012", seed=0)
+    net = AlexNet.from_recipe("code2012", net="one_column", seed=0)
     assert net.conv5.weight.shape == (256, 192, 3, 3)
     assert net.fc6.weight.shape == (4096, 9216)
     assert net.fc7.weight.shape == (4096, 4096)
