@@ -192,6 +192,8 @@ def validate_train(settings: TrainSettings) -> None:
     _at_least(1, **{"data.epochs": settings.data.epochs})
     _at_least(0, **{"data.checkpoint_every": settings.data.checkpoint_every})
     _at_least(2, keep_last=settings.keep_last)
+    if settings.views not in VIEWS:
+        refuse_choice("views", settings.views, VIEWS)
 
 
 def validate_evaluate(settings: EvaluateSettings) -> None:

@@ -86,6 +86,17 @@ class MonitorSettings:
 
 
 @dataclass
+class PublishedSettings:
+    """What was published of an experiment: errors in %, on which images, with how many views."""
+
+    top1: float | None = None
+    top5: float | None = None
+    set: str | None = None
+    views: int | None = None
+    source: str | None = None
+
+
+@dataclass
 class TrainSettings:
     """``conf/train.yaml``: everything that ``modelpar.train`` can be told."""
 
@@ -95,11 +106,16 @@ class TrainSettings:
     crossing: CrossingSettings = field(default_factory=CrossingSettings)
     comm: CommSettings = field(default_factory=CommSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    experiment: str | None = None  # its own name, and what it is to be compared with
+    control: str | None = None
+    published: PublishedSettings = field(default_factory=PublishedSettings)
+    control_published: PublishedSettings | None = None  # where the control's is of other images
     columns: int = 2
     replicas: int = 1
     epochs: int | None = None
     steps: int | None = None
     batch_size: int = 128  # images a pair
+    views: int = 1  # of the evaluation that ends a run
     seed: int = 0
     precision: str = "float32"
     device: str = "auto"

@@ -350,8 +350,8 @@ class Column(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, classes) of ``images`` (N, 3, S, S), the same on both columns.
 
-        conv1-5 take the batch in the link's chunks, where the plan allows it: a chunk's maps travel
-        to the peer while the next chunk's are computed.
+        conv1-5 take the batch in the link's chunks where they can: a chunk's maps travel to the
+        peer while the next chunk's are computed.
         """
         blocks = self.blocks
         chunks = self.link.chunks if self.plan.by_image else 1

@@ -179,15 +179,21 @@ def norm(plan: Plan, layer: str, columns: int) -> nn.Module:
     return nn.Sequential(across, WithinMap()) if within else across
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """torch's own, without scale and shift: it stands where response normalization stood.
+class BatchNorm(nn.Module):
+    """torch's batch normalization without scale and shift, where response normalization stood.
 
     Each column normalizes its own maps, so a split net computes what the whole net computes.
     """
 
     def __init__(self, maps: int) -> None:
-        super().__init__(maps, affine=False)
-        self.num_batches_tracked = None  # a fixed momentum has no use for it
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(maps))
+        self.register_buffer("running_var", torch.ones(maps))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return the normalized maps (N, C, H, W); in training by this batch's own statistics."""
+        mean, var = self.get_buffer("running_mean"), self.get_buffer("running_var")
+        return functional.batch_norm(maps, mean, var, training=self.training)
 
 
 def pool(kind: str) -> nn.Module:

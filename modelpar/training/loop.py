@@ -273,6 +273,7 @@ class _Training:
                 self.mesh,
                 self._watched_tests(),
                 self.lens,
+                views=self.settings.views if self.step == self.total else 1,
                 precision=self.settings.precision,
             )
         except _BrokenOffError as broken:

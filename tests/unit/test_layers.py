@@ -8,7 +8,8 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.nn import functional
 
-from modelpar.net.layers import AcrossMaps, WithinMap, pool
+from modelpar import Plan, Recipe
+from modelpar.net.layers import ACTIVATIONS, AcrossMaps, BatchNorm, WithinMap, norm, pool
 
 
 @pytest.mark.parametrize("alpha", [1e-4, 5e-4])
@@ -100,3 +101,42 @@ def test_pools_round_up(kind: str, size: int, expected: int) -> None:
 def test_overlapping_pool_takes_the_largest_of_nine() -> None:
     maps = torch.arange(25.0).view(1, 1, 5, 5)
     assert pool("overlapping")(maps).tolist() == [[[[12, 14], [22, 24]]]]
+
+
+def test_batch_norm_is_torchs_own_without_scale_and_shift() -> None:
+    ours, torchs = BatchNorm(3), nn.BatchNorm2d(3, affine=False)
+    for _ in range(3):
+        maps = torch.randn(4, 3, 5, 5) * 7 + 2
+        assert torch.equal(ours(maps), torchs(maps))
+    assert torch.equal(ours.eval()(maps), torchs.eval()(maps))
+    assert ours.state_dict().keys() == torchs.state_dict().keys() - {"num_batches_tracked"}
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("relu", nn.ReLU()), ("tanh", nn.Tanh()), ("sigmoid", nn.Sigmoid()), ("elu", nn.ELU())],
+)
+def test_activations_are_torchs_layers(name: str, layer: nn.Module) -> None:
+    maps = torch.linspace(-4, 4, 33)
+    assert torch.equal(ACTIVATIONS[name](maps), layer(maps))
+
+
+@pytest.mark.parametrize(
+    ("choice", "layer", "kinds"),
+    [
+        ("response", "conv1", [AcrossMaps]),
+        ("response", "conv2", [AcrossMaps, WithinMap]),
+        ("first", "conv1", [AcrossMaps]),
+        ("first", "conv2", [nn.Identity]),
+        ("within", "conv1", [WithinMap]),
+        ("within", "conv2", [WithinMap]),
+        ("batch", "conv1", [BatchNorm]),
+        ("none", "conv2", [nn.Identity]),
+    ],
+)
+def test_each_norm_stands_where_it_is_said_to(
+    choice: str, layer: str, kinds: list[type[nn.Module]]
+) -> None:
+    found = norm(Plan(Recipe.named("code2012"), norm=choice), layer, 2)  # type: ignore[arg-type]
+    parts = list(found) if isinstance(found, nn.Sequential) else [found]
+    assert [type(part) for part in parts] == kinds

@@ -1,0 +1,79 @@
+"""Each experiment takes two steps, on two processes where its net is split."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from modelpar import config
+from modelpar.mesh import Mesh
+from modelpar.training import loop, start
+from modelpar.training.checkpoint import newest
+
+if TYPE_CHECKING:
+    from ranks import Ranks
+
+NAMES = sorted(path.stem for path in (config.conf_dir() / "experiment").glob("*.yaml"))
+QUICK = {"one_column", "conv6", "drop_conv3", "batch_norm", "dropout_conv4"}
+
+
+def words_of(name: str) -> list[str]:
+    small = ["data=synthetic", "model.image_size=64", "batch_size=4", "steps=2", "compile=false"]
+    return [f"experiment={name}", *small, "monitor.progress=false", "monitor.tensorboard=false"]
+
+
+def trained(mesh: Mesh, name: str, run_dir: str) -> float:
+    settings = config.read("train", words_of(name))
+    return loop.train(settings, start.prepare(settings), mesh, Path(run_dir))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES],
+)
+def test_each_takes_two_steps(pair: Ranks, tmp_path: Path, name: str) -> None:
+    run_dir = tmp_path / "run"
+    columns = config.read("train", words_of(name)).columns
+    if columns == 1:
+        trained(Mesh(torch.device("cpu")), name, str(run_dir))
+    else:
+        pair.run(trained, name, str(run_dir))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        ("train", 1),
+        ("train", 2),
+        ("test", 2),
+    ]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert (rows[0]["exchange_bytes_per_image"] > 0) == (columns == 2)
+    found = newest(run_dir)
+    assert found is not None
+    assert found.manifest["columns"] == columns
+    assert f"experiment: {name}\n" in (run_dir / "config.yaml").read_text()
+
+
+def statistics(mesh: Mesh, run_dir: str, steps: int) -> None:
+    words = [*words_of("batch_norm"), f"steps={steps}"]
+    settings = config.read("train", words)
+    loop.train(settings, start.prepare(settings), mesh, Path(run_dir))
+
+
+def test_running_means_are_kept_and_taken_up(pair: Ranks, tmp_path: Path) -> None:
+    pair.run(statistics, str(tmp_path / "twice"), 2)
+    for name in ("twice", "once"):
+        pair.run(statistics, str(tmp_path / name), 3)
+    one, other = (newest(tmp_path / name) for name in ("twice", "once"))
+    assert one is not None
+    assert other is not None
+    hashes = [
+        {name: told["sha256"] for name, told in found.manifest["files"].items()}
+        for found in (one, other)
+    ]
+    assert hashes[0] == hashes[1]
+    tensors = one.manifest["files"]["column-1.weights.safetensors"]["tensors"]
+    assert tensors["blocks.norm1.running_mean"]["whole"] == [96]

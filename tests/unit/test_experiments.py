@@ -1,0 +1,129 @@
+"""Each experiment composes, is a small override, and builds the net it names."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from modelpar import AlexNet, Column, Link, config
+from modelpar.net.paper import Recipe
+from modelpar.training.engine import plan_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from modelpar.settings import TrainSettings
+
+NAMES = sorted(path.stem for path in (config.conf_dir() / "experiment").glob("*.yaml"))
+PAPERS = 60_965_224  # parameters of the paper's net
+PARAMETERS = {
+    "one_column": 59_798_312,
+    "no_crossing": 60_714_408,
+    "late_crossing": 60_965_224 - 384 * 128 * 9 + 384 * 192 * 9,  # conv3 reads one, conv4 both
+    "conv6": 61_555_304,
+    "wide_classes": 146_949_075,
+    "drop_conv3": 60_301_288,
+    "drop_conv4": 60_301_288,
+}
+
+
+def composed(name: str, *words: str) -> TrainSettings:
+    return config.read("train", [f"experiment={name}", "data=synthetic", *words])
+
+
+def stand_in(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
+    return torch.empty_like(tensor), lambda: None
+
+
+def test_they_are_all_there() -> None:
+    assert set(NAMES) >= {
+        *("two_columns", "one_column", "no_lrn", "no_overlap", "no_crossing", "late_crossing"),
+        *("half_precision_crossing", "no_lrn2", "norm_before_relu2", "dropout_conv4", "batch256"),
+        *("clean", "conv6", "wide_classes", "no_dropout", "no_colour_noise", "one_view"),
+        *("drop_conv3", "drop_conv4", "batch_norm", "lrn_within_channel", "average_pooling"),
+        *("tanh", "sigmoid", "elu"),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_composes_and_says_what_it_is(name: str) -> None:
+    settings = composed(name)
+    assert settings.experiment == name
+    clean = {
+        *("half_precision_crossing", "no_lrn2", "norm_before_relu2", "dropout_conv4", "batch256")
+    }
+    expected = "clean" if name in clean else None if name == "two_columns" else "two_columns"
+    assert settings.control == expected
+    assert settings.recipe.name == ("clean" if name in clean | {"clean"} else "code2012")
+    published = settings.published
+    assert published.source
+    assert (published.top1 is None) == (published.set is None) == (published.views is None)
+    text = (config.conf_dir() / "experiment" / f"{name}.yaml").read_text()
+    assert f"python -m modelpar.train experiment={name} " in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_one_change_of_its_control(name: str) -> None:
+    told = {"experiment", "control", "published", "control_published"}
+    settings = asdict(composed(name))
+    control = asdict(composed(settings["control"] or name))
+    changed = {key for key in settings.keys() - told if settings[key] != control[key]}
+    sizes = {
+        "two_columns": set(),
+        "clean": {"recipe"},
+        "one_column": {"columns", "model"},
+        "wide_classes": {"model", "views"},
+        "batch256": {"batch_size", "recipe", "views"},
+        "one_view": {"views"},
+        "half_precision_crossing": {"crossing"},
+        "norm_before_relu2": {"recipe"},
+        "no_colour_noise": {"recipe"},
+    }
+    assert changed == sizes.get(name, {"model"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_builds_the_net_it_names(name: str) -> None:
+    settings = composed(name)
+    recipe = Recipe(**asdict(settings.recipe))
+    classes = settings.model.num_classes or 1000
+    plan = plan_for(recipe, settings.model, classes, 224)
+    with FakeTensorMode():
+        whole = AlexNet(plan)
+        images = torch.empty(2, 3, 224, 224)
+        assert whole(images).shape == (2, classes)
+        sizes = {key: value.numel() for key, value in whole.state_dict().items()}
+        weights = sum(weight.numel() for weight in whole.parameters())
+        assert weights == PARAMETERS.get(name, PAPERS)
+        if settings.columns == 1:
+            return
+        columns = [Column(plan, Link(stand_in, column)) for column in (0, 1)]
+        assert columns[0](images).shape == (2, classes)
+        halves = [column.state_dict() for column in columns]
+        for key, size in sizes.items():
+            assert sum(half[key].numel() for half in halves if key in half) == size, key
+
+
+def test_an_unknown_one_offers_the_nearest() -> None:
+    with pytest.raises(config.SettingsError, match="experiment=no_lr: did you mean no_lrn"):
+        composed("no_lr")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.net=conv6", "model.norm=batch", "model.activation=elu", "model.pool=average"],
+        ["model.net=no_conv3", "model.crossing_at=[conv4,fc7]", "model.dropout=0.3"],
+        ["model.net=one_column", "columns=1", "model.norm=within", "model.pool=tiled"],
+    ],
+    ids=str,
+)
+def test_switches_compose(words: list[str]) -> None:
+    settings = config.read("train", ["data=synthetic", *words])
+    plan = plan_for(Recipe(**asdict(settings.recipe)), settings.model, 10, 224)
+    with FakeTensorMode():
+        assert AlexNet(plan)(torch.empty(2, 3, 224, 224)).shape == (2, 10)
