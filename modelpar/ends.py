@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from modelpar.errors import LaunchError, PeerLostError, RunError, StoppedError, one_line
+from modelpar.errors import LaunchError, PeerLostError, RunError, one_line
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -33,24 +33,37 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
-def record(run_dir: Path | None, number: int, line: str, rank: int) -> None:
+def record(run_dir: Path | None, number: int, line: str, rank: int, launcher: str = "") -> None:
     """Leave status and line in the run directory, where it exists."""
     if run_dir is None or not run_dir.is_dir():
         return
     with suppress(OSError):
         (run_dir / "log").mkdir(exist_ok=True)
         when = datetime.now().astimezone().isoformat(timespec="seconds")
-        end = {"status": number, "line": line, "rank": rank, "time": when}
+        end = {"status": number, "line": line, "rank": rank, "time": when, "launcher": launcher}
         (run_dir / END).write_text(json.dumps(end) + "\n")
 
 
-def recorded(run_dir: Path | None) -> int | None:
-    """Return the exit status that another rank of this run has left, None where none has."""
+def recorded(run_dir: Path | None, launcher: str | None = None) -> RunError | None:
+    """Return the end that another rank has left, None where none has.
+
+    ``launcher``: of this start of it alone, not of an earlier one.
+    """
     if run_dir is None:
         return None
     with suppress(OSError, ValueError, KeyError):
-        return int(json.loads((run_dir / END).read_text())["status"])
+        end = json.loads((run_dir / END).read_text())
+        if launcher is not None and end["launcher"] != launcher:
+            return None
+        for kind in RunError.__subclasses__():
+            if kind.status == end["status"]:
+                return kind(end["line"])
     return None
+
+
+def final(error: BaseException | None) -> bool:
+    """Whether ``error`` would come again if the processes were started again, as they are."""
+    return isinstance(error, RunError) and not isinstance(error, (PeerLostError, LaunchError))
 
 
 def forget(run_dir: Path | None) -> None:
@@ -59,10 +72,11 @@ def forget(run_dir: Path | None) -> None:
         (run_dir / END).unlink(missing_ok=True)
 
 
-def raise_stopped(run_dir: Path | None) -> None:
-    """Raise StoppedError where the ranks say that they were asked to stop, and saved."""
-    if run_dir is not None and recorded(run_dir) == StoppedError.status:
-        raise StoppedError(json.loads((run_dir / END).read_text())["line"])
+def raise_final(run_dir: Path | None, launcher: str | None = None) -> None:
+    """Raise what the ranks say that they ended with, where it is not to be tried again."""
+    error = recorded(run_dir, launcher)
+    if error is not None and final(error):
+        raise error
 
 
 def cause(error: ChildFailedError) -> RunError:

@@ -9,8 +9,8 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ PR_SET_PDEATHSIG: Final = 1  # prctl.h
 M_TRIM_THRESHOLD: Final = -1  # malloc.h
 M_MMAP_MAX: Final = -4  # malloc.h
 MEETING: Final = 25.0  # s that a process tries to reach the others before it says that it cannot
+LAST_PORT: Final = 65535
 RETRY: Final = 0.2  # s between two tries
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where torch's loaders pass their batches
 PREFETCHED: Final = 2  # batches a loader process has ready: torch's default
@@ -65,12 +66,16 @@ def place() -> Place:
 
 
 def die_with_launcher() -> None:
-    """Have the kernel ask this rank to stop when its launcher is gone, even by SIGKILL."""
+    """Have the kernel ask this rank to stop when its launcher is gone, even by SIGKILL.
+
+    Raises LaunchError where it is gone already.
+    """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:  # Linux
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if orphaned():  # it was gone before it could be watched
-        sys.exit(LaunchError.status)
+    if orphaned():  # before it could be watched
+        message = "the launcher is gone; start it again"
+        raise LaunchError(message)
 
 
 def orphaned() -> bool:
@@ -78,8 +83,11 @@ def orphaned() -> bool:
     parent = multiprocessing.parent_process()
     if parent is not None:
         return os.getppid() != parent.pid
-    # torchrun's agent may itself be the first process, of a container
-    return os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes()
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.getppid() != 1:
+        return False
+    with suppress(OSError):  # torchrun's agent may itself be the first process, of a container
+        return b"torch" not in Path("/proc/1/cmdline").read_bytes()
+    return False
 
 
 def speaks() -> bool:
@@ -93,7 +101,11 @@ def master() -> tuple[str, int]:
     if not address:
         message = "MASTER_ADDR is not set: start with torchrun, or name the host of rank 0"
         raise LaunchError(message)
-    return address, _number("MASTER_PORT")
+    port = _number("MASTER_PORT")
+    if not 0 < port <= LAST_PORT:
+        message = f"MASTER_PORT={port}: give 1 to {LAST_PORT}"
+        raise LaunchError(message)
+    return address, port
 
 
 def _number(name: str, default: int | None = None) -> int:
@@ -122,10 +134,16 @@ def check_world(columns: int, replicas: int, size: int) -> int:
     return size // columns
 
 
-def check_network(where: Place) -> None:
+def launcher() -> str:
+    """Name the launcher's process that started this one: another start has another name."""
+    return f"{socket.gethostname()} {os.getppid()}"
+
+
+def check_network(where: Place, timeout: float) -> None:
     """Raise LaunchError where this process cannot reach the others, within ``MEETING``.
 
-    torch itself would try for as long as a collective may last, and print a page.
+    torchrun's agents have met at the address before; what it starts may just be slow, and has
+    ``timeout``.  torch itself would try for long, and print a page.
     """
     address, port = master()
     known = {name for _, name in socket.if_nameindex()}
@@ -141,15 +159,13 @@ def check_network(where: Place) -> None:
             raise LaunchError(message) from None
         return
     reason = ""
-    deadline = time.monotonic() + MEETING
+    vouched = "TORCHELASTIC_RUN_ID" in os.environ
+    deadline = time.monotonic() + (max(timeout, MEETING) if vouched else MEETING)
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((address, port), timeout=MEETING / 5):
                 return
-        except socket.gaierror as error:
-            reason = one_line(error)
-            break  # another try will not find the name
-        except OSError as error:
+        except OSError as error:  # a name that is not found may be one that is not there yet
             reason = one_line(error)
             time.sleep(RETRY)
     message = (

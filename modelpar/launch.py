@@ -7,6 +7,7 @@ agent, which starts the ranks.  Both end with the exit statuses of ``modelpar.er
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import multiprocessing
@@ -31,7 +32,16 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import modelpar
 from modelpar import config, ends, host, mesh
-from modelpar.errors import LaunchError, PeerLostError, RunError, SettingsError, StoppedError
+from modelpar.errors import (
+    CheckpointError,
+    DataError,
+    LaunchError,
+    PeerLostError,
+    RunError,
+    SettingsError,
+    StoppedError,
+)
+from modelpar.mesh import Meeting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -114,9 +124,11 @@ def enter_alone(name: str, work: Callable[[Any], None]) -> NoReturn:
 
 def _torchrun_door(job: Job) -> int:
     overrides = sys.argv[1:]
-    kept: Path | None = None
-    host.die_with_launcher()
+    named: Path | None = None
+    kept: Path | None = None  # where the end is told
+    met = Meeting()
     try:
+        host.die_with_launcher()
         if any(word.startswith(INFORMS) for word in overrides):
             if host.speaks():
                 _hydra_main(job.name, lambda _: None)
@@ -125,21 +137,26 @@ def _torchrun_door(job: Job) -> int:
         settings, named = _read(job, overrides)
         where = host.place()
         settings.replicas = host.check_world(settings.columns, settings.replicas, where.size)
-        _check_restarts(job, named)
-        store = mesh.meet(_same(settings))
+        _check_restarts(job, named, where)
+        met = mesh.meet(_same(settings, where), settings.comm.timeout)
         # Started again by torchrun, a rank finds its own run, whatever ``resume`` says.
-        if where.attempt and ends.recorded(named) == StoppedError.status:
-            return 0  # asked to stop, not lost: torchrun takes any end but 0 for a failure
-        prepared = job.prepare(settings, None if where.attempt else named)
+        if met.attempt:
+            if isinstance(ends.recorded(named, met.launcher), StoppedError):
+                return 0  # asked to stop, not lost: torchrun takes any end but 0 for a failure
+            ends.raise_final(named, met.launcher)
+        prepared = job.prepare(settings, None if met.attempt else named)
+        kept = named if job.keeps_runs else None
         if where.rank == 0:
-            ends.forget(named)
-        with _opened(settings, store) as ranks:
+            ends.forget(kept)
+        with _opened(settings, met.store) as ranks:
             place = str(named or _new_run_dir(job, overrides))
             run_dir = Path(mesh.gather_text(place, ranks)[0])
             kept = run_dir if job.keeps_runs else None
-            _work(job, prepared, settings, ranks, run_dir)
+            _work(job, prepared, settings, ranks, run_dir, met.attempt)
     except BaseException as error:  # noqa: BLE001 - every end has its status
-        return _end(error, kept)
+        if isinstance(error, (DataError, CheckpointError)) and job.keeps_runs:
+            kept = kept or named  # it is this run's directory, or there is none
+        return _end(error, kept, met.launcher)
     return 0
 
 
@@ -170,11 +187,14 @@ def _read(job: Job, overrides: list[str]) -> tuple[Any, Path | None]:
 OWN: Final = ("device", "threads", "workers", "cache_dir", "data.root", "data.workers", "monitor")
 
 
-def _same(settings: Any) -> dict[str, Any]:
+def _same(settings: Any, where: host.Place) -> dict[str, Any]:
     """Return what all ranks must have alike: versions, and all settings but a host's own."""
     flat = {".".join(map(str, path)): value for path, value in _leaves(asdict(settings)) if path}
     versions = {"modelpar": modelpar.__version__, "torch": torch.__version__}
-    return versions | {key: value for key, value in flat.items() if not key.startswith(OWN)}
+    device = {"device": host.choose_device(settings.device, where.local_size)}
+    return (
+        versions | device | {key: value for key, value in flat.items() if not key.startswith(OWN)}
+    )
 
 
 def _leaves(tree: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -185,15 +205,19 @@ def _leaves(tree: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
         yield from _leaves(value, *path, key)
 
 
-def _check_restarts(job: Job, named: Path | None) -> None:
-    """Raise SettingsError where torchrun would start the run again, and it would not be found."""
-    if (
-        job.keeps_runs
-        and named is None
-        and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    ):
+def _check_restarts(job: Job, named: Path | None, where: host.Place) -> None:
+    """Raise where torchrun would start the run again, and it would not go on."""
+    if where.size == 1 or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return
+    if job.keeps_runs and named is None:
         message = "torchrun --max-restarts: needs run_dir=, where the run goes on"
         raise SettingsError(message)
+    if where.agent_has_store:
+        message = (
+            "torchrun --max-restarts: needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
+            "environment, or what is started again reads stale addresses and hangs"
+        )
+        raise LaunchError(message)
 
 
 def _new_run_dir(job: Job, overrides: list[str]) -> Path:
@@ -201,17 +225,17 @@ def _new_run_dir(job: Job, overrides: list[str]) -> Path:
     return Path(str(config.compose_settings(job.name, overrides).hydra.run.dir))
 
 
-def _end(error: BaseException, run_dir: Path | None) -> int:
+def _end(error: BaseException, run_dir: Path | None, launcher: str) -> int:
     """Say in one line why a rank under torchrun ends, and return its exit status.
 
     torchrun ends the others as soon as one is gone, so local rank 0 speaks and they wait.  Who
     failed first leaves its end in the run directory; who merely lost it adds nothing.
     """
     status, line = ends.status(error)
-    if isinstance(error, PeerLostError) and (first := ends.recorded(run_dir)) is not None:
-        return first
+    if isinstance(error, PeerLostError) and (first := ends.recorded(run_dir, launcher)):
+        return first.status
     if run_dir is not None:
-        ends.record(run_dir, status, line, host.place().rank)
+        ends.record(run_dir, status, line, host.place().rank, launcher)
     if status == 1:
         traceback.print_exception(error)
     if not host.speaks():
@@ -320,16 +344,16 @@ def _launched(job: Job, cfg: DictConfig, *, checked: bool) -> float:
         try:
             results = elastic_launch(agent, _rank)(job, asdict(settings), str(run_dir))
         except SignalException as error:  # Hydra would take it for a failed job and go on
-            ends.raise_stopped(kept)
+            ends.raise_final(kept)
             message = f"signal {error.sigval}"
             raise KeyboardInterrupt(message) from None
         except ChildFailedError as error:
-            ends.raise_stopped(kept)
+            ends.raise_final(kept)
             cause = ends.cause(error)
             rank, _ = error.get_first_failure()
             ends.record(kept, cause.status, str(cause), rank)
             raise cause from None
-    ends.raise_stopped(kept)
+    ends.raise_final(kept)
     return next(iter(results.values()))
 
 
@@ -349,19 +373,25 @@ def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
     """Run in each process that the agent starts."""
     settings = config.to_object(job.name, OmegaConf.create(plain))
     host.die_with_launcher()
-    if host.place().attempt and ends.recorded(Path(run_dir)) == StoppedError.status:
-        return math.nan  # asked to stop, not lost: the agent takes any end but 0 for a failure
-    prepared = job.prepare(settings, None)
+    kept = Path(run_dir) if job.keeps_runs else None
+    attempt = host.place().attempt
+    if attempt and ends.final(ends.recorded(kept)):
+        return math.nan  # not to be tried again: the agent takes any end but 0 for a failure
     try:
-        with _opened(settings) as ranks:
-            return _work(job, prepared, settings, ranks, Path(run_dir))
+        store = mesh.meet({}, settings.comm.timeout).store
+        prepared = job.prepare(settings, None)
+        with _opened(settings, store) as ranks:
+            return _work(job, prepared, settings, ranks, Path(run_dir), attempt)
     except StoppedError as error:
         # Each says so: the first that leaves may take the others along.
-        ends.record(Path(run_dir), error.status, str(error), host.place().rank)
+        ends.record(kept, error.status, str(error), host.place().rank)
         # To return would be to wait for an agent that is shutting down and asks for no result.
         sys.exit(error.status)
     except PeerLostError as error:
         _let_others_speak(error)  # the lost rank's own end comes first
+        raise
+    except RunError as error:
+        ends.record(kept, error.status, str(error), host.place().rank)
         raise
 
 
@@ -387,18 +417,25 @@ def _opened(settings: Any, store: Store | None = None) -> AbstractContextManager
     )
 
 
-def _work(job: Job, prepared: Any, settings: Any, ranks: Mesh, run_dir: Path) -> float:
+def _work(
+    job: Job, prepared: Any, settings: Any, ranks: Mesh, run_dir: Path, attempt: int
+) -> float:
     if ranks.rank == 0:
         print(f"modelpar: {ranks.describe()}, {settings.precision}", flush=True)  # noqa: T201
         if complaint := host.crowding(ranks.threads):
             ends.say(complaint)
-        if attempt := host.place().attempt:
+        if attempt:
             ends.say(f"a process was lost; all were started again, for the {attempt}. time")
     try:
         objective = job.work(prepared, settings, ranks, run_dir)
         # All leave together: an agent waits without end for one that stands still after the rest.
         mesh.gather_text("", ranks)
         return objective  # noqa: TRY300
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        message = f"{run_dir}: {error.strerror}; make room, what is saved is as it was"
+        raise CheckpointError(message) from None
     except RuntimeError as error:
         if not host.is_out_of_memory(error):
             raise

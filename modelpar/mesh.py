@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 AXES: Final = ("replica", "column")
 TEXT_BYTES: Final = 4096
 CALL_BYTES: Final = 128  # of a collective's name, shape and number
+PREPARING: Final = timedelta(hours=12)  # a host may have to read all images first
 DISK_PATIENCE: Final = 10  # times ``comm.timeout``
 CARRIED: Final = (
     torch.float32,
@@ -124,21 +125,34 @@ class Mesh:
         )
 
 
-def meet(same: Mapping[str, Any]) -> dist.Store | None:
-    """Find the other processes and see that ``same`` is the same on all; None for one alone.
+@dataclass(frozen=True)
+class Meeting:
+    """What the processes found when they met: a store for ``opened``, the same on all."""
 
-    ``same``: what they must agree on, by name, as JSON knows it.  The store that is returned is
-    for ``opened``.  Raises LaunchError, within ``host.MEETING`` s for an address where no one is.
+    store: dist.Store | None = None
+    attempt: int = 0  # how often any of them was started again
+    launcher: str = ""  # which start of a launcher this is, by rank 0's word
+
+
+def meet(same: Mapping[str, Any], timeout: float = 120.0) -> Meeting:
+    """Find the other processes and see that ``same`` is the same on all.
+
+    ``same``: what they must agree on, by name, as JSON knows it.  Where no launcher vouches for
+    the address a process tries it for ``host.MEETING`` s, else for ``timeout``.  Raises
+    LaunchError.
     """
     where = host.place()
     if where.size == 1:
-        return None
+        return Meeting(None, where.attempt, host.launcher())
     address, port = host.master()
-    host.check_network(where)
-    patience = timedelta(seconds=host.MEETING)
+    host.check_network(where, timeout)
+    patience = timedelta(seconds=max(timeout, host.MEETING))
+    mine = {"attempt": where.attempt, "launcher": host.launcher(), "same": same}
     try:
+        # Agents count their restarts each for itself; a store that is rank 0's is a new one.
+        prefix = f"modelpar/{where.attempt}" if where.agent_has_store else "modelpar"
         store = dist.PrefixStore(
-            f"modelpar/{where.attempt}",
+            prefix,
             dist.TCPStore(
                 address,
                 port,
@@ -151,26 +165,39 @@ def meet(same: Mapping[str, Any]) -> dist.Store | None:
         if store.add(f"rank {where.rank}", 1) > 1:
             message = f"RANK={where.rank}: two processes say so; number them 0 to {where.size - 1}"
             raise LaunchError(message)
-        store.set(f"same {where.rank}", json.dumps(same))
-        store.wait([f"same {rank}" for rank in range(where.size)], patience)
-        told = [json.loads(store.get(f"same {rank}")) for rank in range(where.size)]
-        store.set(f"read {where.rank}", "")  # rank 0 may take the store along when it ends
-        store.wait([f"read {rank}" for rank in range(where.size)], patience)
+        told = [json.loads(text) for text in _exchange(store, "same", json.dumps(mine), where)]
+        store.set(f"read {where.rank}", "")
+        if where.rank == 0:  # it may take the store along when it ends
+            store.wait([f"read {rank}" for rank in range(where.size)])
     except (RuntimeError, ValueError) as error:
         message = (
             f"rank {where.rank} of {where.size}: the processes did not meet at {address}:{port} "
             f"({one_line(error).partition('. ')[0][:200]})"
         )
         raise LaunchError(message) from None
-    for rank, other in enumerate(told):
-        for key in told[0].keys() | other.keys():
-            if other.get(key) != told[0].get(key):
+    first = told[0]["same"]
+    for rank, other in enumerate(one["same"] for one in told):
+        for key in first.keys() | other.keys():
+            here, there = (json.dumps(one.get(key)) for one in (other, first))
+            if here != there:
                 message = (
-                    f"rank {rank} has {key}={other.get(key)}, rank 0 {key}={told[0].get(key)}; "
-                    "start all with the same"
+                    f"rank {rank} has {key}={here}, rank 0 has {there}; start all with the same"
                 )
                 raise LaunchError(message)
-    return store
+    return Meeting(store, max(one["attempt"] for one in told), told[0]["launcher"])
+
+
+def _exchange(
+    store: dist.Store, key: str, text: str, where: host.Place, patience: timedelta | None = None
+) -> list[str]:
+    """Tell the store ``text`` under ``key``; return all ranks', as soon as all have told it."""
+    keys = [f"{key} {rank}" for rank in range(where.size)]
+    store.set(keys[where.rank], text)
+    if patience is None:
+        store.wait(keys)
+    else:
+        store.wait(keys, patience)
+    return [store.get(one).decode() for one in keys]
 
 
 @contextmanager
@@ -207,9 +234,12 @@ def opened(
     if kind == "cuda" and not dist.is_nccl_available():
         message = "this torch has no NCCL for GPUs to talk by; install another, or device=cpu"
         raise LaunchError(message)
-    store = store or meet({})
+    store = store or meet({}, timeout).store
     wait = timedelta(seconds=timeout)
     try:
+        if store is not None:
+            _exchange(store, "ready", "", where, PREPARING)
+            store.set_timeout(wait)
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
             timeout=wait,

@@ -13,10 +13,10 @@ from modelpar import stop
 from modelpar.config import without_secrets
 from modelpar.errors import CheckpointError, DivergedError, StoppedError
 from modelpar.host import compiler_complaint
-from modelpar.images.augment import Lens
+from modelpar.images.augment import Lens, Statistics
 from modelpar.images.loader import TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.mesh import Mesh, first_complaint, gather_text, sum_over
+from modelpar.mesh import Mesh, digest, first_complaint, gather_text, sum_over
 from modelpar.net.alexnet import Column, check_state
 from modelpar.net.paper import settings_of
 from modelpar.training import checkpoint, runs
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from modelpar.images.loader import Batch
     from modelpar.settings import TrainSettings
+    from modelpar.training.metrics import Errors
 
 
 def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path) -> float:
@@ -44,8 +45,9 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
     left as it is.  A collective of the whole mesh.
     """
     with stop.heeded() as request:
-        training = _Training(settings, prepared, mesh, run_dir, Watch(mesh, request))
         start = find_start(settings, prepared, run_dir)
+        stats = _agreed_statistics(start, prepared, mesh)
+        training = _Training(settings, prepared, stats, mesh, run_dir, Watch(mesh, request))
         over = start is not None and start.step >= training.total
         if start is not None and over and not start.manifest.get("untested"):
             if mesh.rank == 0:
@@ -54,13 +56,39 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
             return math.nan if top1 is None else float(top1)
         if start is not None:
             training.resume(start)
-        try:
-            with runs.begun(run_dir, asdict(settings), mesh):
+        with runs.begun(run_dir, asdict(settings), mesh):
+            try:
                 if mesh.rank == 0:
                     training.open_monitor()
                 return training.run()
-        finally:
-            training.close()
+            finally:
+                training.close()
+
+
+def _agreed_statistics(
+    start: checkpoint.Checkpoint | None, prepared: Prepared, mesh: Mesh
+) -> Statistics:
+    """Return mean image and colours, the checkpoint's own where there is one.
+
+    A collective of the whole mesh: raises CheckpointError, on every process alike, where they
+    would not start from the same.
+    """
+    stats, complaint = prepared.statistics, ""
+    try:
+        if start is not None:
+            stats = Statistics(**checkpoint.read_statistics(start))
+    except CheckpointError as error:
+        complaint = str(error)
+    if complaint := first_complaint(complaint, mesh):
+        raise CheckpointError(complaint)
+    own = (start.digest if start else "none", digest([stats.mean, stats.std, stats.axes]))
+    if len(set(gather_text(repr(own), mesh))) > 1:
+        message = (
+            "the processes see different checkpoints or mean images; give them one disk to share, "
+            "or one cache_dir"
+        )
+        raise CheckpointError(message)
+    return stats
 
 
 class _Training:
@@ -70,12 +98,13 @@ class _Training:
         self,
         settings: TrainSettings,
         prepared: Prepared,
+        stats: Statistics,
         mesh: Mesh,
         run_dir: Path,
         watch: Watch,
     ) -> None:
         self.settings, self.mesh, self.run_dir, self.watch = settings, mesh, run_dir, watch
-        images, stats, plan = prepared.images, prepared.statistics, prepared.plan
+        images, plan = prepared.images, prepared.plan
         self.images, self.stats, self.plan = images, stats, plan
         data, device = chosen_data(settings.data, settings.model), mesh.device
         self.data = data
@@ -194,9 +223,9 @@ class _Training:
             due = self._due()
             saves = ends or asked or bool(self.save_every and self.step % self.save_every == 0)
             logs = (self.step - 1) % self.settings.log_every == 0
-            if logs or saves:
+            if logs:
                 row = self._row(loss, epoch, rates)
-                if logs and self.monitor:
+                if self.monitor:
                     shown = {name: rates[name] for name in self.learner.schedule.shown}
                     self.monitor.train(row | meter.take(), shown)
             if due or ends:
@@ -267,26 +296,36 @@ class _Training:
 
     def _evaluate(self) -> int:
         """Evaluate, record, tell the schedule; return the signal that broke it off, else 0."""
+        views = self.settings.views if self.step == self.total else 1
+        due = self._due()  # never at an end that a longer run would not have
         try:
-            errors = evaluate(
-                self.learner.net,
-                self.mesh,
-                self._watched_tests(),
-                self.lens,
-                views=self.settings.views if self.step == self.total else 1,
-                precision=self.settings.precision,
-            )
+            errors = central = self._errors(1) if due or views == 1 else None
+            if views > 1:
+                errors = self._errors(views)
         except _BrokenOffError as broken:
             return broken.asked
-        if not math.isfinite(errors.loss):
-            self._diverged(self.step, f"the test loss is {errors.loss}")
+        assert errors is not None  # noqa: S101 - by one view or by several
         self.last, self.tested, self.untested = errors.top1, self.step, False
         if self.monitor:
             self.monitor.test(self.step, errors, self.plan.num_classes)
-        if self._due():  # never at an end that a longer run would not have
+        if due and central is not None:
             epoch = self.step // len(self.order) - 1
-            self.learner.schedule.plateau.observe(epoch, errors.top1)
+            self.learner.schedule.plateau.observe(epoch, central.top1)
         return 0
+
+    def _errors(self, views: int) -> Errors:
+        """Return the errors over the test images; raises DivergedError, _BrokenOffError."""
+        errors = evaluate(
+            self.learner.net,
+            self.mesh,
+            self._watched_tests(),
+            self.lens,
+            views=views,
+            precision=self.settings.precision,
+        )
+        if not math.isfinite(errors.loss):
+            self._diverged(self.step, f"the test loss is {errors.loss}")
+        return errors
 
     def _watched_tests(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the test batches; an evaluation may take longer than a scheduler waits."""
@@ -350,16 +389,10 @@ class _Training:
             velocities = checkpoint.read_part(start, "velocities", column)
             check_state(self.learner.net, weights, str(start.folder))
             check_state(self.learner.net, velocities, f"{start.folder}, velocities", learnt=True)
-            checkpoint.read_statistics(start)  # a damaged file is no part of a good checkpoint
         except CheckpointError as error:
             complaint = str(error)
         if complaint := first_complaint(complaint, self.mesh):
             raise CheckpointError(complaint)
-        if len(set(gather_text(start.digest, self.mesh))) > 1:
-            message = (
-                f"{start.folder}: the processes see different checkpoints there; share a disk"
-            )
-            raise CheckpointError(message)
         self.learner.load(weights, velocities)
         self.learner.schedule.load(start.manifest["schedule"])
         self.step = start.step

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -130,11 +131,13 @@ class Monitor:
             self.board.flush()
 
     def close(self) -> None:
-        """End the bar and close the files."""
+        """End the bar and close the files, as far as the disk allows."""
         self.bar.close()
-        self.file.close()
-        if self.board:
-            self.board.close()
+        with suppress(OSError):
+            self.file.close()
+        with suppress(OSError):
+            if self.board:
+                self.board.close()
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")

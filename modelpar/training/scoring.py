@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import safetensors
@@ -163,7 +163,7 @@ def export(path: str, out: Path) -> str:
     check_state(AlexNet(trained.plan, seed=0), weights, path)
     told = {
         "plan": settings_of(trained.plan),
-        "data": OmegaConf.to_container(OmegaConf.structured(trained.data)),
+        "data": config.without_secrets(asdict(trained.data)),
         **{key: getattr(trained, key) for key in TOLD},
     }
     unfinished = out.with_name(f".{out.name}.part")

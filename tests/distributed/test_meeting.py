@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -31,14 +32,14 @@ def met(ranks: Mesh, port: int, seed_of_rank_1: int = 0) -> tuple[str, float]:
     host.MEETING = 5.0  # type: ignore[misc]
     began = time.monotonic()
     try:
-        store = mesh.meet({"torch": "2.99", "seed": ranks.rank * seed_of_rank_1})
+        met = mesh.meet({"torch": "2.99", "seed": ranks.rank * seed_of_rank_1}, timeout=5)
     except LaunchError as error:
         return str(error), time.monotonic() - began
     finally:
         os.environ.clear()
         os.environ.update(before)
         host.MEETING = 25.0  # type: ignore[misc]
-    assert store is not None
+    assert met.store is not None
     return "", time.monotonic() - began
 
 
@@ -49,7 +50,7 @@ def test_all_meet(pair: Ranks, two_pairs: Ranks) -> None:
 
 def test_what_differs_is_named_on_both(pair: Ranks) -> None:
     one, other = pair.run(met, free_port(), 1)
-    assert one[0] == other[0] == "rank 1 has seed=1, rank 0 seed=0; start all with the same"
+    assert one[0] == other[0] == "rank 1 has seed=1, rank 0 has 0; start all with the same"
 
 
 def alone(ranks: Mesh, port: int) -> tuple[str, float]:
@@ -142,3 +143,22 @@ def counted(ranks: Mesh) -> Any:
 
 def test_all_are_told_in_rank_order(two_pairs: Ranks) -> None:
     assert two_pairs.run(counted) == [[(0,), (1,), (2,), (3,)]] * 4
+
+
+def attempted(ranks: Mesh, port: int) -> tuple[int, str]:
+    """Agents count restarts each for itself: rank 1 was started again, rank 0 was not."""
+    before = dict(os.environ)
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_RESTART_COUNT=str(ranks.rank))
+    try:
+        met = mesh.meet({"lr": math.nan}, timeout=5)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return met.attempt, met.launcher
+
+
+def test_who_was_started_again_is_met_all_the_same(pair: Ranks) -> None:
+    one, other = pair.run(attempted, free_port())
+    assert one == other
+    assert one[0] == 1
+    assert one[1].rpartition(" ")[2] == str(os.getpid())

@@ -451,7 +451,8 @@ class Harm:
                 f"COMMAND; code=$?; rm -f {disk}/fill; mkdir {out}; cp -r {disk}/run {out}/; "
                 "exit $code"
             )
-            run = Run(self.place, f"disk-{number}/run", "checkpoint_every=4", under=script)
+            words = ["checkpoint_every=4", f"monitor.tensorboard={str(number % 3 == 0).lower()}"]
+            run = Run(self.place, f"disk-{number}/run", *words, under=script)
             code = run.end()
             run.run_dir = out / "run"
             if code not in {0, 4} or (code == 4 and len(run.lines()) != 2):

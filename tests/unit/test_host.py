@@ -87,6 +87,7 @@ LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_
         ("MASTER_PORT", "http", "MASTER_PORT=http: the launcher must set a whole number"),
         ("MASTER_ADDR", "no-such-host.invalid", "MASTER_ADDR=no-such-host.invalid"),
         ("MASTER_PORT", "1", "Connection refused"),
+        ("MASTER_PORT", "70000", "MASTER_PORT=70000: give 1 to 65535"),
         ("GLOO_SOCKET_IFNAME", "eth77", "GLOO_SOCKET_IFNAME=eth77: this host has "),
     ],
 )
@@ -102,7 +103,7 @@ def test_a_launchers_mistake_is_one_line(
         monkeypatch.setenv(name, value)
     began = time.monotonic()
     with pytest.raises(LaunchError) as error:
-        host.check_network(host.place())
+        host.check_network(host.place(), 1.0)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
     assert time.monotonic() - began < 25  # however long names take to be looked up
@@ -112,7 +113,7 @@ def test_who_listens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
-        host.check_network(host.Place(1, 2))
+        host.check_network(host.Place(1, 2), 1.0)
 
 
 def test_loaders_that_do_not_fit_into_shared_memory_are_refused(
@@ -146,7 +147,11 @@ def test_out_of_memory_is_known() -> None:
 def test_a_rank_whose_launcher_is_gone_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not host.orphaned()
     monkeypatch.setattr("os.getppid", lambda: 1)
+    assert not host.orphaned()  # no torchrun: the first process of a container may start it
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     assert host.orphaned()
+    with pytest.raises(LaunchError, match="the launcher is gone"):
+        host.die_with_launcher()
     monkeypatch.setattr("multiprocessing.parent_process", lambda: SimpleNamespace(pid=7))
     assert host.orphaned()
     monkeypatch.setattr("os.getppid", lambda: 7)
