@@ -88,7 +88,7 @@ WORDS = [
     ("2 infinite", ["recipe.lr=inf"], 2, "recipe.lr=inf: give a finite number"),
     ("2 negative", ["recipe.lr=-1"], 2, "recipe.lr=-1"),
     ("3 no batch", ["batch_size=0"], 2, "batch_size=0: give 1 or more"),
-    ("3 batch over data", ["batch_size=64"], 2, "the data has only 40"),
+    ("3 batch over data", ["batch_size=640"], 2, "the data has only"),
     ("4 epochs", ["epochs=-3"], 2, "epochs=-3"),
     ("5 classes", ["model.num_classes=3"], 2, "data=imagefolder has 2 classes"),
     ("6 columns", ["columns=3"], 2, "columns=3: give one of 1, 2"),
@@ -197,7 +197,7 @@ DATA: list[tuple[str, Callable[[Path], None], str]] = [
     ("21 a huge bomb", huge_bomb, "3.png: not a readable image"),
     ("23 no 8 bits", float_pixels, "big.tiff: not a readable image (mode F"),
     ("29 name", strange_name, ".png: not a readable image"),
-    ("30 changed", changed, "not the images that run/checkpoints/step-00000002 was trained on"),
+    ("30 changed", changed, "not the images that run/checkpoints/step-000000"),
 ]
 
 
