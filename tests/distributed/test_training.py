@@ -53,7 +53,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in keep if key in row} for row in found]
 
 
-@pytest.mark.parametrize("recipe", ["paper", "code2012"])
+@pytest.mark.parametrize("recipe", [pytest.param("paper", marks=pytest.mark.slow), "code2012"])
 def test_resume_is_exact_over_epochs_and_their_ends(
     pair: Ranks, images: Path, tmp_path: Path, recipe: str
 ) -> None:
@@ -179,7 +179,6 @@ def poisoned(mesh: Mesh, words: list[str], run_dir: str, layer: str, what: str) 
     ("layer", "what", "named"),
     [
         ("conv4", "weight", "conv4.weight is not finite in column 1"),
-        ("conv2", "maps", "what conv2 gives is not finite in column 1"),
         ("fc7", "maps", "what fc7 gives is not finite in column 1"),
         ("conv2", "gradient", "the gradient of conv2.weight is not finite in column 1"),
     ],

@@ -188,7 +188,12 @@ def interrupted(mesh: Mesh, words: list[str], run_dir: str, step: int, where: st
 
 @pytest.mark.parametrize(
     ("step", "where", "saved"),
-    [(2, "step", 3), (4, "step", 5), (4, "evaluation", 5), (9, "evaluation", 10)],
+    [
+        (2, "step", 3),
+        pytest.param(4, "step", 5, marks=pytest.mark.slow),
+        (4, "evaluation", 5),
+        pytest.param(9, "evaluation", 10, marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_and_resumed_equals_never_stopped(
     pair: Ranks, images: Path, tmp_path: Path, step: int, where: str, saved: int

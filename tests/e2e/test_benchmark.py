@@ -50,7 +50,7 @@ CROSSED = 4 * 4 * (2 * (128 * 9 + 128 + 2048) + 10)  # bytes: 64 pixels, 4 image
 @pytest.mark.parametrize(
     "contenders",
     [
-        ("plain", "ddp", "pair"),
+        ("ddp", "pair"),
         pytest.param(("plain", "layers", "tensor_parallel", "in_turn"), marks=pytest.mark.slow),
     ],
 )

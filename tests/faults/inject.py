@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 30, 5  # three epochs of ten steps, an evaluation after each
 HANG = 240.0  # s after which a run counts as hung
 TIMEOUT = 8  # comm.timeout where a process is stopped or cut off
-TOGETHER = 3  # tries at once where most of the time is waiting
+TOGETHER = 4  # tries at once: most of the time is waiting
 HOW = [
     "data=imagefolder",
     "model.image_size=64",
@@ -222,6 +222,7 @@ class Harm:
 
     def __init__(self, place: Path, tries: int, seed: int) -> None:
         self.place, self.tries = place, tries
+        self.seed = seed
         self.random = random.Random(seed)
         _images(place / "images")
         first = Run(place, "first")  # measures the mean image
@@ -248,10 +249,11 @@ class Harm:
             return f"{run.run_dir.name}: a step stands in metrics.jsonl twice, or not at all"
         return "" if ended == self.expected else f"{run.run_dir.name}: other weights"
 
-    def together(self, one: Callable[[int], None]) -> None:
-        """Do the tries, several at a time."""
+    def together(self, one: Callable[[int, random.Random], None]) -> None:
+        """Do the tries, several at a time, each with its own draws."""
+        draws = [random.Random(f"{self.seed} {one.__qualname__} {n}") for n in range(self.tries)]
         with ThreadPoolExecutor(TOGETHER) as pool:
-            list(pool.map(one, range(self.tries)))
+            list(pool.map(one, range(self.tries), draws))
 
     # -- killed, and started again by itself --
 
@@ -323,12 +325,13 @@ class Harm:
     def stop(self) -> Kind:
         """SIGTERM, SIGINT or SIGUSR1 to the launcher, to one rank, or to all."""
         kind = Kind("asked to stop, by TERM, INT or USR1")
-        for number in range(self.tries):
+
+        def one(number: int, draw: random.Random) -> None:
             run = Run(self.place, f"stop-{number}", torchrun=0 if number % 2 else None)
-            run.until(lambda run=run: run.step() > 0)
-            time.sleep(self.random.uniform(0, self.time / 3))
-            asked = self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-            who = self.random.choice(["launcher", "rank", "all"])
+            run.until(lambda: run.step() > 0)
+            time.sleep(draw.uniform(0, self.time / 3))
+            asked = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+            who = draw.choice(["launcher", "rank", "all"])
             ranks = run.ranks()
             whom = {"launcher": [run.process.pid], "rank": ranks[:1]}.get(
                 who, [run.process.pid, *ranks]
@@ -342,9 +345,11 @@ class Harm:
             own = 75 if number % 2 == 0 else 1  # torchrun flattens every status to 1
             if code not in {0, own}:
                 kind.add(f"{run.run_dir.name}: {asked.name} to {who}: status {code}")
-                continue
+                return
             kind.lost.append(max(0, step - run.saved()))
             self._goes_on(kind, run)
+
+        self.together(one)
         return kind
 
     def _goes_on(self, kind: Kind, run: Run) -> None:
@@ -359,15 +364,15 @@ class Harm:
         """SIGSTOP either rank: it lives, and does not answer."""
         kind = Kind(f"a rank stopped, comm.timeout={TIMEOUT}")
 
-        def one(number: int) -> None:
+        def one(number: int, draw: random.Random) -> None:
             run = Run(self.place, f"stopped-{number}", f"comm.timeout={TIMEOUT}")
             run.until(lambda: run.step() > 0)
-            time.sleep(self.random.uniform(0, self.time / 3))
+            time.sleep(draw.uniform(0, self.time / 3))
             ranks = run.ranks()
             if len(ranks) != 2:
                 self._goes_on(kind, run)
                 return
-            step, still = run.step(), self.random.choice(ranks)
+            step, still = run.step(), draw.choice(ranks)
             when = time.monotonic()
             os.kill(still, signal.SIGSTOP)
             code = run.end()
@@ -390,12 +395,12 @@ class Harm:
             print("  the wire cut: needs root and iproute2, left out")
             return kind
 
-        def one(number: int) -> None:
+        def one(number: int, draw: random.Random) -> None:
             with _Wire(self.place, f"cut-{number}", number) as wire:
                 if not wire.until(lambda: wire.run.step() > 0):
                     kind.add(f"{wire.name}: did not start: {wire.lines()}")
                     return
-                time.sleep(self.random.uniform(0, self.time / 3))
+                time.sleep(draw.uniform(0, self.time / 3))
                 step, when = wire.run.step(), time.monotonic()
                 wire.cut()
                 codes = wire.end()
@@ -412,10 +417,11 @@ class Harm:
     def launcher(self) -> Kind:
         """SIGKILL the launcher: its ranks must not live on."""
         kind = Kind("the launcher killed")
-        for number in range(self.tries):
+
+        def one(number: int, draw: random.Random) -> None:
             run = Run(self.place, f"launcher-{number}", torchrun=0 if number % 2 else None)
-            run.until(lambda run=run: len(run.ranks()) == 2)
-            time.sleep(self.random.uniform(0, self.time))
+            run.until(lambda: len(run.ranks()) == 2)
+            time.sleep(draw.uniform(0, self.time))
             ranks, step, when = run.ranks(), run.step(), time.monotonic()
             run.process.kill()
             run.process.wait()
@@ -423,10 +429,12 @@ class Harm:
                 time.sleep(0.05)
             if any(map(alive, ranks)):
                 kind.add(f"{run.run_dir.name}: orphans")
-                continue
+                return
             kind.noticed.append(time.monotonic() - when)
             kind.lost.append(max(0, step - run.saved()))
             self._goes_on(kind, run)
+
+        self.together(one)
         return kind
 
     # -- disks and files --
@@ -437,11 +445,12 @@ class Harm:
         if os.geteuid() != 0:
             print("  the disk full: needs root, left out")
             return kind
-        for number in range(self.tries):
+
+        def one(number: int, draw: random.Random) -> None:
             disk, out = self.place / f"disk-{number}", self.place / f"left-{number}"
             disk.mkdir()
-            size = self.random.randint(200, 560)  # MB; a checkpoint here has 162
-            wait = self.random.uniform(0, 0.5)
+            size = draw.randint(200, 560)  # MB; a checkpoint here has 162
+            wait = draw.uniform(0, 0.5)
             fill = (
                 f"(until ls {disk}/run/checkpoints/.tmp-* >/dev/null 2>&1; do sleep .02; done; "
                 f"sleep {wait:.2f}; dd if=/dev/zero of={disk}/fill bs=1M >/dev/null 2>&1) & "
@@ -462,6 +471,8 @@ class Harm:
             else:
                 kind.add(self._whole(run) or self._room_again(number))
             shutil.rmtree(out, ignore_errors=True)
+
+        self.together(one)
         return kind
 
     def _whole(self, run: Run) -> str:
@@ -481,7 +492,7 @@ class Harm:
         source = self.place / "once"
         (newest,) = sorted((source / "checkpoints").glob("step-*"))[-1:]
         names = sorted(path.name for path in newest.iterdir())
-        for number in range(max(self.tries, len(names))):
+        for number in range(max(self.tries, len(names))):  # each file at least once
             name = names[number % len(names)]
             place = self.place / "flipped"
             shutil.copytree(source, place, copy_function=os.link)

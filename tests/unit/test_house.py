@@ -19,7 +19,6 @@ FLOORS = [
     ["net.paper"],
     ["net.crossing", "net.layers"],
     ["net.alexnet"],
-    ["net.baselines"],
     ["images.order", "images.augment"],
     ["images.samples"],
     ["images.statistics"],
