@@ -42,6 +42,7 @@ ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 30, 5  # three epochs of ten steps, an evaluation after each
 HANG = 240.0  # s after which a run counts as hung
 TIMEOUT = 8  # comm.timeout where a process is stopped or cut off
+ONE_LINE = 10.0  # s within which wrong input should be told, on a busy machine too
 TOGETHER = 4  # tries at once: most of the time is waiting
 HOW = [
     "data=imagefolder",
@@ -537,6 +538,8 @@ class Harm:
             )
             took = time.monotonic() - began
             kind.noticed.append(took)
+            if took > ONE_LINE:
+                print(f"  {name}: {took:.1f} s")
             now = {os.fsencode(path): path.lstat().st_mtime_ns for path in place.rglob("*")}
             lines = done.stderr.decode(errors="replace").splitlines()
             fine = (
