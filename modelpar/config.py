@@ -30,6 +30,7 @@ from modelpar.settings import (
     WIRE_DTYPES,
     BenchmarkSettings,
     CommSettings,
+    CompareSettings,
     CrossingSettings,
     DataSettings,
     EvaluateSettings,
@@ -212,6 +213,14 @@ def validate_export(settings: ExportSettings) -> None:
     _check_writable("out", out.parent)
 
 
+def validate_compare(settings: CompareSettings) -> None:
+    """Raise SettingsError where there is nothing to compare, or nowhere to write."""
+    if not settings.runs:
+        message = "runs=[]: give run directories, sweeps of them, or globs"
+        raise SettingsError(message)
+    _check_writable("out", Path(settings.out))
+
+
 def validate_benchmark(settings: BenchmarkSettings) -> None:
     """Raise SettingsError for the first value of ``settings`` that no benchmark can have."""
     _validate_process(settings)
@@ -336,6 +345,7 @@ VALIDATORS: Final[dict[str, Validator]] = {
     "evaluate": validate_evaluate,
     "benchmark": validate_benchmark,
     "export": validate_export,
+    "compare": validate_compare,
 }
 
 

@@ -197,11 +197,20 @@ class ExportSettings:
     out: str = MISSING
 
 
+@dataclass
+class CompareSettings:
+    """``conf/compare.yaml``: everything that ``modelpar.compare`` can be told."""
+
+    runs: list[str] = MISSING  # run directories, sweeps of them, globs
+    out: str = MISSING
+
+
 SCHEMAS: Final = {
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
     "benchmark": BenchmarkSettings,
     "export": ExportSettings,
+    "compare": CompareSettings,
 }
 PRECISIONS: Final = ("float32", "bfloat16", "float64")
 WIRE_DTYPES: Final = ("float32", "bfloat16", "float16", "float64")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from modelpar.config import without_secrets
 from modelpar.errors import CheckpointError, SettingsError, one_line
@@ -41,7 +42,7 @@ def check_same(run_dir: Path, settings: Mapping[str, Any], resume: str) -> None:
         raise SettingsError(message)
     try:
         before = OmegaConf.load(run_dir / CONFIG)
-    except (OSError, ValueError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         message = f"{run_dir / CONFIG}: cannot be read ({one_line(error)}); give a new folder"
         raise SettingsError(message) from None
     now = OmegaConf.create(dict(settings))

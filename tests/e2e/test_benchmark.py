@@ -50,8 +50,10 @@ CROSSED = 4 * 4 * (2 * (128 * 9 + 128 + 2048) + 10)  # bytes: 64 pixels, 4 image
 @pytest.mark.parametrize(
     "contenders",
     [
-        ("ddp", "pair"),
-        pytest.param(("plain", "layers", "tensor_parallel", "in_turn"), marks=pytest.mark.slow),
+        ("plain", "pair"),
+        pytest.param(
+            ("plain", "layers", "ddp", "tensor_parallel", "in_turn"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_every_contender_takes_its_turn(tmp_path: Path, contenders: tuple[str, ...]) -> None:

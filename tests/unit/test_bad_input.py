@@ -217,6 +217,16 @@ def test_wrong_images(
     assert contents(place) == before
 
 
+def test_a_damaged_record_of_settings_is_named(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (place / "run/config.yaml").unlink()
+    (place / "run/config.yaml").write_text("{ no")
+    code, line = told("train", [*SMALL, "run_dir=run"], capfd)
+    assert code == 2
+    assert "run/config.yaml: cannot be read" in line
+
+
 @pytest.mark.parametrize("mode", ["I;16", "RGBA", "P", "LA", "CMYK", "1"])
 def test_odd_images_are_rgb_all_the_same(place: Path, mode: str) -> None:
     """22 to 25: whatever their mode, an odd EXIF block, a JPEG that is named PNG."""

@@ -31,12 +31,15 @@ FLOORS = [
     ["training.diagnosis", "training.start"],
     ["training.loop"],
     ["training.scoring"],
+    ["studies.gather"],
+    ["studies.table"],
+    ["studies.page"],
     ["bench.wire", "bench.anatomy", "bench.contenders"],
     ["bench.worlds", "bench.picture"],
     ["bench.rounds", "bench.report"],
     ["ends"],
     ["launch"],
-    ["train", "evaluate", "benchmark", "export"],
+    ["train", "evaluate", "benchmark", "export", "compare"],
 ]
 HEIGHT = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(
