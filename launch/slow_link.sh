@@ -23,7 +23,7 @@ for number in 0 1; do
   ip -n "${hosts[number]}" link set wire up
   ip -n "${hosts[number]}" link set lo up
 done
-export MASTER_ADDR=10.78.0.1 GLOO_SOCKET_IFNAME=wire
+export MASTER_ADDR=10.78.0.1 GLOO_SOCKET_IFNAME=wire TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [ "$main" = modelpar.benchmark ]; then # it sets the rates itself, one after another
   python -m "$main" "link.hosts=[${hosts[0]},${hosts[1]}]" "link.rates=[$rates]" "$@"
   exit
@@ -34,7 +34,8 @@ for number in 1 0; do
   tc -n "$host" qdisc replace dev wire root tbf rate "${rates}mbit" latency 50ms \
     burst $((rates > 500 ? rates * 250 : 131072)) # 2 ms at that rate, two large segments at least
   ip netns exec "$host" torchrun --nnodes 2 --node-rank "$number" --nproc-per-node 1 \
-    --master-addr "$MASTER_ADDR" --master-port 29512 -m "$main" \
+    --master-addr "$MASTER_ADDR" --master-port 29512 --shutdown-timeout 120 \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m "$main" \
     "threads=$((cores > 1 ? cores / 2 : 1))" "$@" &
   last=$!
 done

@@ -123,6 +123,9 @@ def _explain(main: str, error: Exception) -> str:
     cause = error.__cause__ or error
     text = one_line(cause)
     key = getattr(cause, "full_key", None) or ""
+    if unquoted := re.search(r"LexerNoViableAltException: ([^=]*)=(.*?)\s*\^", text):
+        name, value = unquoted.groups()
+        return f"{name}={value}: has a character that must be quoted; give '{name}=\"{value}\"'"
     if missing := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, name = missing.groups()
         refuse_choice(
@@ -292,8 +295,12 @@ def _at_least(least: int, **values: int | None) -> None:
 
 def _check_writable(key: str, folder: Path) -> None:
     existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    try:
+        while not existing.exists():
+            existing = existing.parent
+    except OSError as error:
+        message = f"{key}={folder}: {error.strerror}; give another folder"
+        raise SettingsError(message) from None
     if not existing.is_dir():
         message = f"{key}={folder}: {existing} is a file; give a folder"
         raise SettingsError(message)
@@ -316,7 +323,7 @@ def cache_dir(setting: str | None) -> Path:
 
 
 SECRET: Final = re.compile(
-    r"SECRET|TOKEN|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE
+    r"SECRET|TOKEN|PASSW|_PWD|CREDENTIAL|KEY$|PRIVATE|DATABASE_UR[IL]", re.IGNORECASE
 )
 SHORT: Final = 6  # characters: below, a value is found in too many texts
 

@@ -169,10 +169,16 @@ def _of_torchvision(
             size,
             _digest(content.encode(), str(size).encode()),
         )
-    names = "\n".join(
-        f"{Path(path).relative_to(root)} {label} {Path(path).stat().st_size}"
-        for path, label in [*train.samples, *test.samples]
-    )
+    try:
+        names = "\n".join(
+            f"{Path(path).relative_to(root)} {label} {Path(path).stat().st_size}"
+            for path, label in [*train.samples, *test.samples]
+        )
+    except OSError as error:  # a link to nothing, as git-annex leaves
+        message = (
+            f"{error.filename}: not a readable image ({error.strerror}); remove or replace it"
+        )
+        raise DataError(message) from None
     return ImageSet(
         settings.name,
         Resized(train.samples.__getitem__, len(train.samples), size),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import safetensors.torch
@@ -10,7 +11,7 @@ from filelock import AcquireReturnProxy, FileLock
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from modelpar.errors import DataError, one_line
+from modelpar.errors import CheckpointError, DataError, one_line
 from modelpar.images.augment import Statistics, principal_colours
 
 if TYPE_CHECKING:
@@ -43,17 +44,28 @@ def statistics(images: ImageSet, cache: Path, workers: int = 0) -> Statistics:
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
-                found = _measure(images, workers)
-                unfinished = path.with_suffix(".part")
-                safetensors.torch.save_file(
-                    {"mean": found.mean, "std": found.std, "axes": found.axes}, unfinished
-                )
-                unfinished.replace(path)
+                _keep(_measure(images, workers), path)
     try:
         return Statistics(**safetensors.torch.load_file(path))
     except (OSError, TypeError, safetensors.SafetensorError) as error:
         message = f"{path}: damaged ({one_line(error)}); remove it, it is computed again"
         raise DataError(message) from None
+
+
+def _keep(found: Statistics, path: Path) -> None:
+    unfinished = path.with_suffix(".part")
+    tensors = {"mean": found.mean, "std": found.std, "axes": found.axes}
+    try:
+        safetensors.torch.save_file(tensors, unfinished)
+        unfinished.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        message = (
+            f"cache_dir={path.parents[1]}: the mean image cannot be kept ({one_line(error)}); "
+            "make room, or give another cache_dir"
+        )
+        raise CheckpointError(message) from None
 
 
 def _measure(images: ImageSet, workers: int) -> Statistics:

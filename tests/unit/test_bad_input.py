@@ -76,7 +76,7 @@ def told(main: str, words: list[str], capfd: pytest.CaptureFixture[str]) -> tupl
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file with its size and time."""
     return {
-        os.fsdecode(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        os.fsdecode(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
         for path in folder.rglob("*")
     }
 
@@ -99,7 +99,9 @@ WORDS = [
     ("8 activation", ["model.activation=gelu"], 2, "model.activation=gelu"),
     ("10 a list", ["seed=0,1"], 2, "add -m to sweep"),
     ("11 a new key", ["+momentum=1"], 2, "momentum"),
+    ("11 unquoted", ["run_dir=~/x"], 2, """give 'run_dir="~/x"'"""),
     ("12 environment", ["data.root=${oc.env:NO_SUCH_ROOT}"], 2, "NO_SUCH_ROOT"),
+    ("13 too long", ["run_dir=" + "x" * 300], 2, "File name too long"),
     ("13 below a file", ["run_dir=images/train/dark/0.png/run"], 2, "is a file; give a folder"),
     ("14 another run", ["run_dir=run", "seed=5"], 2, "holds a run with seed=0, not 5"),
     ("14 other things", ["run_dir=images"], 2, "which is no run's; give a new folder"),
@@ -111,6 +113,7 @@ WORDS = [
     ("16 empty root", ["data.root=run/log"], 3, "data.root=run/log"),
     ("31 no checkpoint", ["resume=nowhere"], 4, "no checkpoint there"),
     ("34 another net", ["run_dir=new", "resume=run", "model.norm=none"], 4, "its plan is not"),
+    ("34 another precision", ["resume=run", "precision=float64"], 4, "its precision is not"),
     ("37 a pickle", ["resume=net.pt"], 4, "may hold a pickle"),
     ("no GPU", ["device=cuda"], 2, "device=cuda: 0 GPUs for 2 processes"),
 ]
@@ -177,6 +180,10 @@ def float_pixels(place: Path) -> None:
     Image.new("F", (80, 80)).save(place / "images/train/dark/big.tiff")
 
 
+def a_dead_link(place: Path) -> None:
+    third(place).symlink_to("nowhere.png")
+
+
 def strange_name(place: Path) -> None:
     folder = os.fsencode(place / "images/train/dark")
     with open(folder + b"/a\nb\xff.png", "wb") as file:  # noqa: PTH123 - no text can name it
@@ -192,6 +199,7 @@ DATA: list[tuple[str, Callable[[Path], None], str]] = [
     ("18 other classes", other_class, "different classes"),
     ("19 no bytes", no_bytes, "3.png: not a readable image"),
     ("19 a page", a_page, "3.png: not a readable image"),
+    ("19 a dead link", a_dead_link, "3.png: not a readable image (No such file"),
     ("20 cut", cut, "3.png: not a readable image"),
     ("21 a bomb", bomb, "10000 x 9000 pixels"),
     ("21 a huge bomb", huge_bomb, "3.png: not a readable image"),
