@@ -116,9 +116,13 @@ class _Saving:
 
     def begin(self) -> None:
         """Check the space and make the temporary folder: rank 0."""
-        _sweep(self.final.parent)
-        check_space(self.final.parent, self.mesh.columns * num_bytes(self.parts))
-        self.unfinished.mkdir(parents=True)
+        folder = self.final.parent
+        if not folder.exists():
+            folder.mkdir()  # in the run's directory, which must be there: it holds the settings
+            _sync_folder(folder.parent)
+        _sweep(folder)
+        check_space(folder, self.mesh.columns * num_bytes(self.parts))
+        self.unfinished.mkdir()
 
     def write(self) -> None:
         """Write this column's files, and what they should hash to."""
@@ -156,14 +160,26 @@ class _Saving:
             "columns": self.mesh.columns,
             "files": files,
         }
+        if self.final.exists():
+            self._amend()
+            return
         _write_text(self.unfinished / MANIFEST, json.dumps(signed(whole), indent=1))
         _sync_folder(self.unfinished)
-        earlier = self.final.with_name(f".old-{self.final.name}")
-        if self.final.exists():  # of the same run, which passes here again: aside until it is new
-            self.final.rename(earlier)
         self.unfinished.rename(self.final)
         _sync_folder(self.final.parent)
-        shutil.rmtree(earlier, ignore_errors=True)
+
+    def _amend(self) -> None:
+        """Tell more of a step that is published already, as of its evaluation: rank 0.
+
+        A run saves a step twice only where it went on from it: the weights are those that lie
+        there, and stay untouched.  The manifest alone is replaced, at once.
+        """
+        told = {**open_step(self.final).manifest, **self.manifest}
+        amended = self.unfinished / MANIFEST
+        _write_text(amended, json.dumps(signed(told), indent=1))
+        amended.replace(self.final / MANIFEST)
+        _sync_folder(self.final)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
 
 
 def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,13 +190,9 @@ def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what saves and prunings that were cut off have left; put back what they set aside."""
-    for left in folder.glob(".*-step-*") if folder.is_dir() else ():
-        earlier = folder / left.name.removeprefix(".old-")
-        if left.name.startswith(".old-") and not earlier.exists():
-            left.rename(earlier)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
+    """Remove what saves and prunings that were cut off have left."""
+    for left in folder.glob(".*-step-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -270,6 +282,10 @@ def open_step(folder: Path) -> Checkpoint:
         if Path(name).name != name or name.startswith("."):
             message = f"{folder / MANIFEST}: {name!r} is not a plain file name"
             raise CheckpointError(message)
+    named = STEP_NAME.fullmatch(folder.name)
+    if named and int(named[1]) != manifest["step"]:
+        message = f"{folder}: holds step {manifest['step']}; give the folder its own name back"
+        raise CheckpointError(message)
     return Checkpoint(folder, manifest)
 
 
@@ -306,7 +322,8 @@ def read_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> dict[
     try:
         content = path.read_bytes()
     except OSError as error:
-        message = f"{path}: cannot be read ({error.strerror})"
+        older = f"; {_older(path.parent)}" if expected is not None else ""
+        message = f"{path}: cannot be read ({error.strerror}){older}"
         raise CheckpointError(message) from None
     if expected is not None and (
         len(content) != expected["bytes"]

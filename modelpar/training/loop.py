@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor
-from tqdm import tqdm
 
 from modelpar import stop
 from modelpar.config import without_secrets
@@ -22,7 +21,7 @@ from modelpar.net.paper import settings_of
 from modelpar.training import checkpoint, runs
 from modelpar.training.diagnosis import name_culprit
 from modelpar.training.engine import DTYPES, Learner, build, evaluate
-from modelpar.training.monitor import Meter, Monitor, image_grid
+from modelpar.training.monitor import Meter, Monitor, image_grid, show
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.saver import Keep, Saver
 from modelpar.training.schedule import Schedule
@@ -44,25 +43,27 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
     Goes on from the run's newest checkpoint where there is one; a run that is over already is
     left as it is.  A collective of the whole mesh.
     """
-    with stop.heeded() as request:
+    with stop.heeded() as request, runs.held(run_dir, mesh):
         start = find_start(settings, prepared, run_dir)
         stats = _agreed_statistics(start, prepared, mesh)
         training = _Training(settings, prepared, stats, mesh, run_dir, Watch(mesh, request))
         over = start is not None and start.step >= training.total
-        if start is not None and over and not start.manifest.get("untested"):
+        if start is not None and over and start.manifest.get("tested") == start.step:
             if mesh.rank == 0:
-                tqdm.write(f"finished: {run_dir} is at step {start.step} of {training.total}")
-            top1 = start.manifest["top1"]
-            return math.nan if top1 is None else float(top1)
+                show(f"finished: {run_dir} is at step {start.step} of {training.total}")
+            return float(start.manifest["top1"])
         if start is not None:
             training.resume(start)
-        with runs.begun(run_dir, asdict(settings), mesh):
-            try:
-                if mesh.rank == 0:
-                    training.open_monitor()
-                return training.run()
-            finally:
-                training.close()
+        if mesh.rank == 0:
+            for change in runs.changes(run_dir, asdict(settings)):
+                show(f"modelpar: {run_dir} goes on with {change}: another trajectory")
+        runs.begin(run_dir, asdict(settings), mesh)
+        try:
+            if mesh.rank == 0:
+                training.open_monitor()
+            return training.run()
+        finally:
+            training.close()
 
 
 def _agreed_statistics(
@@ -168,9 +169,9 @@ class _Training:
         """Whether to compile; rank 0 says so, since the first step waits for it."""
         complaint = compiler_complaint(self.mesh.device) if self.settings.compile else ""
         if self.mesh.rank == 0 and complaint:
-            tqdm.write(f"modelpar: nothing is compiled, slower ({complaint})")
+            show(f"modelpar: nothing is compiled, slower ({complaint})")
         elif self.mesh.rank == 0 and self.settings.compile:
-            tqdm.write("modelpar: compiling; later starts on this machine find it done")
+            show("modelpar: compiling; later starts on this machine find it done")
         return self.settings.compile and not complaint
 
     def open_monitor(self) -> None:
@@ -181,6 +182,7 @@ class _Training:
             self.run_dir,
             self.step,
             self.total,
+            tested=not self.untested,
             progress=self.settings.monitor.progress,
             tensorboard=self.settings.monitor.tensorboard,
         )
@@ -189,8 +191,7 @@ class _Training:
         """Train to the end; return the last top-1 error in %.  Raises StoppedError."""
         if self.untested:
             asked = self._evaluate()
-            if asked or self.step == self.total:
-                self._save(last=True)
+            self._save(last=True)
             if asked:
                 self._stop(asked)
         while self.step < self.total:
@@ -296,7 +297,7 @@ class _Training:
 
     def _evaluate(self) -> int:
         """Evaluate, record, tell the schedule; return the signal that broke it off, else 0."""
-        views = self.settings.views if self.step == self.total else 1
+        views = self.settings.views if self.step >= self.total else 1
         due = self._due()  # never at an end that a longer run would not have
         try:
             errors = central = self._errors(1) if due or views == 1 else None
@@ -399,7 +400,8 @@ class _Training:
         self.tested = int(start.manifest.get("tested", -1))
         top1 = start.manifest["top1"]
         self.last = math.nan if top1 is None else float(top1)
-        self.untested = bool(start.manifest.get("untested"))
+        over = self.step >= self.total and self.tested != self.step  # an evaluation ends each run
+        self.untested = over or bool(start.manifest.get("untested"))
 
 
 class _BrokenOffError(Exception):

@@ -56,16 +56,23 @@ def image_grid(images: Tensor) -> Tensor:
 class Monitor:
     """Writes rows, scalars and pictures of one run; every method is for rank 0.
 
-    ``step`` is where the run goes on: rows and events beyond it, left by a process that was
-    killed, are dropped, so that each step stands there once.
+    ``step`` is where the run goes on, ``tested`` whether its evaluation is over: rows and events
+    beyond, left by a process that was killed, are dropped, so that each stands there once.
     """
 
     def __init__(
-        self, run_dir: Path, step: int, total: int, *, progress: bool, tensorboard: bool
+        self,
+        run_dir: Path,
+        step: int,
+        total: int,
+        *,
+        tested: bool = True,
+        progress: bool,
+        tensorboard: bool,
     ) -> None:
         self.run_dir = run_dir
         self.metrics = run_dir / METRICS
-        _drop_after(self.metrics, step)
+        _drop_after(self.metrics, step, tested=tested)
         self.file = self.metrics.open("a", buffering=1)
         self.board = (
             SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
@@ -84,12 +91,14 @@ class Monitor:
     def train(self, row: Mapping[str, Any], rates: Mapping[str, float]) -> None:
         """Record a training row, see the README's table of fields."""
         self._write({"kind": "train", **row})
-        self.bar.set_postfix_str(
-            f"epoch {row['epoch']}, loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s, "
-            f"data {row['data_wait_s'] * 1e3:.0f} ms, crossing {row['crossing_s'] * 1e3:.0f} ms",
-            refresh=False,
-        )
-        self.bar.update(row["step"] - self.bar.n)
+        with _shown():
+            self.bar.set_postfix_str(
+                f"epoch {row['epoch']}, loss {row['loss']:.3f}, "
+                f"{row['images_per_s']:.0f} images/s, data {row['data_wait_s'] * 1e3:.0f} ms, "
+                f"crossing {row['crossing_s'] * 1e3:.0f} ms",
+                refresh=False,
+            )
+            self.bar.update(row["step"] - self.bar.n)
         if self.board:
             for key in ("loss", "epoch", "images_per_s", "data_wait_s", "crossing_s"):
                 self.board.add_scalar(f"train/{key}", row[key], row["step"])
@@ -122,7 +131,7 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
-        tqdm.write(line)
+        show(line)
 
     def flush(self) -> None:
         """Bring everything to disk, as before a checkpoint is published."""
@@ -132,7 +141,8 @@ class Monitor:
 
     def close(self) -> None:
         """End the bar and close the files, as far as the disk allows."""
-        self.bar.close()
+        with _shown():
+            self.bar.close()
         with suppress(OSError):
             self.file.close()
         with suppress(OSError):
@@ -143,14 +153,27 @@ class Monitor:
         self.file.write(json.dumps(row) + "\n")
 
 
-def _drop_after(path: Path, step: int) -> None:
+def show(line: str) -> None:
+    """Print a line above a progress bar, if there is one and somebody reads it."""
+    with _shown():
+        tqdm.write(line)
+
+
+def _shown() -> suppress:
+    """Let a training go on where nobody reads what it shows: a terminal or a pipe that is gone."""
+    return suppress(OSError)
+
+
+def _drop_after(path: Path, step: int, *, tested: bool) -> None:
     """Keep the rows up to ``step``; a last line cut off by a kill goes too."""
     if not path.exists():
         return
     kept: list[str] = []
-    for line in path.read_text().splitlines():
+    last = {"train": step, "test": step if tested else step - 1}
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] <= last[row["kind"]]:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             logging.getLogger(__name__).warning("%s: dropped a damaged line", path)

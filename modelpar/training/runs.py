@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 CONFIG: Final = "config.yaml"
 # What makes two starts the same run: these give the same trajectory; the rest may change.
 SAME: Final = ("data.name", "data.image_size", "recipe", "model", "seed", "precision")
+# What may change all the same, and changes the trajectory: said when a run goes on.
+MAY_CHANGE: Final = ("epochs", "data.epochs", "data.evaluate_every", "crossing.dtype", "tf32")
 HARMLESS: Final = frozenset({"log"})  # what Hydra and an earlier end leave behind
 LOCK: Final = "log/lock"
 SHARED_WITHIN: Final = 10.0  # s that a disk of several hosts may take to show a new file
@@ -29,13 +32,17 @@ SHARED_WITHIN: Final = 10.0  # s that a disk of several hosts may take to show a
 
 def check_same(run_dir: Path, settings: Mapping[str, Any], resume: str) -> None:
     """Raise SettingsError where ``run_dir`` holds another run, or any and ``resume`` is never."""
-    if not run_dir.exists():
+    try:
+        found = {path.name for path in run_dir.iterdir()} - HARMLESS
+    except FileNotFoundError:
         return
-    held = {path.name for path in run_dir.iterdir()} - HARMLESS
-    if not held:
+    except OSError as error:
+        message = f"run_dir={run_dir}: cannot be read ({error.strerror}); give another folder"
+        raise SettingsError(message) from None
+    if not found:
         return
-    if CONFIG not in held:
-        message = f"run_dir={run_dir}: holds {min(held)}, which is no run's; give a new folder"
+    if CONFIG not in found:
+        message = f"run_dir={run_dir}: holds {min(found)}, which is no run's; give a new folder"
         raise SettingsError(message)
     if resume != "auto":
         message = f"run_dir={run_dir}: holds a run, and resume={resume}; give a new folder"
@@ -72,11 +79,11 @@ def _first_difference(key: str, old: Any, new: Any) -> str:
 
 
 @contextmanager
-def begun(run_dir: Path, settings: Mapping[str, Any], mesh: Mesh) -> Generator[None]:
-    """Make the run directory, write its resolved settings down, and hold it for this run alone.
+def held(run_dir: Path, mesh: Mesh) -> Generator[None]:
+    """Make the run directory and hold it for this run alone, before anything in it is read.
 
     A collective of the whole mesh.  Raises CheckpointError, on every process alike, where another
-    run is at work there, or where not all processes see it.
+    run is at work there.
     """
     lock = FileLock(run_dir / LOCK)
     complaint = ""
@@ -84,22 +91,45 @@ def begun(run_dir: Path, settings: Mapping[str, Any], mesh: Mesh) -> Generator[N
         try:
             (run_dir / LOCK).parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)  # the system frees it when this process ends, however it does
-            write(run_dir, settings)
         except Timeout:
             complaint = f"{run_dir}: another run is at work there; wait, or give another run_dir"
         except OSError as error:
             complaint = f"{run_dir}: cannot be written ({one_line(error)}); give another run_dir"
     try:
-        if not (complaint := first_complaint(complaint, mesh)) and not _sees(run_dir):
-            complaint = (
-                f"rank {mesh.rank} does not see {run_dir}, which rank 0 has made; "
-                "give a run_dir on a disk that all hosts share"
-            )
         if complaint := first_complaint(complaint, mesh):
             raise CheckpointError(complaint)
         yield
     finally:
         lock.release()
+
+
+def begin(run_dir: Path, settings: Mapping[str, Any], mesh: Mesh) -> None:
+    """Write the run's resolved settings down, and see that all processes find them there.
+
+    A collective of the whole mesh.  Raises CheckpointError, on every process alike.
+    """
+    complaint = ""
+    if mesh.rank == 0:
+        try:
+            write(run_dir, settings)
+        except OSError as error:
+            complaint = f"{run_dir}: cannot be written ({one_line(error)}); give another run_dir"
+    if not (complaint := first_complaint(complaint, mesh)) and not _sees(run_dir):
+        complaint = (
+            f"rank {mesh.rank} does not see {run_dir}, which rank 0 has made; "
+            "give a run_dir on a disk that all hosts share"
+        )
+    if complaint := first_complaint(complaint, mesh):
+        raise CheckpointError(complaint)
+
+
+def changes(run_dir: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Return what a run goes on with that it may, and that gives it another trajectory."""
+    if not (run_dir / CONFIG).is_file():
+        return []
+    before, now = OmegaConf.load(run_dir / CONFIG), OmegaConf.create(dict(settings))
+    both = {key: [OmegaConf.select(one, key) for one in (before, now)] for key in MAY_CHANGE}
+    return [f"{key}={new}, not {old}" for key, (old, new) in both.items() if old != new]
 
 
 def _sees(run_dir: Path) -> bool:
@@ -116,5 +146,8 @@ def write(run_dir: Path, settings: Mapping[str, Any]) -> None:
     """Write a run's resolved settings down, without what the environment keeps secret."""
     run_dir.mkdir(parents=True, exist_ok=True)
     unfinished = run_dir / f".{CONFIG}.part"
-    OmegaConf.save(OmegaConf.create(without_secrets(settings)), unfinished)
+    with unfinished.open("w") as file:
+        OmegaConf.save(OmegaConf.create(without_secrets(settings)), file)
+        file.flush()
+        os.fsync(file.fileno())  # an empty one, after a power cut, would be no run's
     unfinished.replace(run_dir / CONFIG)

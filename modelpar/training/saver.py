@@ -64,7 +64,7 @@ class Saver:
                 self.saved = checkpoint.save(self.folder, self.mesh, copies, statistics, manifest)
                 if self.mesh.rank == 0:
                     with suppress(OSError):  # it is saved; what is old goes next time
-                        prune(self.folder, self.keep)
+                        prune(self.folder, self.keep, self.saved)
             except Exception as error:  # noqa: BLE001 - raised where the training sees it
                 self.error = error
 
@@ -104,10 +104,13 @@ class Saver:
         return saved
 
 
-def prune(folder: Path, keep: Keep) -> None:
-    """Remove the steps that ``keep`` does not name: first out of sight by a rename, then gone."""
+def prune(folder: Path, keep: Keep, saved: Path | None = None) -> None:
+    """Remove the steps that ``keep`` does not name: first out of sight by a rename, then gone.
+
+    The one just ``saved`` stays, whatever newer ones somebody has put beside it.
+    """
     steps = checkpoint.steps(folder)
-    kept = set(steps[-keep.last :])
+    kept = {*steps[-keep.last :], saved}
     kept |= {step for step in steps if keep.every and _number(step) % keep.every == 0}
     if keep.best:
         kept |= set(_best(steps))

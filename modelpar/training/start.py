@@ -85,6 +85,7 @@ def find_start(
         ("plan", settings_of(prepared.plan)),
         ("seed", settings.seed),
         ("images_a_step", settings.batch_size * settings.replicas),
+        ("precision", settings.precision),
     ):
         if found.manifest.get(key) != now:
             message = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from modelpar.images.loader import TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.mesh import Mesh
 from modelpar.training import loop, start
-from modelpar.training.checkpoint import newest, read_part
+from modelpar.training.checkpoint import newest, read_part, signed
 from modelpar.training.engine import Learner
 
 if TYPE_CHECKING:
@@ -95,6 +96,36 @@ def test_a_pairs_checkpoint_goes_on_in_one_process_and_back(
     for key, value in read_part(once, "weights", None).items():
         other = read_part(mixed, "weights", None)[key]
         assert float((value - other).norm() / value.norm()) < 1e-12, key
+
+
+def test_a_run_ends_with_an_evaluation_wherever_it_ends(images: Path, tmp_path: Path) -> None:
+    alone, run_dir = Mesh(torch.device("cpu")), tmp_path / "run"
+    words = overrides(images, "columns=1", "checkpoint_every=3", "recipe.lr=0.0005")
+    trained(alone, [*words, "steps=5"], str(run_dir))
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000005")  # as if killed before it was saved
+    for _ in range(2):  # ended where no evaluation was due; then there is no more to do
+        top1 = trained(alone, [*words, "steps=3"], str(run_dir))
+        assert [(row["kind"], row["step"]) for row in rows(run_dir)] == [
+            *(("train", step) for step in (1, 2, 3)),
+            ("test", 3),
+        ]
+        found = newest(run_dir)
+        assert found is not None
+        assert (found.step, found.manifest["tested"], found.manifest["top1"]) == (3, 3, top1)
+
+
+def test_an_evaluation_that_was_lost_stands_there_once(images: Path, tmp_path: Path) -> None:
+    """Killed after the evaluation was made up for, before that was saved."""
+    alone, run_dir = Mesh(torch.device("cpu")), tmp_path / "run"
+    words = overrides(images, "columns=1", "recipe.lr=0.0005", "steps=5")
+    trained(alone, words, str(run_dir))
+    once = rows(run_dir)
+    found = newest(run_dir)
+    assert found is not None
+    lost = signed(found.manifest | {"tested": -1, "untested": True})
+    (found.folder / "manifest.json").write_text(json.dumps(lost))
+    trained(alone, words, str(run_dir))
+    assert rows(run_dir) == once
 
 
 def digests(mesh: Mesh, words: list[str]) -> list[str]:

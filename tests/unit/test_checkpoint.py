@@ -118,20 +118,45 @@ def test_a_save_that_fails_is_raised_later_and_once(tmp_path: Path) -> None:
     assert saver.end() is None
 
 
-def test_a_step_that_is_passed_again_is_replaced_whole(tmp_path: Path) -> None:
-    write(tmp_path, 3)
-    other = {key: value + 1 for key, value in SMALL.items()}
-    write(tmp_path, 3, weights=other)
+def test_a_step_that_is_saved_again_is_told_more_of_and_not_overwritten(tmp_path: Path) -> None:
+    folder = write(tmp_path, 3, untested=True, tested=-1)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    write(tmp_path, 3, untested=False, tested=3, top1=9.0)
     found = newest(tmp_path)
     assert found is not None
-    assert torch.equal(read_part(found, "weights", None)["fc8.bias"], other["fc8.bias"])
+    assert (found.manifest["untested"], found.manifest["tested"]) == (False, 3)
+    assert torch.equal(read_part(found, "weights", None)["fc8.bias"], SMALL["fc8.bias"])
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"manifest.json"}
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
-def test_what_a_cut_off_save_left_is_swept_or_put_back(tmp_path: Path) -> None:
-    kept = write(tmp_path, 3)
+def test_a_run_directory_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"not saved.*No such file"):
+        write(tmp_path / "gone", 3)
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_folder_under_another_steps_name_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, 3)
+    folder.rename(folder.with_name("step-00000099"))
+    with pytest.raises(CheckpointError, match="step-00000099: holds step 3"):
+        newest(tmp_path)
+
+
+def test_what_was_just_saved_stays_whatever_lies_beside_it(tmp_path: Path) -> None:
+    for step in (7, 8):
+        write(tmp_path, step)
+    saver = Saver(tmp_path / "checkpoints", ONE, KEEP)
+    parts: Any = {"weights": SMALL, "velocities": SMALL}
+    saver.start(parts, {"mean": torch.ones(1)}, {"step": 3})
+    assert saver.end() == tmp_path / "checkpoints" / "step-00000003"
+    assert len(checkpoint.steps(tmp_path / "checkpoints")) == 3
+
+
+def test_what_a_cut_off_save_left_is_swept(tmp_path: Path) -> None:
+    write(tmp_path, 3)
     folder = tmp_path / "checkpoints"
-    kept.rename(folder / ".old-step-00000003")  # cut off between the two renames
     for name in (".tmp-step-00000004", ".del-step-00000001"):
         (folder / name).mkdir()
         (folder / name / "file").write_text("x")

@@ -219,25 +219,33 @@ def test_a_run_dir_below_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_directory_is_one_runs_at_a_time(tmp_path: Path) -> None:
     alone = Mesh(torch.device("cpu"))
-    with runs.begun(tmp_path / "run", {"seed": 1}, alone):
+    with runs.held(tmp_path / "run", alone):
         with (
             pytest.raises(CheckpointError, match="another run is at work there"),
-            runs.begun(tmp_path / "run", {"seed": 2}, alone),
+            runs.held(tmp_path / "run", alone),
         ):
             pytest.fail("two at once")
+        runs.begin(tmp_path / "run", {"seed": 1}, alone)
+    with runs.held(tmp_path / "run", alone):
         assert OmegaConf.load(tmp_path / "run" / "config.yaml").seed == 1
-    with runs.begun(tmp_path / "run", {"seed": 3}, alone):
-        assert OmegaConf.load(tmp_path / "run" / "config.yaml").seed == 3
 
 
+def test_a_change_of_the_trajectory_is_told(tmp_path: Path) -> None:
+    settings = begun(tmp_path / "run", "epochs=3")
+    assert runs.changes(tmp_path / "run", settings) == []
+    longer = asdict(config.read("train", ["epochs=4", "log_every=7"]))
+    assert runs.changes(tmp_path / "run", longer) == ["epochs=4, not 3"]
+
+
+@pytest.mark.parametrize("name", ["STORE_ACCESS_KEY", "MYSQL_PWD", "DATABASE_URL", "SIGNING_KEY"])
 def test_no_secret_of_the_environment_is_written_down(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv("STORE_ACCESS_KEY", "tellnobody")
-    settings = asdict(config.read("train", ["data.root=/mnt/${oc.env:STORE_ACCESS_KEY}/images"]))
+    monkeypatch.setenv(name, "tellnobody")
+    settings = asdict(config.read("train", [f"data.root=/mnt/${{oc.env:{name}}}/images"]))
     assert "tellnobody" in settings["data"]["root"]
     runs.write(tmp_path, settings)
     text = (tmp_path / "config.yaml").read_text()
     assert "tellnobody" not in text
-    assert "root: /mnt/${oc.env:STORE_ACCESS_KEY}/images" in text
+    assert f"root: /mnt/${{oc.env:{name}}}/images" in text
     runs.check_same(tmp_path, settings, "auto")  # and the run goes on

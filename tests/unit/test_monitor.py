@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from modelpar.training.monitor import Monitor, kernel_picture
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 RATES = {"conv1.weight": 0.01, "fc8.weight": 0.01, "fc8.bias": 0.02}
 
@@ -53,6 +56,28 @@ def test_each_step_stands_once_after_a_run_was_cut_off(tmp_path: Path) -> None:
     assert board.Images("conv1/kernels")[-1].step == 6
     rates = board.Scalars("rate/fc8.bias")
     assert round(rates[-1].value, 6) == 0.02
+
+
+def test_a_training_goes_on_where_nobody_reads_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pipe(io.StringIO):
+        gone = False
+
+        def write(self, text: str) -> int:
+            if self.gone:
+                raise BrokenPipeError(text)
+            return super().write(text)
+
+    for name in ("sys.stdout", "sys.stderr"):
+        monkeypatch.setattr(name, Pipe())
+    monitor = Monitor(tmp_path, 0, 2, progress=True, tensorboard=False)
+    Pipe.gone = True
+    for step in (1, 2):
+        monitor.train(row(step), RATES)
+    monitor.say("done")
+    monitor.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_kernels_of_both_columns_are_one_picture(tmp_path: Path) -> None:
