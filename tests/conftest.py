@@ -54,6 +54,14 @@ def two_pairs() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
+def two_replicas() -> Iterator[Ranks]:
+    """Two gloo processes: two replicas of a net of one column."""
+    ranks = Ranks(2, columns=1)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty training images of two classes: five steps of eight an epoch."""
     root = tmp_path_factory.mktemp("images")

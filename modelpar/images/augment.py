@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-CHUNK: Final = {"per_image": 1, "per_32": 32}  # images that share a draw (released code: 32)
+# Images that share a draw (released code: 32); of ``central`` nothing is used.
+CHUNK: Final = {"per_image": 1, "per_32": 32, "central": 1}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Draws:
         """Draw for all positions of ``epoch``; ``border`` is stored size less crop size.
 
         A function of its arguments alone, so that it does not matter which rank or worker asks.
+        With ``crops`` ``central`` each image shows its middle, and is never flipped.
         """
         chunk = CHUNK[crops]
         chunks = -(-num_samples // chunk)
@@ -66,6 +68,8 @@ class Draws:
         corner = torch.randint(0, border + 1, (chunks, 2), generator=source)
         flip = torch.rand(chunks, generator=source) < 0.5  # noqa: PLR2004 - section 4.1
         colour = torch.randn(num_samples, 3, generator=source)
+        if crops == "central":
+            corner, flip = torch.full_like(corner, border // 2), torch.zeros_like(flip)
         return cls(
             corner.repeat_interleave(chunk, 0)[:num_samples],
             flip.repeat_interleave(chunk)[:num_samples],

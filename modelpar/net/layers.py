@@ -73,26 +73,28 @@ class AcrossMaps(nn.Module):
 
     ``maps`` is how many maps a column has, so that no window reaches over the seam between two;
     the input (N, C, H, W) may hold several columns.  ``alpha`` counts over the whole window, as
-    torch does: y = x / (k + alpha / n * sum of n squares) ** beta.
+    torch does: y = x / (k + alpha / n * sum of n squares) ** beta.  ``size`` is n, an odd number.
     """
 
-    def __init__(self, maps: int, alpha: float) -> None:
+    def __init__(
+        self, maps: int, alpha: float, size: int = paper.NORM_SIZE, k: float = paper.NORM_K
+    ) -> None:
         super().__init__()
         self.maps = maps
-        self.alpha = alpha
+        self.alpha, self.size, self.k = alpha, size, k
         place = torch.arange(maps)
-        near = (place[:, None] - place).abs() <= paper.NORM_SIZE // 2
+        near = (place[:, None] - place).abs() <= size // 2
         self.register_buffer("band", near.float()[:, :, None, None], persistent=False)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the normalized maps, shaped as ``maps``."""
         columns = maps.shape[1] // self.maps
         band = self.get_buffer("band").to(maps.dtype).repeat(columns, 1, 1, 1)
-        return _Response.apply(maps, band, paper.NORM_K, self.alpha / paper.NORM_SIZE)
+        return _Response.apply(maps, band, self.k, self.alpha / self.size)
 
     def extra_repr(self) -> str:
         """Name what makes it."""
-        return f"{self.maps} maps, alpha={self.alpha}"
+        return f"{self.maps} maps, alpha={self.alpha}, size={self.size}, k={self.k:g}"
 
 
 class WithinMap(nn.Module):

@@ -26,10 +26,11 @@ class Layer:
     name: str
     outputs: int  # kernels or units of one column
     bias: float  # initial bias: 1 in conv2, conv4, conv5 and the hidden units, 0 elsewhere
-    code_std: float  # standard deviation of the initial weights in run 145
+    code_std: float  # standard deviation of the initial weights in the code
     kernel: int = 0  # side of the kernel in pixels; 0: fully connected
     stride: int = 1
     padding: int = 0
+    decay: float = 1.0  # what multiplies the recipe's weight decay
 
 
 LAYERS: Final = MappingProxyType(
@@ -69,6 +70,27 @@ def _with_conv6() -> MappingProxyType[str, Layer]:
     return MappingProxyType({row.name: row for row in rows})
 
 
+def _four_layers(local3: int, fc_decay: float) -> MappingProxyType[str, Layer]:
+    """Return a CIFAR-10 net of cuda-convnet's example files; fc10 has a unit for each class."""
+    rows = (
+        Layer("conv1", 64, bias=0.0, code_std=1e-4, kernel=5, padding=2, decay=0.0),
+        Layer("conv2", 64, bias=0.0, code_std=0.01, kernel=5, padding=2, decay=0.0),
+        Layer("local3", local3, bias=0.0, code_std=0.04, kernel=3, padding=1),
+        Layer("local4", 32, bias=0.0, code_std=0.04, kernel=3, padding=1),
+        Layer("fc10", 10, bias=0.0, code_std=0.01, decay=fc_decay),
+    )
+    return MappingProxyType({row.name: row for row in rows})
+
+
+# The four-layer nets of section 3.3 by their norm; their files decay at .004, fc10 of the second
+# at .01.  No file of figure 1's net was released; it is taken to be the first.
+FOUR_LAYERS: Final = MappingProxyType(
+    {
+        "none": _four_layers(local3=32, fc_decay=1.0),  # layers-conv-local-13pct.cfg
+        "response": _four_layers(local3=64, fc_decay=2.5),  # layers-cifar10-11pct.cfg
+    }
+)
+
 # The paper's net and those it was held against, each by the layers of one column.
 NETS: Final = MappingProxyType(
     {
@@ -80,6 +102,26 @@ NETS: Final = MappingProxyType(
         "no_conv4": _net("conv4"),
     }
 )
+
+# What the nets that are no columns have of the plan's switches; the first is what they come with.
+BASELINES: Final[Mapping[str, Mapping[str, tuple[Any, ...]]]] = MappingProxyType(
+    {
+        "four_layer": {
+            "norm": ("response", "none"),
+            "pool": ("overlapping",),
+            "dropout": (0.0,),
+            "conv4_dropout": (0.0,),
+            "crossing_at": ((),),
+        },
+        "torchvision": {
+            "norm": ("none",),
+            "activation": ("relu",),
+            "pool": ("overlapping",),
+            "conv4_dropout": (0.0,),
+            "crossing_at": ((),),
+        },
+    }
+)
 CROSSINGS: Final = ("conv3", "fc6", "fc7")  # the layers that read both columns; fc8 always does
 PAPER_STD: Final = 0.01  # section 5: every layer
 
@@ -87,6 +129,9 @@ NUM_CLASSES: Final = 1000  # section 2
 IMAGE_SIZE: Final = 224  # section 4.1: side of a crop in pixels
 STORED_SIZE: Final = 256  # section 2: side of a stored image in pixels
 MIN_IMAGE_SIZE: Final = 64  # pixels; pool 5 still has one full window (from 52 on), as tested
+MIN_IMAGE_SIZES: Final = MappingProxyType(
+    {"four_layer": 6, "torchvision": 63}  # pool 2 has a full window; torchvision's documentation
+)
 
 NORM_SIZE: Final = 5  # section 3.3: n, neighbouring maps
 NORM_ALPHA: Final = 1e-4  # section 3.3: alpha; the code divides it by n (run 145, cmrnorm)
@@ -96,7 +141,11 @@ WITHIN_SIZE: Final = 5  # run 145, rnorm: side of the window in pixels
 WITHIN_ALPHA: Final = 1e-3  # run 145, rnorm: divided by the window's 25 pixels
 WITHIN_BETA: Final = 0.75  # run 145, rnorm
 WITHIN_K: Final = 1.0  # run 145, rnorm
+FOUR_LAYER_NORM_SIZE: Final = 9  # layers-cifar10-11pct.cfg, cmrnorm: neighbouring maps
+FOUR_LAYER_NORM_ALPHA: Final = 1e-3  # the same: divided by the 9 maps
+FOUR_LAYER_NORM_K: Final = 1.0  # the same: minDiv as cmrnorm has it by itself
 DROPOUT: Final = 0.5  # section 4.2
+TORCHVISION_STD: Final = (0.229, 0.224, 0.225)  # torchvision's models: of pixels 0-1, RGB
 
 MOMENTUM: Final = 0.9  # section 5
 WEIGHT_DECAY: Final = 5e-4  # section 5
@@ -104,7 +153,9 @@ RATE: Final = 0.01  # section 5: first learning rate of the weights
 BIAS_RATIO: Final = 2.0  # run 145: the biases' first rate is .02
 
 COLOUR_NOISE: Final = 0.1  # section 4.1: standard deviation of the three draws
-LENGTHS: Final = MappingProxyType({"plateau": 90, "run145": 91, "run170": 95})  # epochs
+LENGTHS: Final = MappingProxyType(  # epochs
+    {"run145": 91, "run170": 95, "cifar": 520, "every_30": 90}
+)
 PLATEAU_DROPS: Final = 3  # section 5: the rate was divided three times
 RATE_DIVISOR: Final = 10.0  # section 5
 RUN145_DROPS: Final = (25, 51, 79)  # run 145: epochs at which the weights' rate fell to a tenth
@@ -117,6 +168,8 @@ RUN170_WEIGHT_STEPS: Final = (250.0, 4)  # run 170: dexp, from lr to lr / 250 in
 RUN170_BIAS_STEPS: Final = (10.0, 2)  # run 170: dexp, to a tenth in 2 equal steps
 RUN170_NOISE_OFF: Final = 68  # run 170: epoch from which colour noise is off
 RUN170_CONV1_FROZEN: Final = 74  # run 170
+CIFAR_DROPS: Final = (500, 510)  # layer-params-cifar10-11pct.cfg: 350, 150, 10 and 10 epochs
+EVERY_30_DROPS: Final = (30, 60)  # torchvision's references/classification: lr-step-size 30
 
 
 # The authors' colour statistics of ImageNet: standard deviations along the principal axes
@@ -157,7 +210,8 @@ class Recipe:
     """The training rules: one named switch for each place where paper and code differ.
 
     ``conf/recipe/*.yaml`` says which recipe takes which side; the numbers are in this module.
-    The first value of each switch is the paper's, the second the code's; a third is neither's.
+    The first value of each switch is the paper's, the second the code's; others are neither's.
+    Of ``weight_std`` to ``norms`` and of ``conv1_padding`` ``BASELINES`` have their own.
     """
 
     name: str
@@ -167,10 +221,10 @@ class Recipe:
     norm2_input: Literal["rectified", "linear"]
     norms: Literal["across", "across_and_within"]
     rates: Literal["equal", "double_bias"]
-    schedule: Literal["plateau", "run145", "run170"]
+    schedule: Literal["plateau", "run145", "run170", "constant", "cifar", "every_30"]
     decay: Literal["all", "weights"]
     colour_noise: Literal["added", "added_and_scaled", "none"]
-    crops: Literal["per_image", "per_32"]
+    crops: Literal["per_image", "per_32", "central"]
     shuffle: Literal["every_epoch", "once"]
     conv1_padding: Literal["around", "bottom_right"]
     lr: float = RATE  # first learning rate of the weights
@@ -198,6 +252,11 @@ class Recipe:
         return NORM_ALPHA * (NORM_SIZE if self.norm_alpha == "per_term" else 1)
 
 
+def _as_typed(value: object) -> str:
+    """Return a switch's value as a command line has it."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
 def _same_size(size: int, row: Layer) -> int:
     return (size + 2 * row.padding - row.kernel) // row.stride + 1
 
@@ -209,17 +268,25 @@ class Plan:
     ``image_size`` is the side of a crop in pixels.  ``crossing_at`` names the layers that read
     both columns; fc8 always sums both.  ``pool``: ``overlapping`` is 3 x 3 with stride 2 (section
     3.4), ``tiled`` 2 x 2 with stride 2 (run 147), ``average`` the mean over 3 x 3 with stride 2.
-    ``net`` is one of ``NETS``.  ``norm``: ``response`` is the recipe's, ``first`` without what
-    stands after conv2 (run 167), ``within`` inside each map, ``batch`` without scale and shift.
-    ``dropout`` is the share of fc6's and fc7's units, ``conv4_dropout`` that of conv4's (run 177).
+    ``net`` is one of ``NETS`` or of ``BASELINES``, which do not take every switch.  ``norm``:
+    ``response`` is the recipe's, ``first`` without what stands after conv2 (run 167), ``within``
+    inside each map, ``batch`` without scale and shift.  ``dropout`` is the share of fc6's and
+    fc7's units, ``conv4_dropout`` that of conv4's (run 177).
     """
 
     recipe: Recipe
     num_classes: int = NUM_CLASSES
     image_size: int = IMAGE_SIZE
-    net: Literal["two_columns", "one_column", "apart", "conv6", "no_conv3", "no_conv4"] = (
-        "two_columns"
-    )
+    net: Literal[
+        "two_columns",
+        "one_column",
+        "apart",
+        "conv6",
+        "no_conv3",
+        "no_conv4",
+        "four_layer",
+        "torchvision",
+    ] = "two_columns"
     norm: Literal["response", "first", "within", "batch", "none"] = "response"
     activation: Literal["relu", "tanh", "sigmoid", "elu"] = "relu"
     pool: Literal["overlapping", "tiled", "average"] = "overlapping"
@@ -235,27 +302,48 @@ class Plan:
         if self.num_classes < 1:
             message = f"model.num_classes={self.num_classes}: give 1 or more"
             raise SettingsError(message)
-        if self.image_size < MIN_IMAGE_SIZE:
-            message = f"model.image_size={self.image_size}: give {MIN_IMAGE_SIZE} pixels or more"
+        least = MIN_IMAGE_SIZES.get(self.net, MIN_IMAGE_SIZE)
+        if self.image_size < least:
+            message = f"model.image_size={self.image_size}: give {least} pixels or more"
             raise SettingsError(message)
         for key in ("dropout", "conv4_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 message = f"model.{key}={getattr(self, key)}: give the share dropped, 0 to below 1"
                 raise SettingsError(message)
+        self._refuse_foreign()
         crossable = [name for name in self.layers if name not in {"conv1", "fc8"}]
         for name in self.crossing_at if self.columns > 1 else ():
             if name not in crossable:
                 config.refuse_choice("model.crossing_at", name, crossable)
 
+    def _refuse_foreign(self) -> None:
+        """Raise SettingsError for a switch that the net does not have."""
+        for key, choices in BASELINES.get(self.net, {}).items():
+            value = getattr(self, key)
+            if value not in choices:
+                taken = " or ".join(_as_typed(choice) for choice in choices)
+                message = (
+                    f"model.{key}={_as_typed(value)}: model.net={self.net} takes only {taken}; "
+                    f"leave model.{key} out"
+                )
+                raise SettingsError(message)
+
     @property
     def layers(self) -> Mapping[str, Layer]:
-        """The net's layers in order, as one column holds them."""
-        return NETS[self.net]
+        """The net's layers in order, as one column holds them; torchvision's are its own."""
+        if self.net == "four_layer":
+            return FOUR_LAYERS[self.norm]
+        return NETS.get(self.net, {})
 
     @property
     def columns(self) -> int:
         """How many columns the whole net has."""
-        return 1 if self.net == "one_column" else COLUMNS
+        return 1 if self.net in {"one_column", *BASELINES} else COLUMNS
+
+    @property
+    def decays(self) -> dict[str, float]:
+        """What multiplies the recipe's weight decay in each layer."""
+        return {name: row.decay for name, row in self.layers.items()}
 
     @property
     def by_image(self) -> bool:

@@ -38,6 +38,7 @@ STATISTICS: Final = "statistics.safetensors"
 STEP_NAME: Final = re.compile(r"step-(\d{8})")
 SPARE: Final = 1.1  # free space asked for, as a multiple of what is written
 PICKLES: Final = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar")
+KERNEL_DIMS: Final = 4  # of a convolution's weights
 Kind = Literal["weights", "velocities"]
 
 
@@ -368,11 +369,16 @@ def read_statistics(source: Checkpoint) -> dict[str, Tensor]:
 
 
 def read_conv1(source: Checkpoint) -> Tensor:
-    """Return conv1's kernels of both columns, (96, 3, 11, 11), reading nothing else."""
+    """Return the kernels of the net's first convolution, (96, 3, 11, 11) of both columns.
+
+    Nothing else is read.
+    """
     saved = int(source.manifest["columns"])
     kernels: list[Tensor] = []
     for column in range(saved):
-        path = source.folder / part_name(saved, column, "weights")
-        with safetensors.safe_open(path, framework="pt") as file:
-            kernels.append(file.get_tensor("conv1.weight"))
+        name = part_name(saved, column, "weights")
+        tensors = source.manifest["files"][name]["tensors"]  # in the order of the net's layers
+        first = next(key for key, told in tensors.items() if len(told["shape"]) == KERNEL_DIMS)
+        with safetensors.safe_open(source.folder / name, framework="pt") as file:
+            kernels.append(file.get_tensor(first))
     return torch.cat(kernels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.nn import functional
@@ -12,9 +12,10 @@ from torch.nn.utils import get_total_norm
 
 from modelpar.mesh import Mesh, peer_named
 from modelpar.net.alexnet import AlexNet, Column
+from modelpar.net.baselines import FourLayer, Torchvision, whole
 from modelpar.net.crossing import Link
 from modelpar.net.layers import Draw
-from modelpar.net.paper import Plan, Recipe
+from modelpar.net.paper import BASELINES, Plan, Recipe
 from modelpar.training.metrics import ErrorCount, Errors
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ DTYPES: Final = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-Net = AlexNet | Column
+Net = AlexNet | Column | FourLayer | Torchvision
 
 
 # -- the net on its devices ----------------------------------------------------------------------
@@ -42,7 +43,9 @@ Net = AlexNet | Column
 
 def plan_for(recipe: Recipe, model: ModelSettings, num_classes: int, image_size: int) -> Plan:
     """Return the net that recipe, switches and data ask for; raises SettingsError."""
-    chosen = {
+    own = BASELINES.get(model.net or "", {})
+    chosen: dict[str, Any] = {key: choices[0] for key, choices in own.items()}
+    chosen |= {
         key: getattr(model, key)
         for key in ("net", "norm", "activation", "pool", "dropout", "conv4_dropout")
         if getattr(model, key) is not None
@@ -66,7 +69,7 @@ def build(
     Weights are float32, or float64; for bfloat16 whoever trains or evaluates the net rounds them.
     """
     if mesh.pair is None:
-        net: Net = AlexNet(plan, seed)
+        net: Net = whole(plan, seed)
     else:
         wire = DTYPES[crossing.dtype or precision]
         link = Link.between(
@@ -102,7 +105,8 @@ class Learner:
 
     def __post_init__(self) -> None:
         if self.compiled:
-            self.net.blocks.compile()
+            if isinstance(self.net, (AlexNet, Column)):
+                self.net.blocks.compile()
             self.optimizer.compile()
         self.replicated = self.mesh.replicate(self.net)
 

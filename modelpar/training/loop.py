@@ -124,7 +124,7 @@ class _Training:
         self.learner = Learner(
             net,
             mesh,
-            MomentumDecay(net, recipe, DTYPES[settings.precision]),
+            MomentumDecay(net, recipe, DTYPES[settings.precision], plan.decays),
             Schedule(recipe, epochs, [name for name, _ in net.named_parameters()]),
             settings.batch_size,
             settings.seed,
@@ -375,7 +375,8 @@ class _Training:
         """Show the kernels of a step that was published, if one was."""
         if self.monitor and folder is not None:
             saved = checkpoint.open_step(folder)
-            self.monitor.kernels(checkpoint.read_conv1(saved), saved.step)
+            kernels = checkpoint.read_conv1(saved)
+            self.monitor.kernels(kernels, saved.step, self.plan.columns)
 
     def resume(self, start: checkpoint.Checkpoint) -> None:
         """Take up a checkpoint; nothing changes before all ranks have read theirs, and it fits.

@@ -15,6 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from modelpar.net.paper import COLUMNS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -28,23 +30,24 @@ if TYPE_CHECKING:
 METRICS: Final = "metrics.jsonl"
 KERNELS: Final = "conv1.png"
 KERNEL_ROW: Final = 16  # kernels a row: three rows a column, as in figure 3
+GAP: Final = 3  # pixels between columns, before the picture is enlarged
 LOGFILE_INTERVAL: Final = 10.0  # s between the bar's lines where nobody watches it move
 SHOWN: Final = 16  # images of the sample batch
 
 
-def kernel_picture(kernels: Tensor) -> Tensor:
+def kernel_picture(kernels: Tensor, columns: int = COLUMNS) -> Tensor:
     """Return conv1's kernels (96, 3, 11, 11) as one picture (3, H, W) in 0..1, as figure 3 shows.
 
-    Column 0 above, column 1 below a wider gap.  Each kernel is scaled by its own largest weight
-    about mid-grey, and enlarged four times.
+    Column 0 above, column 1 of a net of two ``columns`` below a wider gap.  Each kernel is scaled
+    by its own largest weight about mid-grey, and enlarged four times.
     """
     largest = kernels.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
     scaled = kernels.float() / largest / 2 + 0.5
-    halves = [
-        make_grid(half, nrow=KERNEL_ROW, padding=1, pad_value=1.0) for half in scaled.chunk(2)
-    ]
-    gap = torch.ones(3, 3, halves[0].shape[2])
-    picture = torch.cat([halves[0], gap, halves[1]], dim=1)
+    parts: list[Tensor] = []
+    for own in scaled.chunk(columns):
+        grid = make_grid(own, nrow=KERNEL_ROW, padding=1, pad_value=1.0)
+        parts += [torch.ones(3, GAP, grid.shape[2]), grid]
+    picture = torch.cat(parts[1:], dim=1)
     return functional.interpolate(picture[None], scale_factor=4, mode="nearest")[0]
 
 
@@ -123,9 +126,9 @@ class Monitor:
         if self.board:
             self.board.add_image(name, picture, step)
 
-    def kernels(self, kernels: Tensor, step: int) -> None:
-        """Show conv1's kernels of both columns, in TensorBoard and as ``conv1.png``."""
-        picture = kernel_picture(kernels)
+    def kernels(self, kernels: Tensor, step: int, columns: int = COLUMNS) -> None:
+        """Show conv1's kernels of all columns, in TensorBoard and as ``conv1.png``."""
+        picture = kernel_picture(kernels, columns)
         save_image(picture, self.run_dir / KERNELS)
         self.images("conv1/kernels", picture, step)
 

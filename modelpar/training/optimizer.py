@@ -23,10 +23,17 @@ class MomentumDecay(Optimizer):
     One group a parameter, named as in the net.
 
     With ``dtype`` bfloat16 the net becomes that, and the weights that learn are float32 masters
-    kept here; each step rounds them anew into the net.
+    kept here; each step rounds them anew into the net.  ``factors`` multiply the decay of some
+    layers, by name.
     """
 
-    def __init__(self, net: nn.Module, recipe: Recipe, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        recipe: Recipe,
+        dtype: torch.dtype | None = None,
+        factors: Mapping[str, float] | None = None,
+    ) -> None:
         masters = {name: weight.detach() for name, weight in net.named_parameters()}
         if dtype is not None and dtype.itemsize < torch.float32.itemsize:
             net.to(dtype)  # the masters stay as they are
@@ -34,7 +41,7 @@ class MomentumDecay(Optimizer):
             {
                 "params": [weight],
                 "name": name,
-                "decay": recipe.weight_decay * decays(name, recipe),
+                "decay": decay(name, recipe, factors or {}),
             }
             for name, weight in net.named_parameters()
         ]
@@ -126,6 +133,11 @@ def _update(
             copy.copy_(weight)
 
 
-def decays(name: str, recipe: Recipe) -> bool:
-    """Return whether the parameter ``name`` decays: all (section 5), or weights alone (code)."""
-    return recipe.decay == "all" or name.endswith(".weight")
+def decay(name: str, recipe: Recipe, factors: Mapping[str, float]) -> float:
+    """Return the decay of the parameter ``name``: of all (section 5), or of weights alone (code).
+
+    ``factors`` multiply it in the layers that they name.
+    """
+    if recipe.decay == "weights" and not name.endswith(".weight"):
+        return 0.0
+    return recipe.weight_decay * factors.get(name.rpartition(".")[0], 1.0)

@@ -1,4 +1,4 @@
-"""Learning rates over the epochs: divide by ten, the fixed epochs of run 145, dexp of run 170."""
+"""Learning rates over the epochs: constant, a tenth when stalled or at fixed epochs, dexp."""
 
 from __future__ import annotations
 
@@ -40,14 +40,21 @@ def dexp(progress: float, divisor: float, steps: int) -> float:
     return divisor ** -(stretch / (steps - 1))
 
 
+DROPS: Final = {  # epochs at which the weights' rate falls to a tenth
+    "run145": paper.RUN145_DROPS,
+    "cifar": paper.CIFAR_DROPS,
+    "every_30": paper.EVERY_30_DROPS,
+    "constant": (),
+}
 NAMES: Final = tuple(f"{layer}.{kind}" for layer in paper.LAYERS for kind in ("weight", "bias"))
 
 
 class Schedule:
     """The learning rates of a recipe over ``epochs``; fixed epochs scale with the length.
 
-    Differs: the paper and its code know one length of training; run 145's and run 170's epochs
-    are moved in proportion, so that a short training passes through the same stages.
+    Differs: the paper and its code know one length of training; run 145's and run 170's epochs,
+    the CIFAR-10 net's and torchvision's are moved in proportion, so that a short training passes
+    through the same stages.
     """
 
     def __init__(self, recipe: Recipe, epochs: int, names: Sequence[str] = NAMES) -> None:
@@ -62,9 +69,9 @@ class Schedule:
         weights = [name for name in self.names if name.endswith(".weight")]
         return weights[0], weights[-1], weights[-1].replace(".weight", ".bias")
 
-    def _reached(self, epoch: int, published: int) -> bool:
+    def _reached(self, epoch: int, run: str, published: int) -> bool:
         """Whether ``epoch`` (from 0) has come to the published run's epoch ``published``."""
-        return epoch * paper.LENGTHS[self.recipe.schedule] >= published * self.epochs
+        return epoch * paper.LENGTHS[run] >= published * self.epochs
 
     def rates(self, epoch: int) -> dict[str, float]:
         """Return the learning rate of each parameter, ``conv1.weight`` to ``fc8.bias``.
@@ -79,14 +86,15 @@ class Schedule:
             for name in self.names
         }
         first = self.shown[0]
-        if recipe.schedule == "run145" and self._reached(epoch, paper.RUN145_CONV1_SLOW):
+        run = recipe.schedule
+        if run == "run145" and self._reached(epoch, run, paper.RUN145_CONV1_SLOW):
             rates[first] = paper.RUN145_CONV1_RATE * recipe.lr / paper.RATE
         frozen = {
             "run145": paper.RUN145_CONV1_FROZEN,
             "run170": paper.RUN170_CONV1_FROZEN,
-        }.get(recipe.schedule)
+        }.get(run)
         # Differs: the logs name conv1's rate alone; its bias is frozen with its weights here.
-        if frozen is not None and self._reached(epoch, frozen):
+        if frozen is not None and self._reached(epoch, run, frozen):
             rates[first] = rates[first.replace(".weight", ".bias")] = 0.0
         return rates
 
@@ -95,15 +103,16 @@ class Schedule:
 
         With equal rates the biases follow the weights; the code's went their own way.
         """
-        progress = epoch / self.epochs
-        if self.recipe.schedule == "run145":
-            drops = sum(self._reached(epoch, drop) for drop in paper.RUN145_DROPS)
-            weight, bias = paper.RATE_DIVISOR**-drops, 1.0  # its biases stay at .02 throughout
-        elif self.recipe.schedule == "run170":
+        run, progress = self.recipe.schedule, epoch / self.epochs
+        bias = 1.0  # run 145's stay at .02 throughout, the CIFAR-10 net's at .002
+        if run == "run170":
             weight = dexp(progress, *paper.RUN170_WEIGHT_STEPS)
             bias = dexp(progress, *paper.RUN170_BIAS_STEPS)
+        elif run == "plateau":
+            weight = paper.RATE_DIVISOR**-self.plateau.drops
         else:
-            weight, bias = paper.RATE_DIVISOR**-self.plateau.drops, 1.0
+            drops = sum(self._reached(epoch, run, drop) for drop in DROPS[run])
+            weight = paper.RATE_DIVISOR**-drops
         return weight, weight if self.recipe.rates == "equal" else bias
 
     def colour_noise(self, epoch: int) -> float:
@@ -111,11 +120,11 @@ class Schedule:
 
         The code's noise, which scales the image, went off towards the end; the paper's stays.
         """
-        late = self.recipe.schedule == "run170"
-        off = paper.RUN170_NOISE_OFF if late else paper.RUN145_CONV1_SLOW
+        run = "run170" if self.recipe.schedule == "run170" else "run145"
+        off = {"run145": paper.RUN145_CONV1_SLOW, "run170": paper.RUN170_NOISE_OFF}[run]
         if self.recipe.colour_noise == "none":
             return 0.0
-        if self.recipe.colour_noise == "added_and_scaled" and self._reached(epoch, off):
+        if self.recipe.colour_noise == "added_and_scaled" and self._reached(epoch, run, off):
             return 0.0
         return paper.COLOUR_NOISE
 

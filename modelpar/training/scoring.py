@@ -18,7 +18,8 @@ from modelpar.images.augment import Lens, Statistics
 from modelpar.images.loader import TestLoader
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
-from modelpar.net.alexnet import AlexNet, check_state, part_of
+from modelpar.net.alexnet import check_state, part_of
+from modelpar.net.baselines import whole
 from modelpar.net.paper import Plan, plan_of, settings_of
 from modelpar.settings import DataSettings
 from modelpar.training import checkpoint
@@ -97,6 +98,9 @@ class Prepared:
 def prepare(settings: EvaluateSettings) -> Prepared:
     """Find weights, images and mean image; raises for all that can fail before a process group."""
     trained = find(settings.checkpoint)
+    if settings.columns > trained.plan.columns:
+        message = f"checkpoint={settings.checkpoint}: its net has one column; give columns=1"
+        raise SettingsError(message)
     data = settings.data
     if not data.name:  # the run's own, but for what was given
         data = replace(trained.data, download=data.download)
@@ -154,13 +158,13 @@ def describe(errors: Errors, views: int) -> str:
 
 
 def export(path: str, out: Path) -> str:
-    """Write the whole net to one file that ``AlexNet`` loads; return what was written, in a line.
+    """Write the whole net to one file that its class loads; return what was written, in a line.
 
     The metadata tells plan and data.  Raises CheckpointError.
     """
     trained = find(path)
     weights = trained.weights(None)
-    check_state(AlexNet(trained.plan, seed=0), weights, path)
+    check_state(whole(trained.plan, seed=0), weights, path)
     told = {
         "plan": settings_of(trained.plan),
         "data": config.without_secrets(asdict(trained.data)),

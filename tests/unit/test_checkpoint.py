@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from modelpar import AlexNet, split
+from modelpar import AlexNet, Recipe, config, split
 from modelpar.errors import CheckpointError
 from modelpar.mesh import Mesh
 from modelpar.net.alexnet import place_of
+from modelpar.net.baselines import whole
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, find, newest, open_step, read_part, save
+from modelpar.training.engine import plan_for
 from modelpar.training.saver import Keep, Saver, prune
 
 if TYPE_CHECKING:
@@ -323,6 +326,18 @@ def test_find_takes_a_run_a_step_or_a_file(tmp_path: Path) -> None:
     assert find(str(file)) == file
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         find(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("net", ["four_layer", "torchvision"])
+def test_the_picture_is_of_the_first_convolution_of_any_net(tmp_path: Path, net: str) -> None:
+    settings = config.read("train", [f"model.net={net}"])
+    recipe = Recipe(**asdict(settings.recipe))
+    weights = whole(plan_for(recipe, settings.model, 3, 64), seed=0).state_dict()
+    write(tmp_path, 1, weights=weights)
+    found = newest(tmp_path)
+    assert found is not None
+    first = {"four_layer": "conv1.weight", "torchvision": "features.0.weight"}[net]
+    assert torch.equal(checkpoint.read_conv1(found), weights[first])
 
 
 def test_only_one_column_need_be_read_for_the_picture(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ FLOORS = [
     ["net.paper"],
     ["net.crossing", "net.layers"],
     ["net.alexnet"],
+    ["net.baselines"],
     ["images.order", "images.augment"],
     ["images.samples"],
     ["images.statistics"],

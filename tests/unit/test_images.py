@@ -135,6 +135,13 @@ def test_crop_and_flip_are_shared_by_32_or_drawn_for_each() -> None:
     assert not torch.equal(alone.corner, Draws.of_epoch(0, 1, 20_000, 32, "per_image").corner)
 
 
+def test_central_crops_are_what_a_test_sees() -> None:
+    view = lens()
+    images = torch.randint(0, 256, (5, 3, 10, 10), dtype=torch.uint8)
+    draws = Draws.of_epoch(0, 3, 5, view.border, "central")
+    assert torch.equal(view.training(images, draws, 0.0), view.centre(images))
+
+
 def test_training_view_is_the_crop_flipped_less_the_central_mean() -> None:
     mean = torch.randn(3, 10, 10)
     view = Lens(Statistics(mean, torch.ones(3), torch.eye(3)), 8, scaled=True, device="cpu")

@@ -80,6 +80,13 @@ def test_a_training_goes_on_where_nobody_reads_what_it_shows(
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_kernels_of_one_column_are_not_parted() -> None:
+    kernels = torch.randn(64, 3, 5, 5)
+    assert kernel_picture(kernels, 1).shape == (3, 4 * (4 * 6 + 1), 4 * (16 * 6 + 1))
+    both = kernel_picture(kernels, 2)
+    assert both.shape == (3, 4 * (2 * (2 * 6 + 1) + 3), 4 * (16 * 6 + 1))
+
+
 def test_kernels_of_both_columns_are_one_picture(tmp_path: Path) -> None:
     kernels = torch.zeros(96, 3, 11, 11)
     kernels[48:, 0] = 1.0  # column 1: red

@@ -53,6 +53,9 @@ def test_with_equal_rates_biases_follow_the_weights() -> None:
 def test_colour_noise_ends_with_the_codes_rule_and_stays_with_the_papers() -> None:
     assert changed("code2012", 91, colour_noise="added").colour_noise(90) == 0.1
     assert changed("paper", 90, colour_noise="added_and_scaled").colour_noise(89) == 0.0
+    for schedule in ("constant", "cifar", "every_30"):
+        found = changed("code2012", 91, schedule=schedule)
+        assert [found.colour_noise(epoch) for epoch in (66, 67)] == [0.1, 0.0]
 
 
 def test_run_170() -> None:
@@ -68,6 +71,34 @@ def test_run_170_late_changes() -> None:
     assert [schedule.colour_noise(epoch) for epoch in (67, 68)] == [0.1, 0.0]
     assert schedule.rates(73)["conv1.weight"] > 0
     assert schedule.rates(74)["conv1.weight"] == schedule.rates(74)["conv1.bias"] == 0
+
+
+def test_a_constant_rate_stays() -> None:
+    schedule = changed("code2012", 90, schedule="constant")
+    found = [schedule.rates(epoch) for epoch in (0, 45, 89)]
+    assert found[0] == found[1] == found[2]
+    assert found[0]["conv1.weight"] == found[0]["fc8.bias"] / 2 == 0.01
+
+
+def test_the_cifar_nets_weights_fall_twice_at_the_end_and_its_biases_never() -> None:
+    schedule = changed("code2012", 520, schedule="cifar")
+    found = [schedule.rates(epoch) for epoch in (0, 499, 500, 509, 510, 519)]
+    assert [one["conv1.weight"] for one in found] == pytest.approx(
+        [1e-2] * 2 + [1e-3] * 2 + [1e-4] * 2
+    )
+    assert {one["fc8.bias"] for one in found} == {0.02}
+    short = changed("code2012", 60, schedule="cifar")
+    falls = [short.rates(epoch)["fc7.weight"] for epoch in (57, 58, 59)]
+    assert falls == pytest.approx([1e-2, 1e-3, 1e-4])
+
+
+def test_torchvisions_rates_fall_every_thirty_epochs() -> None:
+    schedule = changed("paper", 90, schedule="every_30")
+    found = [schedule.rates(epoch) for epoch in (0, 29, 30, 59, 60, 89)]
+    assert [one["fc8.weight"] for one in found] == pytest.approx(
+        [1e-2] * 2 + [1e-3] * 2 + [1e-4] * 2
+    )
+    assert all(one["fc8.weight"] == one["fc8.bias"] for one in found)
 
 
 def test_fixed_epochs_scale_with_the_length() -> None:

@@ -1,0 +1,192 @@
+"""The nets the paper's is held against that are no columns: figure 1's, and torchvision's AlexNet.
+
+``whole`` builds any plan's net on one device.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional
+
+from modelpar.mesh import generator
+from modelpar.net import paper
+from modelpar.net.alexnet import AlexNet
+from modelpar.net.layers import ACTIVATIONS, AcrossMaps, Draw, Dropout, pool
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from torch import Tensor
+
+    from modelpar.net.paper import Plan
+
+
+def whole(plan: Plan, seed: int | None = None) -> AlexNet | FourLayer | Torchvision:
+    """Return the whole net of ``plan`` on one device; without a seed torch's generator is used.
+
+    Input (N, 3, S, S), pixels 0-255 less the mean; output (N, classes) logits.
+    """
+    if plan.net == "four_layer":
+        return FourLayer(plan, seed)
+    if plan.net == "torchvision":
+        return Torchvision(plan, seed)
+    return AlexNet(plan, seed)
+
+
+class Local(nn.Module):
+    """A convolution whose weights, biases too, are each place's own (cuda-convnet: ``local``).
+
+    ``side`` is that of its maps in pixels, in and out; ``weight`` (side ** 2, outputs, inputs *
+    kernel ** 2), ``bias`` (side ** 2, outputs): places row by row, inputs before rows and columns
+    of a kernel.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, side: int) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.side = side
+        places = side**2
+        size = (places, outputs, inputs * kernel**2)
+        self.weight = nn.Parameter(torch.empty(size, device="meta"))  # _fill brings the values
+        self.bias = nn.Parameter(torch.empty(places, outputs, device="meta"))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return (N, outputs, H, W) of ``maps`` (N, inputs, H, W); outside them are zeros."""
+        windows = functional.unfold(maps, self.kernel, padding=self.kernel // 2)
+        columns = windows.permute(2, 1, 0)  # (places, inputs * kernel ** 2, N)
+        units = torch.baddbmm(self.bias[:, :, None], self.weight, columns)
+        return units.permute(2, 1, 0).unflatten(2, (self.side, self.side))
+
+    def extra_repr(self) -> str:
+        """Name what makes it."""
+        places, outputs, inputs = self.weight.shape
+        return f"{inputs // self.kernel**2}, {outputs}, kernel={self.kernel}, places={places}"
+
+
+class FourLayer(nn.Module):
+    """The CIFAR-10 net of section 3.3, with or without its norms; figure 1's is without.
+
+    Layers as in cuda-convnet's example files, 13 and 11 % of error: two convolutions, two locally
+    connected layers, and one unit a class.  Without dropout.  Differs: crops are 28 pixels wide,
+    so that images are stored at their own 32; the files were trained with 24.
+    """
+
+    def __init__(self, plan: Plan, seed: int | None = None) -> None:
+        super().__init__()
+        self.plan = plan
+        one, two, three, four = (
+            plan.layers[name] for name in ("conv1", "conv2", "local3", "local4")
+        )
+        side = plan.pooled(plan.pooled(plan.image_size))
+        self.conv1 = _conv(3, one)
+        self.conv2 = _conv(one.outputs, two)
+        self.local3 = Local(two.outputs, three.outputs, three.kernel, side)
+        self.local4 = Local(three.outputs, four.outputs, four.kernel, side)
+        self.fc10 = nn.Linear(four.outputs * side**2, plan.num_classes, device="meta")
+        self.activate = ACTIVATIONS[plan.activation]
+        self.pool = pool(plan.pool)
+        self.norm1, self.norm2 = _norm(plan, one), _norm(plan, two)
+        _fill(self, plan, seed)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (N, classes) of ``images`` (N, 3, S, S)."""
+        x = _as_weight(images, self.conv1.weight)
+        x = self.norm1(self.activate(self.pool(self.conv1(x))))  # (N, 64, 14, 14) at 28 pixels
+        x = self.pool(self.norm2(self.activate(self.conv2(x))))  # (N, 64, 7, 7)
+        x = self.activate(self.local3(x))  # (N, 32 or 64, 7, 7)
+        x = self.activate(self.local4(x))  # (N, 32, 7, 7)
+        return self.fc10(x.flatten(1))
+
+    def fix_dropout(self, draw: Draw | None) -> None:
+        """Do nothing: there is none."""
+
+
+def _conv(inputs: int, row: paper.Layer) -> nn.Conv2d:
+    return nn.Conv2d(inputs, row.outputs, row.kernel, padding=row.padding, device="meta")
+
+
+def _norm(plan: Plan, row: paper.Layer) -> nn.Module:
+    if plan.norm == "none":
+        return nn.Identity()
+    return AcrossMaps(
+        row.outputs,
+        paper.FOUR_LAYER_NORM_ALPHA,
+        paper.FOUR_LAYER_NORM_SIZE,
+        paper.FOUR_LAYER_NORM_K,
+    )
+
+
+def _fill(net: FourLayer, plan: Plan, seed: int | None) -> None:
+    """Give ``net`` its initial weights, a function of seed and layer alone, on torch's device."""
+    device = torch.get_default_device()
+    for name, row in plan.layers.items():
+        layer = net.get_submodule(name)
+        weight = torch.empty(layer.get_parameter("weight").shape, device="cpu")
+        source = None if seed is None else generator(seed, "init", name)
+        weight.normal_(0, row.code_std, generator=source)
+        bias = torch.full(layer.get_parameter("bias").shape, row.bias, device="cpu")
+        layer.weight = nn.Parameter(weight.to(device))
+        layer.bias = nn.Parameter(bias.to(device))
+
+
+def _as_weight(images: Tensor, weight: Tensor) -> Tensor:
+    """Return ``images`` in the dtype and memory format of conv1's ``weight``."""
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    order = torch.channels_last if last else torch.contiguous_format
+    return images.to(weight.dtype, memory_format=order)
+
+
+class Torchvision(torchvision.models.AlexNet):
+    """torchvision's AlexNet: one column of 64, 192, 384, 256, 256 kernels, without norms.
+
+    Layers, their names, initial weights and scaled dropout are its own; a seed fixes them, and a
+    draw the masks.  Differs: less the mean image, where torchvision subtracts the mean colour.
+    """
+
+    def __init__(self, plan: Plan, seed: int | None = None) -> None:
+        with _seeded(seed), torch.device("cpu"):  # whose generator it is
+            super().__init__(plan.num_classes, plan.dropout)
+        self.plan = plan
+        for place, layer in enumerate(self.classifier):
+            if isinstance(layer, nn.Dropout):  # before the linear layer of the next place
+                units = self.classifier.get_parameter(f"{place + 1}.weight").shape[1]
+                self.classifier[place] = ScaledDropout(f"classifier.{place}", units, plan.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, classes) of images (N, 3, S, S)."""
+        scale = 255 * x.new_tensor(paper.TORCHVISION_STD)[:, None, None]
+        return super().forward(_as_weight(x / scale, self.features.get_parameter("0.weight")))
+
+    def fix_dropout(self, draw: Draw | None) -> None:
+        """Make the next forward's masks a function of ``draw``; None: torch's generator."""
+        for layer in self.classifier:
+            if isinstance(layer, ScaledDropout):
+                layer.masked.draw = draw
+
+
+class ScaledDropout(nn.Module):
+    """torchvision's dropout, scaled in training and not in evaluation, by masks of a ``Draw``."""
+
+    def __init__(self, name: str, units: int, share: float) -> None:
+        super().__init__()
+        self.masked = Dropout(name, units, slice(0, units), share)
+
+    def forward(self, units: Tensor) -> Tensor:
+        """Return ``units`` (N, C), masked and scaled, or as they are."""
+        return self.masked(units) / (1 - self.masked.share) if self.training else units
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Generator[None]:
+    """Let torch's global generator start from ``seed`` for a while, then give it back."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.set_state(generator(seed, "init").get_state())
+        yield

@@ -1,0 +1,129 @@
+"""The nets that are no columns train as the others do: replicas, resume, evaluation, export."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+
+from modelpar import Recipe, config
+from modelpar.errors import SettingsError
+from modelpar.images.loader import Batch
+from modelpar.mesh import Mesh
+from modelpar.training import loop, scoring, start
+from modelpar.training.checkpoint import newest, read_conv1, read_part
+from modelpar.training.engine import DTYPES, Learner, build, plan_for
+from modelpar.training.optimizer import MomentumDecay
+from modelpar.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ranks import Ranks
+
+ALONE = Mesh(torch.device("cpu"))
+SIZES = {"four_layer": 28, "torchvision": 64}
+BATCH = 8
+
+
+def outcome(mesh: Mesh, net: str, steps: int) -> dict[str, Any]:
+    """Train in float64 on this replica's rows of ``steps`` global batches."""
+    settings = config.read("train", [f"model.net={net}", "recipe.lr=0.001"])
+    recipe = Recipe(**asdict(settings.recipe))
+    plan = plan_for(recipe, settings.model, 10, SIZES[net])
+    built = build(plan, mesh, "float64", settings.crossing, seed=3)
+    trained = Learner(
+        built,
+        mesh,
+        MomentumDecay(built, recipe, DTYPES["float64"], plan.decays),
+        Schedule(recipe, 91, [name for name, _ in built.named_parameters()]),
+        BATCH // mesh.replicas,
+        seed=3,
+        precision="float64",
+    )
+    source = torch.Generator().manual_seed(7)
+    rows = slice(mesh.replica * trained.batch_size, (mesh.replica + 1) * trained.batch_size)
+    losses: list[float] = []
+    for step in range(steps):
+        images = torch.randn(BATCH, 3, plan.image_size, plan.image_size, generator=source) * 60
+        labels = torch.randint(0, 10, (BATCH,), generator=source)
+        own = Batch(images[rows], labels[rows], 0.0)
+        losses.append(float(trained.step(own, step, trained.schedule.rates(0))))
+    return {"losses": losses, **trained.optimizer.weights()}
+
+
+@pytest.mark.parametrize("net", SIZES)
+def test_two_replicas_equal_one_process_on_the_global_batch(two_replicas: Ranks, net: str) -> None:
+    whole = outcome(ALONE, net, 3)
+    parts = two_replicas.run(outcome, net, 3)
+    losses = whole.pop("losses")
+    means = [sum(both) / 2 for both in zip(*(part.pop("losses") for part in parts), strict=True)]
+    assert means == pytest.approx(losses, rel=1e-12)
+    for key, value in whole.items():
+        assert torch.equal(parts[0][key], parts[1][key]), key
+        assert float((parts[0][key] - value).norm() / value.norm()) < 1e-12, key
+
+
+def words(images: Path, net: str, *more: str) -> list[str]:
+    return [
+        *("data=imagefolder", f"data.root={images}", f"model.net={net}", "columns=1"),
+        *(f"model.image_size={SIZES[net]}", "workers=0", "batch_size=8", "compile=false"),
+        *("monitor.progress=false", "monitor.tensorboard=false", *more),
+    ]
+
+
+def trained(settings: list[str], run_dir: Path) -> None:
+    read = config.read("train", settings)
+    loop.train(read, start.prepare(read), ALONE, run_dir)
+
+
+@pytest.mark.parametrize(
+    "net", ["four_layer", pytest.param("torchvision", marks=pytest.mark.slow)]
+)
+def test_a_run_goes_on_exactly_and_is_evaluated_and_exported(
+    images: Path, tmp_path: Path, net: str
+) -> None:
+    how = words(images, net, "epochs=2", "recipe.lr=0.001")
+    trained(how, tmp_path / "once")
+    trained([*how, "steps=3"], tmp_path / "twice")
+    trained(how, tmp_path / "twice")
+    once, twice = newest(tmp_path / "once"), newest(tmp_path / "twice")
+    assert once is not None
+    assert twice is not None
+    assert once.step == twice.step == 10
+    state = read_part(once, "weights", None)
+    for kind in ("weights", "velocities"):
+        one, other = (read_part(each, kind, None) for each in (once, twice))  # type: ignore[arg-type]
+        assert all(torch.equal(one[key], other[key]) for key in one), kind
+    told = once.manifest["files"]["whole.weights.safetensors"]["tensors"]
+    assert all(place["whole"] == list(state[key].shape) for key, place in told.items())
+    assert (tmp_path / "once" / "conv1.png").is_file()
+    assert read_conv1(once).shape == (64, 3, *((5, 5) if net == "four_layer" else (11, 11)))
+
+    file = tmp_path / "net.safetensors"
+    assert f"{len(state)} tensors" in scoring.export(str(tmp_path / "once"), file)
+    exported = load_file(file)
+    assert all(torch.equal(value, exported[key]) for key, value in state.items())
+    if net == "torchvision":
+        torchvision.models.AlexNet(2).load_state_dict(exported)
+
+    rows = map(json.loads, (tmp_path / "once" / "metrics.jsonl").read_text().splitlines())
+    last = [row for row in rows if row["kind"] == "test"][-1]
+    for place in (tmp_path / "once", file):
+        settings = config.read("evaluate", [f"checkpoint={place}", "columns=1"])
+        errors = scoring.score(settings, scoring.prepare(settings), ALONE)
+        assert errors.top1 == last["top1"]
+        assert errors.loss == pytest.approx(last["loss"], rel=1e-5)
+    with pytest.raises(SettingsError, match="its net has one column; give columns=1"):
+        scoring.prepare(config.read("evaluate", [f"checkpoint={file}"]))
+
+
+@pytest.mark.parametrize("net", SIZES)
+def test_one_column_is_not_split(images: Path, net: str) -> None:
+    with pytest.raises(SettingsError, match=f"model.net={net}: has one column; give columns=1"):
+        start.prepare(config.read("train", [*words(images, net), "columns=2"]))
