@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from ranks import Ranks
 
 NAMES = sorted(path.stem for path in (config.conf_dir() / "experiment").glob("*.yaml"))
-QUICK = {"one_column", "conv6", "drop_conv3", "batch_norm", "dropout_conv4"}
+QUICK = {
+    *("one_column", "conv6", "drop_conv3", "batch_norm", "dropout_conv4"),
+    *("cifar_lrn", "cifar_tanh", "torchvision"),
+}
 
 
 def words_of(name: str) -> list[str]:
-    small = ["data=synthetic", "model.image_size=64", "batch_size=4", "steps=2", "compile=false"]
+    small = ["data=synthetic", "batch_size=4", "steps=2", "compile=false"]
+    if not name.startswith("cifar"):  # they are small
+        small.append("model.image_size=64")
     return [f"experiment={name}", *small, "monitor.progress=false", "monitor.tensorboard=false"]
 
 

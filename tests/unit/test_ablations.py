@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modelpar import AlexNet, Column, Link, config
+from modelpar.net.baselines import whole
 from modelpar.net.paper import Recipe
 from modelpar.training.engine import plan_for
 
@@ -28,7 +29,21 @@ PARAMETERS = {
     "wide_classes": 146_949_075,
     "drop_conv3": 60_301_288,
     "drop_conv4": 60_301_288,
+    "torchvision": 61_100_840,
+    # conv1, conv2, local3 and local4 on 7 x 7 places, fc10
+    **dict.fromkeys(("cifar_relu", "cifar_tanh", "cifar_no_lrn"), 1_480_906),
+    "cifar_lrn": 2_837_226,
 }
+CLEAN = {
+    *("half_precision_crossing", "no_lrn2", "norm_before_relu2", "dropout_conv4", "batch256"),
+}
+CONTROLS = {
+    **dict.fromkeys(CLEAN, "clean"),
+    **dict.fromkeys(("two_columns", "cifar_relu", "cifar_lrn")),
+    "cifar_tanh": "cifar_relu",
+    "cifar_no_lrn": "cifar_lrn",
+}
+RECIPES = {**dict.fromkeys(CLEAN | {"clean"}, "clean"), "torchvision": "paper"}
 
 
 def composed(name: str, *words: str) -> TrainSettings:
@@ -46,6 +61,7 @@ def test_they_are_all_there() -> None:
         *("clean", "conv6", "wide_classes", "no_dropout", "no_colour_noise", "one_view"),
         *("drop_conv3", "drop_conv4", "batch_norm", "lrn_within_channel", "average_pooling"),
         *("tanh", "sigmoid", "elu"),
+        *("cifar_relu", "cifar_tanh", "cifar_lrn", "cifar_no_lrn", "torchvision"),
     }
 
 
@@ -53,12 +69,8 @@ def test_they_are_all_there() -> None:
 def test_each_composes_and_says_what_it_is(name: str) -> None:
     settings = composed(name)
     assert settings.experiment == name
-    clean = {
-        *("half_precision_crossing", "no_lrn2", "norm_before_relu2", "dropout_conv4", "batch256")
-    }
-    expected = "clean" if name in clean else None if name == "two_columns" else "two_columns"
-    assert settings.control == expected
-    assert settings.recipe.name == ("clean" if name in clean | {"clean"} else "code2012")
+    assert settings.control == CONTROLS.get(name, "two_columns")
+    assert settings.recipe.name == RECIPES.get(name, "code2012")
     published = settings.published
     assert published.source
     assert (published.top1 is None) == (published.set is None) == (published.views is None)
@@ -82,6 +94,9 @@ def test_each_is_one_change_of_its_control(name: str) -> None:
         "half_precision_crossing": {"crossing"},
         "norm_before_relu2": {"recipe"},
         "no_colour_noise": {"recipe"},
+        "torchvision": {"columns", "batch_size", "model", "recipe", "views"},
+        "cifar_relu": set(),
+        "cifar_lrn": set(),
     }
     assert changed == sizes.get(name, {"model"})
 
@@ -90,14 +105,15 @@ def test_each_is_one_change_of_its_control(name: str) -> None:
 def test_each_builds_the_net_it_names(name: str) -> None:
     settings = composed(name)
     recipe = Recipe(**asdict(settings.recipe))
-    classes = settings.model.num_classes or 1000
-    plan = plan_for(recipe, settings.model, classes, 224)
+    classes = settings.model.num_classes or (10 if name.startswith("cifar") else 1000)
+    size = settings.model.image_size or 224
+    plan = plan_for(recipe, settings.model, classes, size)
     with FakeTensorMode():
-        whole = AlexNet(plan)
-        images = torch.empty(2, 3, 224, 224)
-        assert whole(images).shape == (2, classes)
-        sizes = {key: value.numel() for key, value in whole.state_dict().items()}
-        weights = sum(weight.numel() for weight in whole.parameters())
+        net = whole(plan)
+        images = torch.empty(2, 3, size, size)
+        assert net(images).shape == (2, classes)
+        sizes = {key: value.numel() for key, value in net.state_dict().items()}
+        weights = sum(weight.numel() for weight in net.parameters())
         assert weights == PARAMETERS.get(name, PAPERS)
         if settings.columns == 1:
             return
@@ -106,6 +122,30 @@ def test_each_builds_the_net_it_names(name: str) -> None:
         halves = [column.state_dict() for column in columns]
         for key, size in sizes.items():
             assert sum(half[key].numel() for half in halves if key in half) == size, key
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("cifar")])
+def test_a_cifar_experiment_may_be_of_other_images(name: str) -> None:
+    assert config.read("train", [f"experiment={name}"]).data.name == "cifar10"
+    for words in (
+        ["data=fashion_mnist", f"experiment={name}"],
+        [f"experiment={name}", "data=photos"],
+    ):
+        settings = config.read("train", words)
+        assert f"data={settings.data.name}" in words
+        assert settings.model.image_size == 28
+
+
+def test_figure_1_is_without_regularization() -> None:
+    relu, tanh = (asdict(composed(f"cifar_{name}")) for name in ("relu", "tanh"))
+    for settings in (relu, tanh):
+        recipe = settings["recipe"]
+        assert recipe["weight_decay"] == 0
+        assert (recipe["colour_noise"], recipe["crops"]) == ("none", "central")
+    assert {key for key in relu["model"] if relu["model"][key] != tanh["model"][key]} == {
+        "activation"
+    }
+    assert relu["recipe"] == tanh["recipe"]
 
 
 def test_an_unknown_one_offers_the_nearest() -> None:
