@@ -58,8 +58,9 @@ class Local(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """Return (N, outputs, H, W) of ``maps`` (N, inputs, H, W); outside them are zeros."""
         windows = functional.unfold(maps, self.kernel, padding=self.kernel // 2)
-        columns = windows.permute(2, 1, 0)  # (places, inputs * kernel ** 2, N)
-        units = torch.baddbmm(self.bias[:, :, None], self.weight, columns)
+        # (places, inputs * kernel ** 2, N), copied at once: the product would copy place by place
+        windows = windows.permute(2, 1, 0).contiguous()
+        units = torch.baddbmm(self.bias[:, :, None], self.weight, windows)
         return units.permute(2, 1, 0).unflatten(2, (self.side, self.side))
 
     def extra_repr(self) -> str:
