@@ -25,7 +25,7 @@ from modelpar.training.monitor import Meter, Monitor, image_grid, show
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.saver import Keep, Saver
 from modelpar.training.schedule import Schedule
-from modelpar.training.start import Prepared, chosen_data, find_start
+from modelpar.training.start import Prepared, chosen_data, find_start, last_error
 from modelpar.training.watch import Watch, signal_name
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
     with stop.heeded() as request, runs.held(run_dir, mesh):
         start = find_start(settings, prepared, run_dir)
         stats = _agreed_statistics(start, prepared, mesh)
-        training = _Training(settings, prepared, stats, mesh, run_dir, Watch(mesh, request))
-        over = start is not None and start.step >= training.total
-        if start is not None and over and start.manifest.get("tested") == start.step:
+        top1 = last_error(prepared, start)
+        if start is not None and top1 is not None:
             if mesh.rank == 0:
-                show(f"finished: {run_dir} is at step {start.step} of {training.total}")
-            return float(start.manifest["top1"])
+                show(f"finished: {run_dir} is at step {start.step} of {prepared.steps}")
+            return top1
+        training = _Training(settings, prepared, stats, mesh, run_dir, Watch(mesh, request))
         if start is not None:
             training.resume(start)
         if mesh.rank == 0:
@@ -152,9 +152,7 @@ class _Training:
             replicas=mesh.replicas,
             workers=workers,
         )
-        self.total = epochs * len(self.order)
-        if settings.steps is not None:
-            self.total = min(self.total, settings.steps)
+        self.total = prepared.steps
         every = settings.checkpoint_every
         self.save_every = data.checkpoint_every if every is None else every
         self.step = 0

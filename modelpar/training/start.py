@@ -35,6 +35,7 @@ class Prepared:
     images: ImageSet
     statistics: Statistics
     plan: Plan
+    steps: int  # at which the run is over: its epochs', or before
 
 
 def prepare(settings: TrainSettings) -> Prepared:
@@ -50,7 +51,12 @@ def prepare(settings: TrainSettings) -> Prepared:
         raise SettingsError(message)
     cache = config.cache_dir(settings.cache_dir)
     images = open_set(data, cache, settings.seed, settings.batch_size * settings.replicas)
-    BatchOrder(len(images.train), settings.batch_size, settings.seed, replicas=settings.replicas)
+    order = BatchOrder(
+        len(images.train), settings.batch_size, settings.seed, replicas=settings.replicas
+    )
+    steps = (settings.epochs or data.epochs) * len(order)
+    if settings.steps is not None:
+        steps = min(steps, settings.steps)
     plan = plan_for(recipe, settings.model, len(images.classes), data.image_size)
     if settings.replicas > 1 and plan.norm == "batch":
         message = "model.norm=batch: each replica would normalize by itself; give replicas=1"
@@ -62,7 +68,7 @@ def prepare(settings: TrainSettings) -> Prepared:
         settings.batch_size * 3 * images.stored_size**2,
         launched.local_size if launched.size > 1 else settings.columns * settings.replicas,
     )
-    return Prepared(images, statistics(images, cache, workers), plan)
+    return Prepared(images, statistics(images, cache, workers), plan, steps)
 
 
 def find_start(
@@ -100,3 +106,13 @@ def find_start(
         )
         raise DataError(message)
     return found
+
+
+def last_error(prepared: Prepared, found: checkpoint.Checkpoint | None) -> float | None:
+    """Return the last top-1 error in % of a run that is over, None where it goes on.
+
+    It is over at its last step, or beyond, where it was tested there: an evaluation ends each run.
+    """
+    if found is None or found.step < prepared.steps or found.manifest.get("tested") != found.step:
+        return None
+    return float(found.manifest["top1"])
