@@ -12,9 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
+import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +27,7 @@ from modelpar.settings import (
     CONTENDERS,
     DEVICES,
     HOSTS,
+    ON_FAILURE,
     PRECISIONS,
     SCHEMAS,
     VIEWS,
@@ -90,9 +94,9 @@ def _given_or(value: object, default: object) -> object:
 
 @contextmanager
 def _hydra_started() -> Generator[None]:
-    hydra = GlobalHydra.instance()
-    if hydra.is_initialized():
-        hydra.clear()
+    started = GlobalHydra.instance()
+    if started.is_initialized():
+        started.clear()
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         yield
@@ -114,18 +118,88 @@ def compose_settings(main: str, overrides: Sequence[str]) -> DictConfig:
                 if key != "hydra":
                     OmegaConf.to_container(OmegaConf.masked_copy(settings, str(key)), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise SettingsError(_explain(main, error)) from None
+        raise SettingsError(explain(main, error)) from None
     return settings
 
 
-def _explain(main: str, error: Exception) -> str:
-    """Fold what Hydra says into one line: what, where, how to mend it."""
+def compose_sweep(main: str, overrides: Sequence[str]) -> tuple[DictConfig, frozenset[str]]:
+    """Return the settings of a sweep's first job, and the keys that are the same in all jobs.
+
+    Each value of each list is tried beside the first ones of the other lists, those of the sweeper
+    too.  Raises SettingsError, in one line, for what Hydra refuses.
+    """
+    lists = _lists(main, overrides)
+    if any(len(values) > 1 and values[0].startswith("run_dir=") for values in lists):
+        message = "run_dir: several values; a sweep has one, and a folder in it for each job"
+        raise SettingsError(message)
+    first = compose_settings(main, [values[0] for values in lists])
+    own = first.hydra.sweeper.get("params") or {}
+    lists = [*_lists(main, [f"{key}={value}" for key, value in own.items()]), *lists]
+    words = [values[0] for values in lists]
+    to_object(main, compose_settings(main, words))
+    for place, values in enumerate(lists):
+        for value in values[1:]:
+            to_object(main, compose_settings(main, [*words[:place], value, *words[place + 1 :]]))
+    keys = [(values[0].partition("=")[0], len(values) > 1) for values in lists]
+    swept = {key for key, several in keys if several}
+    return first, frozenset(key for key, _ in keys if key not in swept)
+
+
+def _lists(main: str, overrides: Sequence[str]) -> list[list[str]]:
+    """Return for each override what it stands for: itself, or one for each value of its list."""
+    lists: list[list[str]] = []
+    try:
+        with _hydra_started():
+            loader = GlobalHydra.instance().config_loader()
+            for override in OverridesParser.create(loader).parse_overrides(list(overrides)):
+                key, value = override.get_key_element(), override.value()
+                if override.is_discrete_sweep():
+                    values = [f"{key}={each}" for each in override.sweep_string_iterator()]
+                elif isinstance(value, IntervalSweep):
+                    values = [f"{key}={value.start}", f"{key}={value.end}"]
+                else:
+                    values = [str(override.input_line)]
+                if not values:
+                    message = f"{override.input_line}: stands for nothing; give values"
+                    raise SettingsError(message)
+                lists.append(values)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingsError(explain(main, error)) from None
+    return lists
+
+
+def run_hydra(main: str, task: Callable[[DictConfig], Any]) -> None:
+    """Hand over to Hydra, which reads the command line and calls ``task`` for each job."""
+    register()
+    hydra.main(config_path=str(conf_dir()), config_name=main, version_base="1.3")(task)()
+
+
+# What Hydra takes for its own groups, and the extra of ours that brings it.
+PLUGINS: Final = {
+    "hydra/launcher": {
+        "basic": "",
+        "joblib": "joblib",
+        "submitit_local": "slurm",
+        "submitit_slurm": "slurm",
+    },
+    "hydra/sweeper": {"basic": "", "optuna": "optuna"},
+}
+
+
+def explain(main: str, error: Exception) -> str:
+    """Fold what Hydra says of ``main`` into one line: what, where, how to mend it."""
     cause = error.__cause__ or error
     text = one_line(cause)
     key = getattr(cause, "full_key", None) or ""
     if unquoted := re.search(r"LexerNoViableAltException: ([^=]*)=(.*?)\s*\^", text):
         name, value = unquoted.groups()
         return f"{name}={value}: has a character that must be quoted; give '{name}=\"{value}\"'"
+    if missing := re.search(r"Could not find '(hydra/\w+)/([^']*)'", text):
+        group, name = missing.groups()
+        extra = PLUGINS.get(group, {}).get(name)
+        if not extra:
+            refuse_choice(group, name, PLUGINS.get(group, {}))
+        return f"{group}={name}: not installed; pip install 'modelpar[{extra}]'"
     if missing := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, name = missing.groups()
         refuse_choice(
@@ -178,7 +252,7 @@ def to_object(main: str, settings: DictConfig) -> Any:
         merged = OmegaConf.merge(OmegaConf.structured(SCHEMAS[main]), plain)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise SettingsError(_explain(main, error)) from None
+        raise SettingsError(explain(main, error)) from None
 
 
 def validate_train(settings: TrainSettings) -> None:
@@ -268,11 +342,18 @@ def _validate_common(settings: TrainSettings | EvaluateSettings) -> None:
         1, columns=settings.columns, replicas=settings.replicas, batch_size=settings.batch_size
     )
     _at_least(0, workers=settings.workers, **{"data.workers": settings.data.workers})
+    check_on_failure(settings.on_failure)
     if settings.columns not in {1, 2}:
         refuse_choice("columns", settings.columns, (1, 2))
     if settings.precision not in PRECISIONS:
         refuse_choice("precision", settings.precision, PRECISIONS)
     _validate_process(settings)
+
+
+def check_on_failure(value: str) -> None:
+    """Raise SettingsError where ``value`` does not say what a sweep does when a job fails."""
+    if value not in ON_FAILURE:
+        refuse_choice("on_failure", value, ON_FAILURE)
 
 
 def _validate_process(settings: TrainSettings | EvaluateSettings | BenchmarkSettings) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 
 from modelpar import launch
+from modelpar.jobs import Job
 from modelpar.training import scoring
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def work(
 
 def main() -> NoReturn:
     """Enter through either door."""
-    launch.enter(launch.Job("evaluate", prepare, work, keeps_runs=False))
+    launch.enter(Job("evaluate", prepare, work, keeps_runs=False))
 
 
 if __name__ == "__main__":

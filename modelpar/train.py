@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
 from modelpar import config, launch
+from modelpar.jobs import Job
 from modelpar.training import loop, runs, start
 
 if TYPE_CHECKING:
@@ -33,9 +34,14 @@ def work(prepared: start.Prepared, settings: TrainSettings, mesh: Mesh, run_dir:
     return loop.train(settings, prepared, mesh, run_dir)
 
 
+def over(prepared: start.Prepared, settings: TrainSettings, run_dir: Path) -> float | None:
+    """Return the last top-1 error in % of a run that is over, None of any other."""
+    return start.last_error(prepared, start.find_start(settings, prepared, run_dir))
+
+
 def main() -> NoReturn:
     """Enter through either door."""
-    launch.enter(launch.Job("train", prepare, work))
+    launch.enter(Job("train", prepare, work, over))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ FLOORS = [
     ["bench.worlds", "bench.picture"],
     ["bench.rounds", "bench.report"],
     ["ends"],
+    ["jobs"],
+    ["agent"],
+    ["sweep"],
     ["launch"],
     ["train", "evaluate", "benchmark", "export", "compare"],
 ]
@@ -113,7 +116,15 @@ def test_the_environment_is_read_at_the_doors_alone() -> None:
             for node in ast.walk(tree(module))
         )
     }
-    assert readers <= {"launch", "host", "mesh", "config", "bench.worlds"}  # it launches, too
+    assert readers <= {
+        "launch",
+        "sweep",
+        "agent",
+        "host",
+        "mesh",
+        "config",
+        "bench.worlds",
+    }  # it launches, too
 
 
 def test_collectives_are_called_in_mesh_alone() -> None:

@@ -1,0 +1,145 @@
+"""The ranks of door 2: torchrun's agent, started for one job, and what each rank runs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import uuid
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from omegaconf import OmegaConf
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from modelpar import config, ends, host, jobs, mesh
+from modelpar.errors import PeerLostError, RunError, StoppedError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from modelpar.jobs import Job
+
+THREADS_GIVEN: Final = "OMP_NUM_THREADS" in os.environ
+HANDLED: Final = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,  # torchrun's own default leaves this one out
+)
+CHATTY: Final = (
+    "torch.distributed.elastic",
+    "torch.distributed.elastic.agent.server.api",
+    "torch.multiprocessing",
+)
+SHUTDOWN: Final = 120  # s that the agent leaves the ranks to finish a step and save
+
+
+def place(settings: Any) -> tuple[Any, int]:
+    """Fix device and number of ranks: the pair, or the whole net where there is just one GPU."""
+    ranks = settings.columns * settings.replicas
+    one_gpu = (
+        host.choose_device("auto", ranks) == "cpu" and host.choose_device("auto", 1) == "cuda"
+    )
+    if settings.device == "auto" and settings.replicas == 1 and one_gpu:
+        settings.columns, ranks = 1, 1
+    settings.device = host.choose_device(settings.device, ranks)
+    return settings, ranks
+
+
+def launch(
+    job: Job,
+    settings: Any,
+    ranks: int,
+    run_dir: Path,
+    handled: Sequence[signal.Signals] = HANDLED,
+) -> float:
+    """Start torchrun's agent for ``job`` as it was checked; return the objective of its ranks.
+
+    Raises what the first rank to fail died of, KeyboardInterrupt where one of the signals
+    ``handled`` ends the agent.
+    """
+    if not THREADS_GIVEN:  # of this job alone: the next of a sweep may have other ranks
+        os.environ["OMP_NUM_THREADS"] = str(max(1, host.cores() // ranks))
+    # A restarted pair that shares the agent's store reads stale addresses and hangs.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # Inside joblib's workers the default is a context of joblib's own, which has no processes.
+    multiprocessing.set_start_method("spawn", force=True)
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)  # we say it in one line
+    # Ranks that end by themselves leave a semaphore to Python's tracker, which tells of it.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+    agent = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # a free port: parallel jobs do not collide
+        max_restarts=getattr(settings, "restarts", 0),
+        signals_to_handle=",".join(number.name for number in handled),
+        shutdown_timeout=SHUTDOWN,
+    )
+    kept = run_dir if job.keeps_runs else None
+    ends.forget(kept)
+    with _signals_restored():
+        try:
+            results = elastic_launch(agent, _rank)(job, asdict(settings), str(run_dir))
+        except SignalException as error:  # Hydra would take it for a failed job and go on
+            ends.raise_final(kept)
+            message = f"signal {error.sigval}"
+            raise KeyboardInterrupt(message) from None
+        except ChildFailedError as error:
+            ends.raise_final(kept)
+            cause = ends.cause(error)
+            rank, _ = error.get_first_failure()
+            ends.record(kept, cause.status, str(cause), rank)
+            raise cause from None
+    ends.raise_final(kept)
+    return next(iter(results.values()))
+
+
+@contextmanager
+def _signals_restored() -> Generator[None]:
+    """Give back the handlers that the agent replaces and never restores."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            with suppress(ValueError):  # not the main thread: nothing was replaced
+                signal.signal(number, handler)
+
+
+def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
+    """Run in each process that the agent starts."""
+    settings = config.to_object(job.name, OmegaConf.create(plain))
+    host.die_with_launcher()
+    kept = Path(run_dir) if job.keeps_runs else None
+    attempt = host.place().attempt
+    if attempt and ends.final(ends.recorded(kept)):
+        return math.nan  # not to be tried again: the agent takes any end but 0 for a failure
+    try:
+        store = mesh.meet({}, settings.comm.timeout).store
+        prepared = job.prepare(settings, None)
+        with jobs.opened(settings, store) as ranks:
+            return jobs.work(job, prepared, settings, ranks, Path(run_dir), attempt)
+    except StoppedError as error:
+        # Each says so: the first that leaves may take the others along.
+        ends.record(kept, error.status, str(error), host.place().rank)
+        # To return would be to wait for an agent that is shutting down and asks for no result.
+        sys.exit(error.status)
+    except PeerLostError as error:
+        jobs.let_others_speak(error)  # the lost rank's own end comes first
+        raise
+    except RunError as error:
+        ends.record(kept, error.status, str(error), host.place().rank)
+        raise

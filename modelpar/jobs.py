@@ -1,0 +1,96 @@
+"""One job: a main of ``conf/``, what it needs before its ranks start, and what each rank does."""
+
+from __future__ import annotations
+
+import errno
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from modelpar import ends, host, mesh
+from modelpar.errors import CheckpointError, LaunchError, PeerLostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from torch.distributed import Store
+
+    from modelpar.mesh import Mesh
+
+PATIENCE: Final = 5.0  # s that a rank waits for local rank 0 to speak first
+
+
+@dataclass(frozen=True)
+class Job:
+    """One main: its name in ``conf/``, what it needs before a group starts, what every rank runs.
+
+    ``prepare`` gets settings and run directory (None: a new one, or one that was checked), raises
+    for all that can be known before a process starts, creates nothing but what the cache holds,
+    and returns what ``work`` needs.  ``work`` gets that, the settings, the mesh and the run
+    directory, and returns the objective.  ``over`` gets the same without the mesh, and returns the
+    objective of a run that is over already, None where there is something to do.  All must be
+    functions of a module, for ``spawn`` to find them.  ``keeps_runs``: whether it has a run
+    directory at all.
+    """
+
+    name: str
+    prepare: Callable[[Any, Path | None], Any]
+    work: Callable[[Any, Any, Mesh, Path], float]
+    over: Callable[[Any, Any, Path], float | None] | None = None
+    keeps_runs: bool = True
+
+
+def opened(settings: Any, store: Store | None = None) -> AbstractContextManager[Mesh]:
+    """Join the mesh that the settings ask for, on this rank's device."""
+    device = host.choose_device(settings.device, host.place().local_size)
+    host.check_precision(device, getattr(settings, "precision", ""))
+    return mesh.opened(
+        settings.columns,
+        settings.device,
+        settings.comm.timeout,
+        threads=settings.threads,
+        tf32=settings.tf32,
+        checked=settings.comm.check,
+        store=store,
+    )
+
+
+def work(
+    job: Job, prepared: Any, settings: Any, ranks: Mesh, run_dir: Path, attempt: int
+) -> float:
+    """Do the job's work on this rank; return its objective.
+
+    Raises CheckpointError where the disk is full, LaunchError where memory is.
+    """
+    if ranks.rank == 0:
+        print(f"modelpar: {ranks.describe()}, {settings.precision}", flush=True)  # noqa: T201
+        if complaint := host.crowding(ranks.threads):
+            ends.say(complaint)
+        if attempt:
+            ends.say(f"a process was lost; all were started again, for the {attempt}. time")
+    try:
+        objective = job.work(prepared, settings, ranks, run_dir)
+        # All leave together: an agent waits without end for one that stands still after the rest.
+        mesh.gather_text("", ranks)
+        return objective  # noqa: TRY300
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        message = f"{run_dir}: {error.strerror}; make room, what is saved is as it was"
+        raise CheckpointError(message) from None
+    except RuntimeError as error:
+        if not host.is_out_of_memory(error):
+            raise
+        message = (
+            f"rank {ranks.rank}: out of memory on {host.memory(ranks.device)} at "
+            f"batch_size={settings.batch_size}; give a smaller one, or more replicas"
+        )
+        raise LaunchError(message) from None
+
+
+def let_others_speak(error: BaseException) -> None:
+    """Wait for the rank whose end comes first, but where the launcher ends this one."""
+    if not (isinstance(error, PeerLostError) and error.asked):
+        time.sleep(PATIENCE)
