@@ -133,10 +133,10 @@ def compose_sweep(main: str, overrides: Sequence[str]) -> tuple[DictConfig, froz
         message = "run_dir: several values; a sweep has one, and a folder in it for each job"
         raise SettingsError(message)
     first = compose_settings(main, [values[0] for values in lists])
+    to_object(main, first)
     own = first.hydra.sweeper.get("params") or {}
     lists = [*_lists(main, [f"{key}={value}" for key, value in own.items()]), *lists]
     words = [values[0] for values in lists]
-    to_object(main, compose_settings(main, words))
     for place, values in enumerate(lists):
         for value in values[1:]:
             to_object(main, compose_settings(main, [*words[:place], value, *words[place + 1 :]]))
@@ -190,7 +190,7 @@ def explain(main: str, error: Exception) -> str:
     """Fold what Hydra says of ``main`` into one line: what, where, how to mend it."""
     cause = error.__cause__ or error
     text = one_line(cause)
-    key = getattr(cause, "full_key", None) or ""
+    key = getattr(cause, "full_key", None) or getattr(error, "override", None) or ""
     if unquoted := re.search(r"LexerNoViableAltException: ([^=]*)=(.*?)\s*\^", text):
         name, value = unquoted.groups()
         return f"{name}={value}: has a character that must be quoted; give '{name}=\"{value}\"'"

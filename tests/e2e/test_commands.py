@@ -288,13 +288,6 @@ def test_each_start_without_run_dir_is_a_new_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_makes_a_folder_a_job(tmp_path: Path) -> None:
-    fine(ours(tmp_path, "-m", "seed=0,1", *SMALL, "steps=1", "run_dir=sweep"))
-    losses = [rows(tmp_path / "sweep" / name)[0]["loss"] for name in ("0", "1")]
-    assert losses[0] != losses[1]
-
-
-@pytest.mark.slow
 def test_without_a_compiler_it_trains_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,8 +298,8 @@ def test_without_a_compiler_it_trains_and_says_so(
     assert len(rows(tmp_path / "run")) == 1
 
 
-def started(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """Start ``modelpar.train`` through door 2 and wait until it has learnt two steps."""
+def started(folder: Path, *words: str, runs: Sequence[str] = ("run",)) -> subprocess.Popen[str]:
+    """Start ``modelpar.train`` through door 2, wait until each of ``runs`` has learnt two steps."""
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
         [sys.executable, "-m", "modelpar.train", *SMALL, "run_dir=run", *words],
@@ -317,12 +310,12 @@ def started(folder: Path, *words: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-    metrics = folder / "run" / "metrics.jsonl"
     deadline = time.monotonic() + TIMEOUT
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
+    for metrics in (folder / name / "metrics.jsonl" for name in runs):
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
     return process
 
 
@@ -374,3 +367,77 @@ def test_a_killed_launcher_takes_its_ranks_with_it(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert newest(tmp_path / "run") is not None  # they saved first
+
+
+# -- sweeps ---------------------------------------------------------------------------------------
+
+TINY = ["data=imagefolder", "model.image_size=64", "monitor.tensorboard=false", "workers=0"]
+AT_ONCE = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+
+
+def swept(folder: Path, images: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    root = f"data.root={os.path.relpath(images, folder)}"
+    return ours(folder, "-m", *SMALL, *TINY, root, "batch_size=8", "run_dir=sweep", *words)
+
+
+@pytest.mark.slow
+def test_jobs_at_once_keep_apart_and_one_fails_alone(tmp_path: Path, images: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = swept(tmp_path, images, "seed=0,-1,1", "steps=1", *AT_ONCE, "cache_dir=cache")
+    assert done.returncode == 2, done.stdout + done.stderr
+    failed = "modelpar: job 1 (seed=-1): seed=-1: give 0 or more"
+    assert done.stderr.splitlines() == [failed, "modelpar: 1 job failed:", failed]
+    losses = [rows(tmp_path / "sweep" / name)[0]["loss"] for name in ("0", "2")]
+    assert losses[0] != losses[1]
+    for name, seed in (("0", 0), ("2", 1)):
+        assert f"\nseed: {seed}\n" in (tmp_path / "sweep" / name / "config.yaml").read_text()
+    assert len(list((tmp_path / "cache" / "statistics").glob("*.safetensors"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=submitit_local"]], ids=str)
+def test_a_sweep_makes_a_folder_a_job(tmp_path: Path, images: Path, launcher: list[str]) -> None:
+    if launcher:
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    fine(swept(tmp_path, images, "seed=0,1", "steps=1", *launcher))
+    losses = [rows(tmp_path / "sweep" / name)[0]["loss"] for name in ("0", "1")]
+    assert losses[0] != losses[1]
+    failed = swept(tmp_path, images, "seed=0,1,-1", "steps=1", *launcher)
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[-1] == ("modelpar: job 2 (seed=-1): seed=-1: give 0 or more")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], AT_ONCE], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_asked_to_stop_saves_and_goes_on(
+    tmp_path: Path, images: Path, launcher: list[str], number: signal.Signals
+) -> None:
+    """SIGTERM as of ``kill``, to the launcher alone, SIGINT as of a terminal, to all."""
+    runs = ["sweep/0"]
+    if launcher:
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+        runs.append("sweep/1")
+    words = [*TINY, f"data.root={images}", "batch_size=8", "run_dir=sweep", "seed=0,1,2"]
+    process = started(tmp_path, "-m", *words, "epochs=1000", *launcher, runs=runs)
+    below = children(process.pid)
+    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+    _, told = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 75, told
+    lines = told.splitlines()
+    assert (
+        lines[-1] == f"modelpar: stopped; the same command with run_dir={tmp_path}/sweep goes on"
+    )
+    assert len(lines) == len(runs) + 1
+    for one in below:  # those that nobody waits for are empty
+        with suppress(OSError):
+            assert not Path(f"/proc/{one}/cmdline").read_bytes()
+    steps = [found.step + 1 for name in runs if (found := newest(tmp_path / name))]
+    assert len(steps) == len(runs)
+    fine(swept(tmp_path, images, "seed=0,1,2", f"steps={max(steps)}", *launcher))
+    for name in ("0", "1", "2"):
+        found = [row["step"] for row in rows(tmp_path / "sweep" / name)]
+        assert found == list(range(1, max(steps) + 1))
+    out = fine(swept(tmp_path, images, "seed=0,1,2", f"steps={max(steps)}"))
+    assert out.count("): finished, top-1 ") == 3
+    assert "two columns on" not in out
