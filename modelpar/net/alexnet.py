@@ -15,7 +15,7 @@ from modelpar.errors import CheckpointError
 from modelpar.mesh import generator
 from modelpar.net import paper
 from modelpar.net.crossing import Convolution, Departed, Linear, depart, product, summed
-from modelpar.net.layers import ACTIVATIONS, Draw, Dropout, norm, pool
+from modelpar.net.layers import Activation, Draw, Dropout, norm, pool
 from modelpar.net.paper import COLUMNS, Plan, Recipe
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ class Blocks(nn.Module):
     def __init__(self, plan: Plan, column: int | None = None) -> None:
         super().__init__()
         self.plan = plan
-        self.activate = ACTIVATIONS[plan.activation]
+        self.activations = nn.ModuleDict(
+            {name: Activation(name, plan.activation) for name in plan.layers if name != "fc8"}
+        )
         self.pool = pool(plan.pool)
         columns = plan.columns if column is None else 1
         self.norm1 = norm(plan, "conv1", columns)
@@ -67,6 +69,10 @@ class Blocks(nn.Module):
             images.to(weight.dtype, memory_format=order), self.plan.conv1_padding
         )
 
+    def activate(self, name: str, response: Tensor) -> Tensor:
+        """Return the activations of layer ``name``, shaped as ``response`` (section 3.1)."""
+        return self.activations[name](response)
+
     def after_conv1(self, maps: Tensor) -> Tensor:
         """Activate, normalize, pool: (N, C, 55, 55) -> (N, C, 27, 27) (section 3.5).
 
@@ -74,11 +80,11 @@ class Blocks(nn.Module):
         """
         normal = self.norm1_in_training(maps) if self.training else self._norm1(maps)
         linear = self.plan.recipe.norm1_input == "linear"
-        return self.activate(self.pool(normal)) if linear else self.pool(normal)
+        return self.activate("conv1", self.pool(normal)) if linear else self.pool(normal)
 
     def _norm1(self, maps: Tensor) -> Tensor:
         linear = self.plan.recipe.norm1_input == "linear"
-        return self.norm1(maps if linear else self.activate(maps))
+        return self.norm1(maps if linear else self.activate("conv1", maps))
 
     def after_conv2(self, maps: Tensor) -> Tensor:
         """Activate, normalize, pool: (N, C, 27, 27) -> (N, C, 13, 13).
@@ -87,30 +93,30 @@ class Blocks(nn.Module):
         """
         normal = self.norm2_in_training(maps) if self.training else self._norm2(maps)
         linear = self.plan.recipe.norm2_input == "linear"
-        return self.activate(self.pool(normal)) if linear else self.pool(normal)
+        return self.activate("conv2", self.pool(normal)) if linear else self.pool(normal)
 
     def _norm2(self, maps: Tensor) -> Tensor:
         linear = self.plan.recipe.norm2_input == "linear"
-        return self.norm2(maps if linear else self.activate(maps))
+        return self.norm2(maps if linear else self.activate("conv2", maps))
 
     def after_middle(self, name: str, maps: Tensor) -> Tensor:
         """Activate conv3's or conv4's maps (N, C, 13, 13); run 177 drops some of conv4's."""
-        maps = self.activate(maps)
+        maps = self.activate(name, maps)
         if name != "conv4" or self.drop4.share == 0:
             return maps
         return self.drop4(maps.flatten(1)).view(maps.shape)
 
     def after_conv5(self, maps: Tensor) -> Tensor:
         """Activate and pool: (N, C, 13, 13) -> (N, C, 6, 6)."""
-        return self.pool(self.activate(maps))
+        return self.pool(self.activate("conv5", maps))
 
     def after_fc6(self, units: Tensor) -> Tensor:
         """Activate and drop the units (N, C)."""
-        return self.drop6(self.activate(units))
+        return self.drop6(self.activate("fc6", units))
 
     def after_fc7(self, units: Tensor) -> Tensor:
         """Activate and drop the units (N, C)."""
-        return self.drop7(self.activate(units))
+        return self.drop7(self.activate("fc7", units))
 
     def fix_dropout(self, draw: Draw | None) -> None:
         """Make the next forward's masks a function of ``draw``; None: torch's generator."""
@@ -282,7 +288,7 @@ class AlexNet(nn.Module):
             x = blocks.after_middle(name, self.get_submodule(name)(x))  # (N, 384, 13, 13)
         x = blocks.after_conv5(self.conv5(x))  # (N, 256, 6, 6)
         if self.conv6 is not None:
-            x = blocks.activate(self.conv6(x))
+            x = blocks.activate("conv6", self.conv6(x))
         x = x.flatten(1)  # (N, 9216)
         x = blocks.after_fc6(self._units("fc6", x))  # (N, 4096), reads both
         x = blocks.after_fc7(self._units("fc7", x))  # (N, 4096), reads both
@@ -376,7 +382,7 @@ class Column(nn.Module):
             x = blocks.after_middle(name, self._read(name, x))  # (N, 192, 13, 13)
         x = blocks.after_conv5(self._read("conv5", x))  # (N, 128, 6, 6)
         if self.conv6 is not None:
-            x = blocks.activate(self._read("conv6", x))  # crossing
+            x = blocks.activate("conv6", self._read("conv6", x))  # crossing
         return x.flatten(1)  # (N, 4608)
 
     def _sent(self, name: str, own: Tensor) -> Tensor | Departed:

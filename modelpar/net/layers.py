@@ -1,4 +1,7 @@
-"""The layers torch does not have as the paper needs them: response normalization and dropout."""
+"""The layers torch does not have as the paper needs them: response normalization and dropout.
+
+And the activation as a layer that knows whose output it rectifies, so that hooks find it.
+"""
 
 from __future__ import annotations
 
@@ -113,6 +116,23 @@ class WithinMap(nn.Module):
         window = self.get_buffer("window").to(maps.dtype).repeat(maps.shape[1], 1, 1, 1)
         slope = paper.WITHIN_ALPHA / paper.WITHIN_SIZE**2
         return _Response.apply(maps, window, paper.WITHIN_K, slope)
+
+
+class Activation(nn.Module):
+    """What follows the response of ``layer`` (section 3.1); forward hooks see what it gives."""
+
+    def __init__(self, layer: str, kind: str) -> None:
+        super().__init__()
+        self.layer = layer
+        self.kind = kind
+
+    def forward(self, response: Tensor) -> Tensor:
+        """Return the activations, shaped as ``response``."""
+        return ACTIVATIONS[self.kind](response)
+
+    def extra_repr(self) -> str:
+        """Name the layer and the function."""
+        return f"{self.layer}, {self.kind}"
 
 
 @dataclass(frozen=True)
