@@ -38,6 +38,7 @@ class Run:
     settings: dict[str, Any]
     losses: list[tuple[int, float]]  # step, training loss in nats
     tests: list[tuple[int, float, float]]  # step, top-1 and top-5 error in %
+    training: list[tuple[int, float]]  # epoch, top-1 error in % of a step; older rows have none
 
     @property
     def label(self) -> str:
@@ -101,9 +102,11 @@ def read(folder: Path) -> Run:
     try:
         settings = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
         rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-        train = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
+        steps = [row for row in rows if row["kind"] == "train"]
+        train = [(row["step"], row["loss"]) for row in steps]
+        errors = [(row["epoch"], row["top1"]) for row in steps if "top1" in row]
         tests = [(row["step"], row["top1"], row["top5"]) for row in rows if row["kind"] == "test"]
-        run = Run(folder, cast("dict[str, Any]", settings), train, tests)
+        run = Run(folder, cast("dict[str, Any]", settings), train, tests, errors)
         _ = run.key, run.data  # all that is asked of it later is there
     except (OSError, ValueError, KeyError, TypeError, YAMLError, OmegaConfBaseException) as error:
         message = f"{folder}: not a run that can be read ({one_line(error)}); leave it out"

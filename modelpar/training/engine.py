@@ -109,6 +109,7 @@ class Learner:
                 self.net.blocks.compile()
             self.optimizer.compile()
         self.replicated = self.mesh.replicate(self.net)
+        self.answers = torch.empty(0)  # the last step's logits (N, classes), with its dropout
 
     def step(self, batch: Batch, step: int, rates: dict[str, float]) -> Tensor:
         """Learn from one batch; return its mean loss over this replica, a scalar.
@@ -133,6 +134,7 @@ class Learner:
         """Do forward and backward; return the loss.  Weights stay as they are."""
         logits = self.logits(batch, step, self.replicated)
         loss = functional.cross_entropy(logits.to(_wide(self.precision)), batch.labels)
+        self.answers = logits.detach()
         with peer_named("gradients"):  # what DistributedDataParallel sums
             loss.backward()
         return loss.detach()

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from torch import Tensor
 
 from modelpar import stop
@@ -21,6 +22,7 @@ from modelpar.net.paper import settings_of
 from modelpar.training import checkpoint, runs
 from modelpar.training.diagnosis import name_culprit
 from modelpar.training.engine import DTYPES, Learner, build, evaluate
+from modelpar.training.metrics import places
 from modelpar.training.monitor import Meter, Monitor, image_grid, show
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.saver import Keep, Saver
@@ -223,7 +225,7 @@ class _Training:
             saves = ends or asked or bool(self.save_every and self.step % self.save_every == 0)
             logs = (self.step - 1) % self.settings.log_every == 0
             if logs:
-                row = self._row(loss, epoch, rates)
+                row = self._row(batch, loss, epoch, rates)
                 if self.monitor:
                     shown = {name: rates[name] for name in self.learner.schedule.shown}
                     self.monitor.train(row | meter.take(), shown)
@@ -274,14 +276,22 @@ class _Training:
         )
         raise StoppedError(message)
 
-    def _row(self, loss: Tensor, epoch: int, rates: dict[str, float]) -> dict[str, float]:
-        """Return step, epoch, loss over all replicas, and rate."""
+    def _row(
+        self, batch: Batch, loss: Tensor, epoch: int, rates: dict[str, float]
+    ) -> dict[str, float]:
+        """Return step, epoch, loss and top-1 error in % over all replicas, and rate.
+
+        The error is that of this step's batch as it was trained on: augmented, with dropout.
+        """
         mesh = self.mesh
-        mean = sum_over(loss.double().reshape(1), mesh.peers).item() / mesh.replicas
+        wrong = (places(self.learner.answers, batch.labels) > 0).sum()
+        both = sum_over(torch.stack([loss.double(), wrong.double()]), mesh.peers)
+        total, mistakes = both.tolist()
         return {
             "step": self.step,
             "epoch": epoch,
-            "loss": mean,
+            "loss": total / mesh.replicas,
+            "top1": 100 * mistakes / (len(batch.labels) * mesh.replicas),
             "lr": rates[self.learner.schedule.shown[1]],
         }
 

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 TOP: Final = 5
 
 
+def places(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return how many classes stand before each of N labels, by ``scores`` (N, classes).
+
+    Of equals the one with the lower number comes first, as if all were sorted.  One that is not a
+    number comes last.
+    """
+    own = scores.gather(1, labels[:, None])
+    classes = torch.arange(scores.shape[1], device=labels.device)
+    ahead = ~(scores <= own) | ((scores == own) & (classes < labels[:, None]))
+    return ahead.sum(1)
+
+
 @dataclass(frozen=True)
 class Errors:
     """An evaluation's outcome: errors in %, mean loss in nats, over ``samples`` images."""
@@ -37,16 +49,10 @@ class ErrorCount:
     def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
         """Count a batch: (N, classes) log-probabilities and N labels.
 
-        An answer is right within k if fewer than k classes are more probable; of equals the one
-        with the lower number comes first, as if all were sorted.  One that is not a number is
-        wrong.
+        An answer is right within k if fewer than k classes are more probable, see ``places``; one
+        that is not a number is wrong.
         """
-        own = log_probabilities.gather(1, labels[:, None])
-        classes = torch.arange(log_probabilities.shape[1], device=labels.device)
-        ahead = ~(log_probabilities <= own) | (
-            (log_probabilities == own) & (classes < labels[:, None])
-        )
-        place = ahead.sum(1)
+        place = places(log_probabilities, labels)
         right = [int((place < 1).sum()), int((place < TOP).sum()), len(labels)]
         self.counts += torch.tensor(right, dtype=torch.int64)
         self.loss += functional.nll_loss(log_probabilities.double(), labels, reduction="sum").cpu()

@@ -103,7 +103,7 @@ class Monitor:
             )
             self.bar.update(row["step"] - self.bar.n)
         if self.board:
-            for key in ("loss", "epoch", "images_per_s", "data_wait_s", "crossing_s"):
+            for key in ("loss", "top1", "epoch", "images_per_s", "data_wait_s", "crossing_s"):
                 self.board.add_scalar(f"train/{key}", row[key], row["step"])
             for name, rate in rates.items():
                 self.board.add_scalar(f"rate/{name}", rate, row["step"])

@@ -93,6 +93,7 @@ def test_a_run_directory_is_the_contract(trained: Path) -> None:
         "step",
         "epoch",
         "loss",
+        "top1",
         "lr",
         "images_per_s",
         "data_wait_s",
@@ -102,6 +103,7 @@ def test_a_run_directory_is_the_contract(trained: Path) -> None:
     # 64 pixels: conv3 128 x 3 x 3, fc6 128, fc7 2048, both ways; 14 logits one way
     expected = 4 * (2 * (128 * 9 + 128 + 2048) + 14)
     assert [row["exchange_bytes_per_image"] for row in train] == [expected] * 6
+    assert all(0 <= row["top1"] <= 100 and (row["top1"] * 0.16).is_integer() for row in train)
     (last,) = test
     assert set(last) == {"kind", "step", "loss", "top1", "top5"}
     assert last["step"] == 6

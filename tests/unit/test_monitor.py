@@ -26,6 +26,7 @@ def row(step: int) -> dict[str, float]:
         "step": step,
         "epoch": 0,
         "loss": 1.0 / step,
+        "top1": 50.0,
         "lr": 0.01,
         "images_per_s": 1.0,
         "data_wait_s": 0.0,
@@ -56,6 +57,7 @@ def test_each_step_stands_once_after_a_run_was_cut_off(tmp_path: Path) -> None:
     assert board.Images("conv1/kernels")[-1].step == 6
     rates = board.Scalars("rate/fc8.bias")
     assert round(rates[-1].value, 6) == 0.02
+    assert [event.value for event in board.Scalars("train/top1")] == [50.0] * 6
 
 
 def test_a_training_goes_on_where_nobody_reads_what_it_shows(
