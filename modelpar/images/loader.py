@@ -142,6 +142,10 @@ class TestLoader:
         ]
         self.loader = _load(images, device, workers, batch_sampler=batches)
 
+    def __len__(self) -> int:
+        """Return the batches of this replica."""
+        return len(self.loader)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield stored images (N, 3, T, T) uint8 and their labels."""
         source = iter(self.loader)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ from modelpar.host import compiler_complaint
 from modelpar.images.augment import Lens, Statistics
 from modelpar.images.loader import TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.mesh import Mesh, digest, first_complaint, gather_text, sum_over
+from modelpar.mesh import Mesh, digest, first_complaint, gather_text, sum_over, tell
 from modelpar.net.alexnet import Column, check_state
 from modelpar.net.paper import settings_of
 from modelpar.training import checkpoint, runs
+from modelpar.training.activity import Watched
+from modelpar.training.answers import chosen, figure4
 from modelpar.training.diagnosis import name_culprit
 from modelpar.training.engine import DTYPES, Learner, build, evaluate
 from modelpar.training.metrics import places
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from modelpar.images.loader import Batch
     from modelpar.settings import TrainSettings
     from modelpar.training.metrics import Errors
+
+WATCHED: Final = 128  # test images of an evaluation whose activations are looked at: one batch
+LOOKED_AT: Final = 512  # training images, for figure 4 at a run's end: a few seconds
 
 
 def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path) -> float:
@@ -112,6 +118,7 @@ class _Training:
         data, device = chosen_data(settings.data, settings.model), mesh.device
         self.data = data
         workers = data.workers if settings.workers is None else settings.workers
+        self.workers = workers
         recipe = plan.recipe
         net = build(
             plan,
@@ -161,6 +168,8 @@ class _Training:
         self.last = math.nan  # top-1 error in %
         self.tested = -1  # the step it was measured at
         self.untested = False  # stopped where an evaluation was due
+        # Rank 0's word for all: hosts may differ, and what it shows takes both columns.
+        self.shows = bool(tell([int(settings.monitor.tensorboard)], mesh)[0][0])
         self.monitor: Monitor | None = None
         keep = Keep(settings.keep_last, settings.keep_every, best=settings.keep_best)
         self.saver = Saver(run_dir / "checkpoints", mesh, keep)
@@ -196,6 +205,7 @@ class _Training:
                 self._stop(asked)
         while self.step < self.total:
             self._epoch()
+        self._show_figure4()
         if self.monitor:
             self.monitor.say(
                 f"{self.run_dir}: checkpoints, metrics.jsonl, conv1.png; "
@@ -310,7 +320,7 @@ class _Training:
         try:
             errors = central = self._errors(1) if due or views == 1 else None
             if views > 1:
-                errors = self._errors(views)
+                errors = self._errors(views, watched=central is None)
         except _BrokenOffError as broken:
             return broken.asked
         assert errors is not None  # noqa: S101 - by one view or by several
@@ -322,18 +332,29 @@ class _Training:
             self.learner.schedule.plateau.observe(epoch, central.top1)
         return 0
 
-    def _errors(self, views: int) -> Errors:
-        """Return the errors over the test images; raises DivergedError, _BrokenOffError."""
-        errors = evaluate(
-            self.learner.net,
-            self.mesh,
-            self._watched_tests(),
-            self.lens,
-            views=views,
-            precision=self.settings.precision,
-        )
+    def _errors(self, views: int, *, watched: bool = True) -> Errors:
+        """Return the errors over the test images; raises DivergedError, _BrokenOffError.
+
+        ``watched``: TensorBoard shows what the layers of replica 0 gave meanwhile.
+        """
+        net, mesh = self.learner.net, self.mesh
+        seen = None
+        if watched and self.shows and mesh.replica == 0:
+            seen = Watched(net, self.plan.columns, mesh, -(-WATCHED // len(self.tests)))
+        with seen or nullcontext():
+            errors = evaluate(
+                net,
+                mesh,
+                self._watched_tests(),
+                self.lens,
+                views=views,
+                precision=self.settings.precision,
+            )
         if not math.isfinite(errors.loss):
             self._diverged(self.step, f"the test loss is {errors.loss}")
+        activity = seen.result() if seen else []
+        if self.monitor:
+            self.monitor.activity(activity, self.step)
         return errors
 
     def _watched_tests(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -343,6 +364,16 @@ class _Training:
             if asked:
                 raise _BrokenOffError(asked)
             yield batch
+
+    def _show_figure4(self) -> None:
+        """Show figure 4 in TensorBoard as the run ends; a collective of replica 0's pair."""
+        if not self.shows or self.mesh.replica:
+            return
+        rows = chosen(len(self.images.train), LOOKED_AT, self.settings.seed)
+        how = (self.settings.batch_size, self.workers)
+        found = figure4(self.learner.net, self.mesh, self.images, self.lens, rows, *how)
+        if self.monitor and found:
+            self.monitor.figure4(found, self.images.classes, self.step)
 
     def _parts(self) -> dict[checkpoint.Kind, dict[str, Tensor]]:
         return {
@@ -383,8 +414,7 @@ class _Training:
         """Show the kernels of a step that was published, if one was."""
         if self.monitor and folder is not None:
             saved = checkpoint.open_step(folder)
-            kernels = checkpoint.read_conv1(saved)
-            self.monitor.kernels(kernels, saved.step, self.plan.columns)
+            self.monitor.kernels(checkpoint.read_conv1(saved), saved.step, self.plan.columns)
 
     def resume(self, start: checkpoint.Checkpoint) -> None:
         """Take up a checkpoint; nothing changes before all ranks have read theirs, and it fits.

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -16,15 +17,20 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from modelpar.net.paper import COLUMNS
+from modelpar.training.activity import MEASURES
+from modelpar.training.answers import nearest_picture
+from modelpar.training.specialisation import difference, specialisation
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
     from modelpar.images.loader import Batch
     from modelpar.net.crossing import Link
+    from modelpar.training.activity import Activity
+    from modelpar.training.answers import Figure4
     from modelpar.training.metrics import Errors
 
 METRICS: Final = "metrics.jsonl"
@@ -127,10 +133,47 @@ class Monitor:
             self.board.add_image(name, picture, step)
 
     def kernels(self, kernels: Tensor, step: int, columns: int = COLUMNS) -> None:
-        """Show conv1's kernels of all columns, in TensorBoard and as ``conv1.png``."""
+        """Show conv1's kernels of all columns, in TensorBoard and as ``conv1.png``.
+
+        TensorBoard has their means over each column too, see ``specialisation``.
+        """
         picture = kernel_picture(kernels, columns)
         save_image(picture, self.run_dir / KERNELS)
         self.images("conv1/kernels", picture, step)
+        if not self.board:
+            return
+        found = specialisation(kernels, columns)
+        for column, own in enumerate(found):
+            for key, value in (
+                ("off_grey", float(own.off_grey.mean())),
+                ("frequency", float(own.frequency.mean())),
+                ("colour_kernels", own.colour),
+            ):
+                self.board.add_scalar(f"specialisation/column{column}_{key}", value, step)
+        if apart := difference(found):
+            self.board.add_scalar("specialisation/difference_off_grey", apart[0], step)
+
+    def activity(self, rows: Sequence[Activity], step: int) -> None:
+        """Show what the layers gave to test images: a group of charts for each measure.
+
+        Their names come after ``train``: TensorBoard sorts groups, and these have many charts.
+        """
+        if not self.board:
+            return
+        for row in rows:
+            where = row.layer if row.column is None else f"{row.layer}/column{row.column}"
+            for key in MEASURES if row.column is not None else ("mean", "std"):
+                self.board.add_scalar(f"units_{key}/{where}", getattr(row, key), step)
+
+    def figure4(self, found: Figure4, classes: Sequence[str], step: int) -> None:
+        """Show figure 4; its bars where matplotlib is installed."""
+        if not self.board:
+            return
+        self.images("figure4/nearest", nearest_picture(found.likenesses), step)
+        if find_spec("matplotlib"):
+            from modelpar.training.bars import bars  # noqa: PLC0415 - of the extra plots
+
+            self.board.add_figure("figure4/likeliest", bars(found.answers, classes), step)
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""

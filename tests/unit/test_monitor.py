@@ -6,10 +6,12 @@ import io
 import json
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from modelpar.training.activity import Activity
 from modelpar.training.metrics import Errors
 from modelpar.training.monitor import Monitor, kernel_picture
 
@@ -87,6 +89,57 @@ def test_kernels_of_one_column_are_not_parted() -> None:
     assert kernel_picture(kernels, 1).shape == (3, 4 * (4 * 6 + 1), 4 * (16 * 6 + 1))
     both = kernel_picture(kernels, 2)
     assert both.shape == (3, 4 * (2 * (2 * 6 + 1) + 3), 4 * (16 * 6 + 1))
+
+
+def test_groups_of_charts_for_figure_3_and_the_layers(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, 0, 5, progress=False, tensorboard=True)
+    grey = torch.ones(48, 3, 11, 11)
+    red_less_green = torch.tensor([1.0, -1.0, 0.0])[None, :, None, None] * grey
+    monitor.kernels(torch.cat([grey, red_less_green]), 5)
+    monitor.activity(
+        [
+            Activity("conv1", 0, mean=1.0, std=2.0, zeros=0.5, dead=0.25),
+            Activity("conv1", 1, mean=3.0, std=4.0, zeros=0.0, dead=0.0),
+            Activity("logits", None, mean=0.0, std=6.0, zeros=0.0, dead=0.0),
+        ],
+        5,
+    )
+    monitor.close()
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    values = {tag: board.Scalars(tag)[0].value for tag in board.Tags()["scalars"]}
+    assert values == pytest.approx(
+        {
+            "specialisation/column0_off_grey": 0.0,
+            "specialisation/column0_frequency": 0.0,
+            "specialisation/column0_colour_kernels": 0,
+            "specialisation/column1_off_grey": 1.0,
+            "specialisation/column1_frequency": 0.0,
+            "specialisation/column1_colour_kernels": 48,
+            "specialisation/difference_off_grey": -1.0,
+            "units_mean/conv1/column0": 1.0,
+            "units_std/conv1/column0": 2.0,
+            "units_zeros/conv1/column0": 0.5,
+            "units_dead/conv1/column0": 0.25,
+            "units_mean/conv1/column1": 3.0,
+            "units_std/conv1/column1": 4.0,
+            "units_zeros/conv1/column1": 0.0,
+            "units_dead/conv1/column1": 0.0,
+            "units_mean/logits": 0.0,
+            "units_std/logits": 6.0,
+        },
+        abs=1e-6,
+    )
+
+
+def test_one_columns_kernels_are_one_block(tmp_path: Path) -> None:
+    assert kernel_picture(torch.randn(64, 3, 11, 11), 1).shape == (3, 4 * 49, 4 * 193)
+    monitor = Monitor(tmp_path, 0, 5, progress=False, tensorboard=True)
+    monitor.kernels(torch.randn(64, 3, 11, 11), 5, columns=1)
+    monitor.close()
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert not [tag for tag in board.Tags()["scalars"] if "column1" in tag or "difference" in tag]
 
 
 def test_kernels_of_both_columns_are_one_picture(tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""What the figures show of the pair is what they show of the whole net, and costs no bit of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import astuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from modelpar import config
+from modelpar.images.augment import Lens
+from modelpar.mesh import Mesh
+from modelpar.training import loop, start
+from modelpar.training.activity import Watched
+from modelpar.training.answers import chosen, figure4, look
+from modelpar.training.checkpoint import newest, read_part
+from modelpar.training.engine import build
+
+if TYPE_CHECKING:
+    from ranks import Ranks
+
+ALONE = Mesh(torch.device("cpu"))
+
+
+def words_of(images: Path, *more: str) -> list[str]:
+    return [
+        "data=imagefolder",
+        f"data.root={images}",
+        "model.image_size=64",
+        "workers=0",
+        "batch_size=8",
+        "recipe.lr=0.0005",
+        "monitor.progress=false",
+        "compile=false",
+        *more,
+    ]
+
+
+def seen(mesh: Mesh, words: list[str]) -> dict[str, Any]:
+    """Activations and distances of a net that has learnt nothing, in float64."""
+    settings = config.read("train", words)
+    found = start.prepare(settings)
+    net = build(found.plan, mesh, "float64", settings.crossing, seed=3)
+    lens = Lens(found.statistics, 64, scaled=False, device="cpu")
+    batch = torch.stack([found.images.test[place][0] for place in range(7)])
+    with Watched(net, found.plan.columns, mesh, images=5) as watched:
+        look(net, lens.centre(batch))
+    rows = chosen(len(found.images.train), 20, seed=3)
+    answers = figure4(net, mesh, found.images, lens, rows, 6, 0)
+    return {
+        "activity": [astuple(row) for row in watched.result()],
+        "distances": answers and [one.distances for one in answers.likenesses],
+        "shares": answers and [one.shares for one in answers.answers],
+    }
+
+
+@pytest.mark.parametrize("net", ["two_columns", "apart"])
+def test_the_pair_shows_what_the_whole_shows(pair: Ranks, images: Path, net: str) -> None:
+    crossing = ["model.crossing_at=[]"] if net == "apart" else []
+    words = words_of(images, f"model.net={net}", *crossing)
+    whole = seen(ALONE, words)
+    first, second = pair.run(seen, words)
+    assert first["activity"] == second["activity"]
+    assert len(first["activity"]) == 7 * 2 + 1
+    for one, other in zip(first["activity"], whole["activity"], strict=True):
+        assert one[:2] == other[:2]  # layer and column
+        assert one[2:] == pytest.approx(other[2:], rel=1e-9)
+    assert second["distances"] is None
+    assert len(whole["distances"]) == 5
+    for key in ("distances", "shares"):
+        for one, other in zip(first[key], whole[key], strict=True):
+            assert one == pytest.approx(other, rel=1e-9)
+
+
+def trained(mesh: Mesh, words: list[str], run_dir: str, shows: list[bool]) -> float:
+    settings = config.read("train", words)
+    settings.replicas = mesh.replicas
+    settings.monitor.tensorboard = shows[mesh.rank]
+    return loop.train(settings, start.prepare(settings), mesh, Path(run_dir))
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    found = newest(run_dir)
+    assert found is not None
+    return read_part(found, "weights", None) | {
+        f"{key} velocity": value for key, value in read_part(found, "velocities", None).items()
+    }
+
+
+def rows(run_dir: Path, *keys: str) -> list[tuple[Any, ...]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [tuple(row.get(key) for key in ("kind", *keys)) for row in map(json.loads, lines)]
+
+
+def tags(run_dir: Path) -> tuple[set[str], set[str]]:
+    board = EventAccumulator(str(run_dir))
+    board.Reload()
+    return set(board.Tags()["scalars"]), set(board.Tags()["images"])
+
+
+def test_showing_changes_no_bit_of_the_training(pair: Ranks, images: Path, tmp_path: Path) -> None:
+    """Rank 0 decides: its host shows, or does not, whatever the other's settings say."""
+    words = words_of(images, "steps=7", "checkpoint_every=3")
+    for name, shows in (("shown", [True, False]), ("plain", [False, True])):
+        pair.run(trained, words, str(tmp_path / name), shows)
+    one, other = weights(tmp_path / "shown"), weights(tmp_path / "plain")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    keys = ("step", "loss", "top1", "top5", "exchange_bytes_per_image")
+    assert rows(tmp_path / "shown", *keys) == rows(tmp_path / "plain", *keys)
+    scalars, pictures = tags(tmp_path / "shown")
+    assert pictures >= {"conv1/kernels", "figure4/nearest", "figure4/likeliest"}
+    assert scalars >= {
+        "train/top1",
+        "specialisation/column1_off_grey",
+        "units_dead/fc7/column1",
+        "units_std/logits",
+    }
+    assert not list((tmp_path / "plain").glob("events.*"))
+
+
+def test_replicas_show_the_error_of_the_global_batch(
+    two_pairs: Ranks, images: Path, tmp_path: Path
+) -> None:
+    words = words_of(images, "steps=3", "precision=float64")
+    two_pairs.run(trained, [*words, "batch_size=4"], str(tmp_path / "four"), [True] * 4)
+    trained(ALONE, [*words, "columns=1"], str(tmp_path / "one"), [True])
+    four, one = (rows(tmp_path / name, "step", "top1") for name in ("four", "one"))
+    assert four == one
+    assert {row[2] for row in one[:3]} - {0.0, 100.0}  # something to tell apart
+    assert all((row[2] / 12.5).is_integer() for row in one[:3])  # of eight images
+    assert tags(tmp_path / "four") == tags(tmp_path / "one")

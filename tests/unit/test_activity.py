@@ -1,0 +1,74 @@
+"""What the layers give: counted in one forward or in parts, without touching the net."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modelpar import AlexNet
+from modelpar.mesh import Mesh
+from modelpar.training.activity import Watched
+
+ALONE = Mesh(torch.device("cpu"))
+
+
+def net_of(activation: str = "relu", **switches: object) -> AlexNet:
+    made = AlexNet.from_recipe("code2012", 10, 64, seed=0, activation=activation, **switches)
+    return made.eval()
+
+
+@torch.no_grad()
+def test_it_counts_what_torch_counts_and_changes_nothing() -> None:
+    net, images = net_of(), 60 * torch.randn(6, 3, 64, 64)
+    net.fc7.weight[5] = 0  # a unit that is dead
+    net.fc7.bias[5] = -1
+    plain = net(images)
+    with Watched(net, 2, ALONE, images=6) as seen:
+        assert torch.equal(net(images), plain)
+    assert torch.equal(net(images), plain)  # gone
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in net.modules())
+    rows = {(row.layer, row.column): row for row in seen.result()}
+    assert len(rows) == 7 * 2 + 1
+    units = torch.relu(net.fc7(net.blocks.after_fc6(net.fc6(flat(net, images)))))
+    for column, own in enumerate(units.chunk(2, 1)):
+        row = rows["fc7", column]
+        assert row.mean == pytest.approx(float(own.mean()), rel=1e-5)
+        assert row.std == pytest.approx(float(own.std(correction=0)), rel=1e-5)
+        assert row.zeros == pytest.approx(float((own == 0).float().mean()))
+        assert row.dead == pytest.approx(float((own == 0).all(0).float().mean()))
+    assert rows["fc7", 0].dead >= 1 / 2048
+    assert rows["logits", None].mean == pytest.approx(float(plain.mean()), rel=1e-5)
+    assert rows["logits", None].std == pytest.approx(float(plain.std(correction=0)), rel=1e-5)
+
+
+def flat(net: AlexNet, images: torch.Tensor) -> torch.Tensor:
+    blocks = net.blocks
+    x = blocks.after_conv2(
+        net.conv2(blocks.after_conv1(net.conv1(blocks.pad(images, net.conv1.weight))))
+    )
+    for name in ("conv3", "conv4"):
+        x = blocks.after_middle(name, net.get_submodule(name)(x))
+    return blocks.after_conv5(net.conv5(x)).flatten(1)
+
+
+@torch.no_grad()
+def test_the_first_images_of_each_batch_are_enough() -> None:
+    net, images = net_of(), 60 * torch.randn(6, 3, 64, 64)
+    with Watched(net, 2, ALONE, images=2) as some:
+        net(images[:3])
+        net(images[3:])
+    with Watched(net, 2, ALONE, images=4) as all_of_them:
+        net(images[[0, 1, 3, 4]])
+    for one, other in zip(some.result(), all_of_them.result(), strict=True):
+        assert one.mean == pytest.approx(other.mean, rel=1e-5)
+        assert one.dead == other.dead
+
+
+@torch.no_grad()
+def test_one_column_and_another_activation() -> None:
+    net, images = net_of("tanh", net="one_column"), 60 * torch.randn(2, 3, 64, 64)
+    with Watched(net, 1, ALONE, images=2) as seen:
+        net(images)
+    rows = seen.result()
+    assert [row.column for row in rows] == [0] * 7 + [None]
+    assert all(abs(row.mean) <= 1 for row in rows if row.layer != "logits")

@@ -1,0 +1,133 @@
+"""Figure 4: the likeliest classes, and the nearest training images, on nets and images made so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from modelpar import AlexNet
+from modelpar.images.augment import Lens, Statistics
+from modelpar.images.samples import ImageSet, InMemory
+from modelpar.mesh import Mesh
+from modelpar.training.activity import activations_of
+from modelpar.training.answers import (
+    chosen,
+    different,
+    figure4,
+    likeliest,
+    look,
+    nearest_picture,
+    spread,
+)
+
+ALONE = Mesh(torch.device("cpu"))
+
+
+class Tiny(nn.Module):
+    """Brightness of two halves; its only activation is torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(48, 2, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+        self.last = nn.Linear(2, 3)
+        with torch.no_grad():
+            self.hidden.weight.zero_()
+            self.hidden.weight[0, :24] = 1
+            self.hidden.weight[1, 24:] = 1
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(self.relu(self.hidden(images.flatten(1))))
+
+
+def made(shades: list[int], tests: list[int]) -> ImageSet:
+    """Images of 4 x 4 pixels of one shade each."""
+    pixels = torch.tensor([*shades, *tests], dtype=torch.uint8)[:, None, None, None]
+    images = pixels.expand(-1, 3, 4, 4).contiguous()
+    labels = [shade // 100 for shade in [*shades, *tests]]
+    train, test = range(len(shades)), range(len(shades), len(labels))
+    return ImageSet(
+        "made",
+        InMemory(images, labels, list(train)),
+        InMemory(images, labels, list(test)),
+        ["dark", "grey", "light"],
+        4,
+        "",
+    )
+
+
+def lens(size: int) -> Lens:
+    nothing = Statistics(torch.zeros(3, size, size), torch.zeros(3), torch.eye(3))
+    return Lens(nothing, size, scaled=False, device="cpu")
+
+
+def test_the_same_image_is_nearest_at_distance_0_and_shown_once() -> None:
+    images = made([10, 200, 90, 90, 91, 100, 60, 95, 90, 150], tests=[90, 210])
+    found = figure4(Tiny(), ALONE, images, lens(4), list(range(10)), batch_size=3, workers=0)
+    assert found is not None
+    one = found.likenesses[0]
+    assert [int(image[0, 0, 0]) for image in one.images] == [90, 91, 95, 100, 60, 150]
+    # A shade's step moves both units by 24.
+    expected = [24 * 2**0.5 * step for step in (0, 1, 5, 10, 30, 60)]
+    assert one.distances == pytest.approx(expected)
+    assert one.labels == [0, 0, 0, 1, 0, 1]
+    assert next(int(image[0, 0, 0]) for image in found.likenesses[1].images) == 200
+    assert found.looked_at == 10
+
+
+def test_only_the_rows_asked_for_are_looked_at() -> None:
+    images = made([10, 200, 90, 91], tests=[90])
+    found = figure4(Tiny(), ALONE, images, lens(4), [0, 1, 3], batch_size=2, workers=0)
+    assert found is not None
+    (one,) = found.likenesses
+    assert [int(image[0, 0, 0]) for image in one.images] == [91, 10, 200]
+    picture = nearest_picture([one])
+    assert picture.shape == (3, 8, 7 * 8 + 4)  # what is missing is white
+
+
+def test_the_likeliest_classes_come_first() -> None:
+    images = [torch.zeros(3, 4, 4, dtype=torch.uint8)] * 2
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0, -2.0, -3.0], [5.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    one, other = likeliest(images, [2, 0], logits)
+    assert one.classes == [1, 2, 0, 3, 4]
+    assert one.shares == sorted(one.shares, reverse=True)
+    assert sum(one.shares) < 1
+    assert other.classes[0] == other.label == 0
+    assert other.shares[0] == pytest.approx(float(logits[1].softmax(0)[0]))
+
+
+def test_few_classes_are_all_shown() -> None:
+    images = [torch.zeros(3, 4, 4, dtype=torch.uint8)]
+    (one,) = likeliest(images, [1], torch.zeros(1, 3))
+    assert len(one.classes) == 3
+
+
+def test_the_hidden_units_are_fc7s_and_the_net_is_left_as_it_was() -> None:
+    net = AlexNet.from_recipe("code2012", 10, 64, seed=0).train()
+    images = 100 * torch.randn(2, 3, 64, 64)
+    logits, units = look(net, images)
+    assert net.training
+    net.eval()
+    assert torch.equal(logits, net(images))
+    assert units.shape == (2, 4096)
+    assert torch.equal(net.fc8(0.5 * units), logits)
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_activations_are_found_by_their_layers() -> None:
+    net = AlexNet.from_recipe("code2012", 10, 64, seed=0)
+    names = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7"]
+    assert list(activations_of(net)) == names
+    assert list(activations_of(Tiny())) == ["hidden"]
+    assert not activations_of(nn.Linear(3, 2))
+    logits, units = look(nn.Linear(3, 2), torch.randn(4, 3))
+    assert torch.equal(logits, units)  # nothing else can be seen
+
+
+def test_places_are_spread_and_rows_drawn_by_the_seed() -> None:
+    assert spread(280, 8) == [17, 52, 87, 122, 157, 192, 227, 262]
+    assert spread(3, 8) == [0, 1, 2]
+    assert chosen(1000, 5, seed=0) == chosen(1000, 5, seed=0) != chosen(1000, 5, seed=1)
+    assert chosen(4, 2000, seed=0) == [0, 1, 2, 3]
+    assert different(made([1], [1]).train, [0], torch.tensor([4.0]))[2] == [2.0]

@@ -1,0 +1,78 @@
+"""Figure 3 in numbers, on kernels whose colour and frequency are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from modelpar.training.specialisation import (
+    COLOUR,
+    RANDOM,
+    difference,
+    frequency,
+    off_grey,
+    specialisation,
+)
+
+
+def grating(waves: int, angle: str = "across") -> torch.Tensor:
+    """One wave pattern (11, 11) of so many whole waves across the kernel."""
+    wave = torch.cos(2 * math.pi * waves * torch.arange(11) / 11)
+    if angle == "across":
+        return wave.expand(11, 11)
+    return torch.cos(2 * math.pi * waves * (torch.arange(11)[:, None] + torch.arange(11)) / 11)
+
+
+def coloured(pattern: torch.Tensor, red: float, green: float, blue: float) -> torch.Tensor:
+    return torch.tensor([red, green, blue])[None, :, None, None] * pattern
+
+
+@pytest.mark.parametrize("waves", [1, 2, 5])
+def test_a_grey_grating_has_no_colour_and_its_own_frequency(waves: int) -> None:
+    kernels = coloured(grating(waves), 1, 1, 1)
+    assert float(off_grey(kernels)) == pytest.approx(0, abs=1e-9)
+    assert float(frequency(kernels)) == pytest.approx(waves / 11, abs=1e-6)
+    slanted = coloured(grating(waves, "slanted"), 1, 1, 1)
+    assert float(frequency(slanted)) == pytest.approx(math.sqrt(2) * waves / 11, abs=1e-6)
+
+
+def test_red_less_green_is_colour_alone() -> None:
+    blob = coloured(torch.ones(11, 11), 1, -1, 0)
+    assert float(off_grey(blob)) == pytest.approx(1)
+    assert float(frequency(blob)) == pytest.approx(0, abs=1e-9)  # what is constant counts
+    red = coloured(grating(2), 1, 0, 0)
+    assert float(off_grey(red)) == pytest.approx(2 / 3)
+
+
+def test_random_weights_are_where_nothing_is_learnt() -> None:
+    kernels = 0.01 * torch.randn(2000, 3, 11, 11)
+    share = off_grey(kernels)
+    assert float(share.mean()) == pytest.approx(RANDOM, abs=0.005)
+    assert float(share.std()) == pytest.approx(0.035, abs=0.003)  # as COLOUR's comment says
+    assert float((share > COLOUR).double().mean()) < 0.02
+    assert float(frequency(kernels).mean()) == pytest.approx(0.38, abs=0.005)
+
+
+def test_a_kernel_of_zeros_is_neither() -> None:
+    assert float(off_grey(torch.zeros(1, 3, 11, 11))) == 0
+    assert float(frequency(torch.zeros(1, 3, 11, 11))) == 0
+
+
+def test_columns_are_told_apart() -> None:
+    grey = coloured(grating(3), 1, 1, 1).repeat(48, 1, 1, 1)
+    colour = coloured(torch.ones(11, 11), 1, 0, -1).repeat(48, 1, 1, 1)
+    found = specialisation(torch.cat([grey, colour]), columns=2)
+    assert [own.colour for own in found] == [0, 48]
+    apart = difference(found)
+    assert apart is not None
+    assert apart == pytest.approx((-1, 0), abs=1e-6)
+    spread = specialisation(torch.cat([grey, colour, colour, colour]), columns=2)
+    assert difference(spread) == pytest.approx((-0.5, 0.5 / math.sqrt(95)), abs=1e-6)
+
+
+def test_one_column_has_no_other() -> None:
+    (only,) = specialisation(torch.randn(64, 3, 5, 5), columns=1)
+    assert len(only.off_grey) == 64
+    assert difference([only]) is None
