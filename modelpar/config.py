@@ -39,6 +39,7 @@ from modelpar.settings import (
     DataSettings,
     EvaluateSettings,
     ExportSettings,
+    FiguresSettings,
     LinkSettings,
     ModelSettings,
     MonitorSettings,
@@ -298,6 +299,18 @@ def validate_compare(settings: CompareSettings) -> None:
     _check_writable("out", Path(settings.out))
 
 
+def validate_figures(settings: FiguresSettings) -> None:
+    """Raise SettingsError where there is nothing to look at, or nowhere to draw."""
+    if settings.checkpoint is None and not settings.runs:
+        message = "checkpoint: not given; add checkpoint=RUN_DIR, or runs=[RUN,RUN]"
+        raise SettingsError(message)
+    _at_least(1, training_images=settings.training_images, batch_size=settings.batch_size)
+    _at_least(0, workers=settings.workers, **{"data.workers": settings.data.workers})
+    if settings.device not in DEVICES:
+        refuse_choice("device", settings.device, DEVICES)
+    _check_writable("out", Path(settings.out))
+
+
 def validate_benchmark(settings: BenchmarkSettings) -> None:
     """Raise SettingsError for the first value of ``settings`` that no benchmark can have."""
     _validate_process(settings)
@@ -434,6 +447,7 @@ VALIDATORS: Final[dict[str, Validator]] = {
     "benchmark": validate_benchmark,
     "export": validate_export,
     "compare": validate_compare,
+    "figures": validate_figures,
 }
 
 

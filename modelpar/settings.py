@@ -207,12 +207,28 @@ class CompareSettings:
     out: str = MISSING
 
 
+@dataclass
+class FiguresSettings:
+    """``conf/figures.yaml``: everything that ``modelpar.figures`` can be told."""
+
+    checkpoint: str | None = None  # RUN_DIR | STEP_DIR | FILE.safetensors
+    runs: list[str] = field(default_factory=list[str])  # for figures 1 and 3, as in compare
+    training_images: int = 2000  # looked at for figure 4
+    out: str = MISSING
+    data: DataSettings = field(default_factory=lambda: DataSettings("", image_size=0, epochs=1))
+    batch_size: int = 128
+    device: str = "auto"
+    workers: int | None = None
+    cache_dir: str | None = None
+
+
 SCHEMAS: Final = {
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
     "benchmark": BenchmarkSettings,
     "export": ExportSettings,
     "compare": CompareSettings,
+    "figures": FiguresSettings,
 }
 PRECISIONS: Final = ("float32", "bfloat16", "float64")
 WIRE_DTYPES: Final = ("float32", "bfloat16", "float16", "float64")

@@ -144,13 +144,18 @@ BESIDE: Final = (
 )
 
 
+def grid(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table as Markdown."""
+    lines = [head, ["---"] * len(head), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def markdown(sets: dict[str, list[Group]]) -> str:
     """Return all tables as Markdown."""
     blocks = [APART] if len(sets) > 1 else []
     for data, groups in sets.items():
-        lines = [list(HEAD), ["---"] * len(HEAD), *rows(groups)]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        blocks += [f"**{data}** (mean ± standard deviation over seeds)", table]
+        title = f"**{data}** (mean ± standard deviation over seeds)"
+        blocks += [title, grid(HEAD, rows(groups))]
     return "\n\n".join([*blocks, BESIDE])
 
 

@@ -24,7 +24,7 @@ from modelpar.net.paper import Plan, plan_of, settings_of
 from modelpar.settings import DataSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, read_tensors
-from modelpar.training.engine import DTYPES, build, evaluate
+from modelpar.training.engine import DTYPES, Net, build, evaluate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,9 +121,8 @@ def prepare(settings: EvaluateSettings) -> Prepared:
     return Prepared(trained, images, stats, workers)
 
 
-def score(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
-    """Return the exact errors over every test image once; a collective of the whole mesh."""
-    trained = prepared.trained
+def loaded(settings: EvaluateSettings, trained: Trained, mesh: Mesh) -> Net:
+    """Return this process's part of the trained net; raises CheckpointError."""
     net = build(
         trained.plan,
         mesh,
@@ -136,6 +135,13 @@ def score(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
     check_state(net, weights, settings.checkpoint)
     net.load_state_dict(weights)
     net.to(DTYPES[settings.precision])
+    return net
+
+
+def score(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
+    """Return the exact errors over every test image once; a collective of the whole mesh."""
+    trained = prepared.trained
+    net = loaded(settings, trained, mesh)
     batches = TestLoader(
         prepared.images.test,
         settings.batch_size,

@@ -37,7 +37,9 @@ FLOORS = [
     ["training.scoring"],
     ["studies.gather"],
     ["studies.table"],
-    ["studies.page"],
+    ["studies.page", "studies.learning", "studies.kernels"],
+    ["studies.portrait"],
+    ["studies.drawing"],
     ["bench.wire", "bench.anatomy", "bench.contenders"],
     ["bench.worlds", "bench.picture"],
     ["bench.rounds", "bench.report"],
@@ -46,7 +48,7 @@ FLOORS = [
     ["agent"],
     ["sweep"],
     ["launch"],
-    ["train", "evaluate", "benchmark", "export", "compare"],
+    ["train", "evaluate", "benchmark", "export", "compare", "figures"],
 ]
 HEIGHT = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(

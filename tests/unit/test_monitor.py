@@ -18,7 +18,6 @@ from modelpar.training.monitor import Monitor, kernel_picture
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
 
 RATES = {"conv1.weight": 0.01, "fc8.weight": 0.01, "fc8.bias": 0.02}
 

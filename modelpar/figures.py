@@ -1,0 +1,65 @@
+"""Figures 1, 3 and 4 from trainings: ``python -m modelpar.figures checkpoint=RUN_DIR``.
+
+``runs=[RUN,SWEEP,'runs/*']`` adds those runs to figure 3, and draws figure 1 of them.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from modelpar import launch
+from modelpar.errors import DataError, LaunchError
+from modelpar.studies import gather, kernels, learning, portrait
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from modelpar.settings import FiguresSettings
+
+
+def figures(settings: FiguresSettings) -> None:
+    """Look at the net and the runs; write pictures and tables, and print the short ones."""
+    if not find_spec("matplotlib"):
+        message = "the figures need matplotlib: pip install modelpar[plots]"
+        raise LaunchError(message)
+    from modelpar.studies import drawing  # noqa: PLC0415 - of the extra plots
+
+    runs = [gather.read(folder) for folder in gather.find(settings.runs)]
+    seen = portrait.portrait(settings) if settings.checkpoint is not None else None
+    sources = kernels.gathered(runs, seen.kernels if seen else None)
+    learnt = [run for run in runs if run.training]
+    if not (sources or learnt):
+        message = f"runs={settings.runs}: none has a checkpoint or a training error yet"
+        raise DataError(message)
+    pictures: dict[str, Figure] = {}
+    texts: dict[str, str] = {}
+    if learnt:
+        pictures["figure1.png"] = drawing.figure1(learnt)
+    if sources:
+        pictures["figure3.png"] = drawing.figure3(sources)
+        texts["specialisation.csv"] = kernels.as_csv(sources)
+    if seen:
+        pictures["figure4.png"] = drawing.figure4(seen)
+        pictures["activations.png"] = drawing.activations(seen.activity)
+        texts["activations.csv"] = portrait.as_csv(seen.activity)
+    print(kernels.report(sources, runs))  # noqa: T201
+    if runs:
+        print(f"\n{learning.report(runs)}")  # noqa: T201
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        picture.savefig(out / name, dpi=drawing.DPI)
+    for name, text in texts.items():
+        (out / name).write_text(text)
+    print(f"\n{out}: {', '.join([*pictures, *texts])}")  # noqa: T201
+
+
+def main() -> NoReturn:
+    """Run in this process, with the whole net on one device."""
+    launch.enter_alone("figures", figures)
+
+
+if __name__ == "__main__":
+    main()

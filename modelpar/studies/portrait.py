@@ -1,0 +1,91 @@
+"""One trained net, whole on one device, as figures 3 and 4 look at it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import nn
+
+from modelpar import host
+from modelpar.images.augment import Lens
+from modelpar.mesh import Mesh
+from modelpar.settings import EvaluateSettings
+from modelpar.studies.kernels import Kernels
+from modelpar.training import scoring
+from modelpar.training.activity import MEASURES, Activity, Watched
+from modelpar.training.answers import Figure4, chosen, figure4, look, spread
+from modelpar.training.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from modelpar.settings import FiguresSettings
+
+HEAD: Final = ("layer", "column", *MEASURES)
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """What was seen of the net of one checkpoint."""
+
+    kernels: Kernels
+    activity: list[Activity]
+    answers: Figure4
+    classes: Sequence[str]
+
+
+def portrait(settings: FiguresSettings) -> Portrait:
+    """Look at the net that ``settings.checkpoint`` names, in evaluation.
+
+    Raises CheckpointError, DataError and SettingsError as an evaluation does.
+    """
+    asked = EvaluateSettings(
+        checkpoint=str(settings.checkpoint),
+        data=settings.data,
+        columns=1,
+        batch_size=settings.batch_size,
+        device=host.choose_device(settings.device, 1),
+        workers=settings.workers,
+        cache_dir=settings.cache_dir,
+    )
+    prepared = scoring.prepare(asked)
+    trained, images = prepared.trained, prepared.images
+    mesh = Mesh(torch.device(asked.device))
+    host.set_up(mesh.device, tf32=False)
+    net = scoring.loaded(asked, trained, mesh)
+    lens = Lens(prepared.statistics, trained.plan.image_size, scaled=False, device=mesh.device)
+    places = spread(len(images.test), settings.batch_size)
+    batch = torch.stack([images.test[place][0] for place in places]).to(mesh.device)
+    with Watched(net, trained.plan.columns, mesh, len(batch)) as watched:
+        look(net, lens.centre(batch))
+    rows = chosen(len(images.train), settings.training_images, trained.seed)
+    how = (settings.batch_size, prepared.workers)
+    answers = figure4(net, mesh, images, lens, rows, *how)
+    assert answers is not None  # noqa: S101 - this is column 0
+    first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+    folder = trained.source.folder if isinstance(trained.source, Checkpoint) else None
+    kernels = Kernels(
+        asked.checkpoint,
+        trained.plan.recipe.name,
+        folder,
+        trained.seed,
+        trained.step,
+        first.weight.detach().cpu().float(),
+        trained.plan.columns,
+    )
+    return Portrait(kernels, watched.result(), answers, images.classes)
+
+
+def as_csv(activity: Sequence[Activity]) -> str:
+    """Return a row for each layer of each column; the logits are no column's."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(HEAD)
+    for row in activity:
+        column = "" if row.column is None else row.column
+        writer.writerow([row.layer, column, *(f"{getattr(row, key):.6g}" for key in MEASURES)])
+    return text.getvalue()

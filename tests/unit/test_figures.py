@@ -1,0 +1,160 @@
+"""The command that draws the paper's figures, on a run of two steps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from modelpar import config, figures
+from modelpar.mesh import Mesh
+from modelpar.studies import portrait
+from modelpar.training import loop, start
+
+SMALL = [
+    "data=imagefolder",
+    "data.root=images",
+    "model.image_size=64",
+    "workers=0",
+    "batch_size=8",
+    "columns=1",
+    "monitor.progress=false",
+    "monitor.tensorboard=false",
+    "compile=false",
+]
+PICTURES = ("figure1.png", "figure3.png", "figure4.png", "activations.png")
+
+
+@pytest.fixture(scope="module")
+def place(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps; the first query of figure 4 is among the images it learns from."""
+    place = tmp_path_factory.mktemp("figures")
+    shutil.copytree(images, place / "images")
+    shutil.copy(place / "images/val/dark/1.png", place / "images/train/dark/copy.png")
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        settings = config.read("train", [*SMALL, "steps=2"])
+        loop.train(settings, start.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
+    finally:
+        os.chdir(before)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+def drawn(*words: str) -> Any:
+    """Run the command in this process; return its exit status."""
+    sys.argv = ["modelpar-figures", *words]
+    with pytest.raises(SystemExit) as end:
+        figures.main()
+    return end.value.code
+
+
+def table(path: str) -> list[dict[str, str]]:
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_figures_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert drawn("checkpoint=run", "runs=[run]", "workers=0", "out=all") == 0
+    for name in PICTURES:
+        with Image.open(Path("all") / name) as picture:
+            assert min(picture.size) > 400
+    kernels = table("all/specialisation.csv")
+    assert [(row["run"], row["step"], row["column"], row["kernels"]) for row in kernels] == [
+        ("run", "2", "0", "48"),
+        ("run", "2", "1", "48"),
+    ]  # once, though it is named twice
+    assert float(kernels[0]["off_grey"]) == pytest.approx(2 / 3, abs=0.02)  # nothing is learnt
+    layers = table("all/activations.csv")
+    assert len(layers) == 7 * 2 + 1
+    assert layers[0].keys() == {"layer", "column", "mean", "std", "zeros", "dead"}
+    assert layers[-1]["layer"] == "logits"
+    out = capsys.readouterr().out
+    assert "| run | 0 | 2 | 0.6" in out
+    assert "| run | relu | 0 | 1 | " in out
+    assert "all: figure1.png, figure3.png, figure4.png, activations.png" in out
+
+
+def test_what_is_among_the_training_images_is_found_at_distance_0() -> None:
+    words = ["checkpoint=run", "workers=0", "training_images=41"]
+    seen = portrait.portrait(config.read("figures", words))
+    assert seen.answers.looked_at == 41
+    assert len(seen.answers.answers) == 8
+    one, *others = seen.answers.likenesses
+    assert torch.equal(one.images[0], one.query)
+    assert one.distances[0] == pytest.approx(0, abs=1e-3 * one.distances[1])
+    assert one.distances == sorted(one.distances)
+    for other in others:
+        assert len(other.images) == 6
+        assert other.distances[0] > 0
+
+
+def test_runs_alone_need_no_images(capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("run", "sweep/0", dirs_exist_ok=True)
+    shutil.copytree("run", "sweep/1", dirs_exist_ok=True)
+    metrics = Path("sweep/1/metrics.jsonl")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    older = [
+        {key: row[key] for key in row if key != "top1" or row["kind"] == "test"} for row in rows
+    ]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in older))
+    shutil.rmtree("sweep/1/checkpoints")
+    assert drawn("runs=[sweep]", "out=runs") == 0
+    assert {path.name for path in Path("runs").iterdir()} == {
+        "figure1.png",
+        "figure3.png",
+        "specialisation.csv",
+    }
+    out = capsys.readouterr().out
+    assert "sweep/1: its rows have no training error, it is not in figure 1" in out
+    assert "sweep/1: no checkpoint yet, it is not in figure 3" in out
+    assert drawn("runs=[sweep/1]", "out=none") == 3
+    assert "none has a checkpoint or a training error yet" in capsys.readouterr().err
+    assert not Path("none").exists()
+
+
+BAD = [
+    ([], 2, "checkpoint: not given; add checkpoint=RUN_DIR, or runs=[RUN,RUN]"),
+    (["runs=[nowhere]"], 2, "runs=nowhere: no run there"),
+    (["checkpoint=nowhere"], 4, "checkpoint=nowhere: no checkpoint there"),
+    (["checkpoint=run", "training_images=0"], 2, "training_images=0: give 1 or more"),
+    (["checkpoint=run", "device=gpu"], 2, "device=gpu: did you mean cpu?"),
+    (["checkpoint=run", "out=images/val/dark/1.png/x"], 2, "is a file; give a folder"),
+    (["checkpoint=run", "data.root=nowhere"], 3, "data.root=nowhere: no such folder"),
+    (["checkpiont=run"], 2, "did you mean checkpoint?"),
+]
+
+
+@pytest.mark.parametrize(("words", "status", "said"), BAD, ids=lambda value: str(value)[:30])
+def test_what_is_wrong_is_one_line_and_makes_nothing(
+    capsys: pytest.CaptureFixture[str], words: list[str], status: int, said: str
+) -> None:
+    before = sorted(Path().rglob("*"))
+    assert drawn(*words) == status
+    told = capsys.readouterr()
+    (line,) = told.err.splitlines()
+    assert said in line
+    assert not told.out
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_without_matplotlib_it_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "find_spec", lambda _: None)
+    assert drawn("checkpoint=run", "out=plain") == 5
+    assert "pip install modelpar[plots]" in capsys.readouterr().err
+    assert not Path("plain").exists()
