@@ -68,18 +68,17 @@ class _Tally:
         """Count (N, C, ...)."""
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         parts = wide.reshape(len(wide), self.columns, -1)
-        zero = parts == 0
         self.sums = self.sums + torch.stack(
             [
                 torch.full_like(parts[0, :, 0], parts[:, 0].numel(), dtype=torch.float64),
                 parts.sum((0, 2), dtype=torch.float64),
                 parts.square().sum((0, 2), dtype=torch.float64),
-                zero.sum((0, 2)).double(),
+                (parts == 0).sum((0, 2)).double(),
             ],
             dim=1,
         )
-        maps = (~zero).view(len(wide), self.columns, wide.shape[1] // self.columns, -1)
-        self.alive = self.alive | maps.any(3).any(0)
+        maps = parts.view(len(wide), self.columns, wide.shape[1] // self.columns, -1)
+        self.alive = self.alive | (maps.abs().amax(3).amax(0) != 0)
 
     def row(self) -> Tensor:
         """Return all that adds up over columns: the four sums, dead maps, maps."""
