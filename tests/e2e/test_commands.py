@@ -301,7 +301,7 @@ def test_without_a_compiler_it_trains_and_says_so(
 
 
 def started(folder: Path, *words: str, runs: Sequence[str] = ("run",)) -> subprocess.Popen[str]:
-    """Start ``modelpar.train`` through door 2, wait until each of ``runs`` has learnt two steps."""
+    """Start ``modelpar.train`` through door 2, wait until all ``runs`` have learnt two steps."""
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
         [sys.executable, "-m", "modelpar.train", *SMALL, "run_dir=run", *words],
