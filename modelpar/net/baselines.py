@@ -16,7 +16,7 @@ from torch.nn import functional
 from modelpar.mesh import generator
 from modelpar.net import paper
 from modelpar.net.alexnet import AlexNet
-from modelpar.net.layers import ACTIVATIONS, AcrossMaps, Draw, Dropout, pool
+from modelpar.net.layers import AcrossMaps, Activation, Draw, Dropout, pool
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -89,7 +89,9 @@ class FourLayer(nn.Module):
         self.local3 = Local(two.outputs, three.outputs, three.kernel, side)
         self.local4 = Local(three.outputs, four.outputs, four.kernel, side)
         self.fc10 = nn.Linear(four.outputs * side**2, plan.num_classes, device="meta")
-        self.activate = ACTIVATIONS[plan.activation]
+        self.activations = nn.ModuleDict(
+            {name: Activation(name, plan.activation) for name in plan.layers if name != "fc10"}
+        )
         self.pool = pool(plan.pool)
         self.norm1, self.norm2 = _norm(plan, one), _norm(plan, two)
         _fill(self, plan, seed)
@@ -97,10 +99,11 @@ class FourLayer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, classes) of ``images`` (N, 3, S, S)."""
         x = _as_weight(images, self.conv1.weight)
-        x = self.norm1(self.activate(self.pool(self.conv1(x))))  # (N, 64, 14, 14) at 28 pixels
-        x = self.pool(self.norm2(self.activate(self.conv2(x))))  # (N, 64, 7, 7)
-        x = self.activate(self.local3(x))  # (N, 32 or 64, 7, 7)
-        x = self.activate(self.local4(x))  # (N, 32, 7, 7)
+        active = self.activations
+        x = self.norm1(active["conv1"](self.pool(self.conv1(x))))  # (N, 64, 14, 14) at 28 pixels
+        x = self.pool(self.norm2(active["conv2"](self.conv2(x))))  # (N, 64, 7, 7)
+        x = active["local3"](self.local3(x))  # (N, 32 or 64, 7, 7)
+        x = active["local4"](self.local4(x))  # (N, 32, 7, 7)
         return self.fc10(x.flatten(1))
 
     def fix_dropout(self, draw: Draw | None) -> None:
