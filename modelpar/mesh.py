@@ -109,7 +109,10 @@ class Mesh:
         return f"{net}{shared} on {self.world_size} {many} ({backend}){how}"
 
     def replicate(self, net: nn.Module) -> nn.Module:
-        """Wrap ``net`` so that its gradients are averaged over the replicas, and only there."""
+        """Wrap ``net`` so that its gradients are averaged over the replicas, and only there.
+
+        A collective of ``peers``.  Raises PeerLostError.
+        """
         if self.peers is None:
             return net
         # NCCL: one bucket, so that the replicas' all-reduce starts after the pair's last crossing;
@@ -117,12 +120,13 @@ class Mesh:
         megabytes = (
             sum(weight.numel() * weight.element_size() for weight in net.parameters()) >> 20
         )
-        return DistributedDataParallel(
-            net,
-            process_group=self.peers,
-            forward_sync_buffers=False,  # they are constant
-            bucket_cap_mb=megabytes + 1 if self.device.type == "cuda" else None,
-        )
+        with peer_named("replicate"):  # shapes are compared, and the weights sent round
+            return DistributedDataParallel(
+                net,
+                process_group=self.peers,
+                forward_sync_buffers=False,  # they are constant
+                bucket_cap_mb=megabytes + 1 if self.device.type == "cuda" else None,
+            )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(rank: int, size: int, columns: int, port: int, pipe: Connection) -> None:
+def _serve(
+    rank: int, size: int, columns: int, port: int, timeout: float, pipe: Connection
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -36,7 +38,7 @@ def _serve(rank: int, size: int, columns: int, port: int, pipe: Connection) -> N
     from modelpar import mesh  # noqa: PLC0415
 
     torch.set_num_threads(1)
-    with mesh.opened(columns, "cpu", timeout=60) as ranks:
+    with mesh.opened(columns, "cpu", timeout) as ranks:
         while (task := pipe.recv()) is not None:
             function, arguments = task
             try:
@@ -48,7 +50,7 @@ def _serve(rank: int, size: int, columns: int, port: int, pipe: Connection) -> N
 class Ranks:
     """``size`` gloo processes; ``run`` calls a function on all of them with their mesh."""
 
-    def __init__(self, size: int, columns: int = 2) -> None:
+    def __init__(self, size: int, columns: int = 2, timeout: float = 60.0) -> None:
         context = multiprocessing.get_context("spawn")
         port = _free_port()
         self.pipes: list[Connection] = []
@@ -56,7 +58,7 @@ class Ranks:
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, size, columns, port, theirs), daemon=True
+                target=_serve, args=(rank, size, columns, port, timeout, theirs), daemon=True
             )
             process.start()
             self.pipes.append(ours)

@@ -132,10 +132,10 @@ class Learner:
 
     def gradients(self, batch: Batch, step: int) -> Tensor:
         """Do forward and backward; return the loss.  Weights stay as they are."""
-        logits = self.logits(batch, step, self.replicated)
-        loss = functional.cross_entropy(logits.to(_wide(self.precision)), batch.labels)
-        self.answers = logits.detach()
-        with peer_named("gradients"):  # what DistributedDataParallel sums
+        with peer_named("gradients"):  # DistributedDataParallel sums them, and agrees on how
+            logits = self.logits(batch, step, self.replicated)
+            loss = functional.cross_entropy(logits.to(_wide(self.precision)), batch.labels)
+            self.answers = logits.detach()
             loss.backward()
         return loss.detach()
 
