@@ -70,6 +70,7 @@ class Mesh:
     device: torch.device
     threads: int = 1  # of this process
     keeps_memory: bool = False  # freed memory stays with the process, see ``keep_memory``
+    timeout: float = 120.0  # s after which a process that does not answer is lost
     replicas: int = 1
     columns: int = 1
     replica: int = 0
@@ -280,6 +281,7 @@ def opened(
             place,
             threads=threads,
             keeps_memory=kept,
+            timeout=timeout,
             replicas=replicas,
             columns=columns,
             replica=replica,

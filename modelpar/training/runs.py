@@ -28,6 +28,7 @@ MAY_CHANGE: Final = ("epochs", "data.epochs", "data.evaluate_every", "crossing.d
 HARMLESS: Final = frozenset({"log"})  # what Hydra and an earlier end leave behind
 LOCK: Final = "log/lock"
 SHARED_WITHIN: Final = 10.0  # s that a disk of several hosts may take to show a new file
+FREED_WITHIN: Final = 10.0  # s that the lock of a run which was killed may outlive it
 
 
 def check_same(run_dir: Path, settings: Mapping[str, Any], resume: str) -> None:
@@ -90,7 +91,8 @@ def held(run_dir: Path, mesh: Mesh) -> Generator[None]:
     if mesh.rank == 0:
         try:
             (run_dir / LOCK).parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)  # the system frees it when this process ends, however it does
+            # The system frees it when this process ends, however it does; NFS takes its time.
+            lock.acquire(timeout=min(FREED_WITHIN, mesh.timeout / 2))  # the others wait meanwhile
         except Timeout:
             complaint = f"{run_dir}: another run is at work there; wait, or give another run_dir"
         except OSError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from modelpar import Recipe, config
@@ -218,7 +220,7 @@ def test_a_run_dir_below_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_directory_is_one_runs_at_a_time(tmp_path: Path) -> None:
-    alone = Mesh(torch.device("cpu"))
+    alone = Mesh(torch.device("cpu"), timeout=0.4)
     with runs.held(tmp_path / "run", alone):
         with (
             pytest.raises(CheckpointError, match="another run is at work there"),
@@ -235,6 +237,16 @@ def test_a_change_of_the_trajectory_is_told(tmp_path: Path) -> None:
     assert runs.changes(tmp_path / "run", settings) == []
     longer = asdict(config.read("train", ["epochs=4", "log_every=7"]))
     assert runs.changes(tmp_path / "run", longer) == ["epochs=4, not 3"]
+
+
+def test_a_lock_that_outlives_its_run_is_waited_for(tmp_path: Path) -> None:
+    alone = Mesh(torch.device("cpu"))
+    (tmp_path / "run" / "log").mkdir(parents=True)
+    held = FileLock(tmp_path / "run" / runs.LOCK, thread_local=False)
+    held.acquire()
+    threading.Timer(0.5, held.release).start()
+    with runs.held(tmp_path / "run", alone):
+        assert not held.is_locked
 
 
 @pytest.mark.parametrize("name", ["STORE_ACCESS_KEY", "MYSQL_PWD", "DATABASE_URL", "SIGNING_KEY"])
