@@ -34,6 +34,7 @@ TEXT_BYTES: Final = 4096
 CALL_BYTES: Final = 128  # of a collective's name, shape and number
 PREPARING: Final = timedelta(hours=12)  # a host may have to read all images first
 DISK_PATIENCE: Final = 10  # times ``comm.timeout``
+SLICES: Final = 8  # of ``comm.timeout``: who waits for something else shows that it lives
 CARRIED: Final = (
     torch.float32,
     torch.float64,
@@ -391,6 +392,16 @@ def tell(values: Sequence[int], mesh: Mesh) -> list[tuple[int, ...]]:
     with peer_named("tell"):
         dist.all_gather(told, own, group=mesh.control)
     return [tuple(one.tolist()) for one in told]
+
+
+def wait_for(done: Callable[[float], bool], mesh: Mesh) -> None:
+    """Wait until ``done`` is true on every process.
+
+    ``done`` gets the s that it may wait itself, again and again: who is slow still answers in
+    between, who does not is lost within ``comm.timeout``.  A collective of the whole world.
+    """
+    while not all(told for (told,) in tell((int(done(mesh.timeout / SLICES)),), mesh)):
+        pass
 
 
 def gather_text(text: str, mesh: Mesh) -> list[str]:

@@ -9,6 +9,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Final
 
 from modelpar.errors import CheckpointError
+from modelpar.mesh import wait_for
 from modelpar.training import checkpoint
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Saver:
 
     def __init__(self, folder: Path, mesh: Mesh, keep: Keep) -> None:
         self.folder = folder
-        self.mesh = mesh.beside()
+        self.mesh = mesh
         self.keep = keep
         self.thread: Thread | None = None
         self.saved: Path | None = None
@@ -58,10 +59,11 @@ class Saver:
             kind: {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
             for kind, tensors in parts.items()
         }
+        beside = self.mesh.beside()
 
         def work() -> None:
             try:
-                self.saved = checkpoint.save(self.folder, self.mesh, copies, statistics, manifest)
+                self.saved = checkpoint.save(self.folder, beside, copies, statistics, manifest)
                 if self.mesh.rank == 0:
                     with suppress(OSError):  # it is saved; what is old goes next time
                         prune(self.folder, self.keep, self.saved)
@@ -78,27 +80,30 @@ class Saver:
     def end(self) -> Path | None:
         """Wait for the save under way; return what was published since the last call, if any.
 
-        Raises what the save raised: CheckpointError on every process alike.
+        A collective of the whole mesh, also where a process has no save under way any more.
+        Raises what the save raised, CheckpointError on every process alike; PeerLostError where a
+        process stands still, not where its disk does.
         """
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        wait_for(self._over, self.mesh)
         return self._taken()
 
     def close(self) -> None:
         """Let a save under way finish, where the others still answer; never raises."""
-        if self.thread is not None:
-            self.thread.join(CLOSING)
+        self._over(CLOSING)
 
     def take(self) -> Path | None:
         """Return what was published since the last call; neither waits nor raises."""
-        if self.thread is None or self.thread.is_alive() or self.failed():
-            return None
-        return self.end()
+        return self._taken() if self._over(0) and not self.failed() else None
+
+    def _over(self, patience: float) -> bool:
+        """Whether no save is under way any more, after ``patience`` s at most."""
+        if self.thread is not None:
+            self.thread.join(patience)
+        return self.thread is None or not self.thread.is_alive()
 
     def _taken(self) -> Path | None:
         saved, error = self.saved, self.error
-        self.saved = self.error = None
+        self.thread = self.saved = self.error = None
         if error is not None:
             raise error
         return saved

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from torch import nn
 
 from modelpar.errors import PeerLostError
 from modelpar.images.loader import Batch
+from modelpar.training import checkpoint
 from modelpar.training.engine import Learner
+from modelpar.training.saver import Keep, Saver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,7 +36,7 @@ def replicas() -> Iterator[Ranks]:
         process.kill()
 
 
-def first(ranks: Ranks, function: Callable[..., str], *arguments: object) -> str:
+def first(ranks: Ranks, function: Callable[..., Any], *arguments: object) -> Any:
     """Run ``function`` on all; return what rank 0 says, whatever has become of the others."""
     for pipe in ranks.pipes:
         pipe.send((function, arguments))
@@ -83,3 +87,45 @@ def test_a_replica_that_is_killed_is_lost(replicas: Ranks, steps: int, operation
     said = first(replicas, left, steps)
     assert said.startswith(f"{operation}: the other process is gone or silent (")
     assert "\n" not in said
+
+
+# -- saves ----------------------------------------------------------------------------------------
+
+
+def saved(mesh: Mesh, folder: str, step: int, how: str) -> tuple[str, float]:
+    """Save, and wait for it; return what came of it, and how long it took in s."""
+    saver, save = Saver(Path(folder), mesh, Keep()), checkpoint.save
+    parts = {"weights": {"fc": torch.ones(2)}, "velocities": {"fc": torch.ones(2)}}
+
+    def slow(*arguments: Any) -> Path:
+        if mesh.rank == 1 and how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1.5 * TIMEOUT if mesh.rank == 1 and how == "slow" else 0)
+        return save(*arguments)
+
+    checkpoint.save = slow
+    began = time.monotonic()
+    try:
+        saver.start(parts, {}, {"step": step})  # type: ignore[arg-type]
+        while mesh.rank == 0 and how == "taken" and saver.take() is None:
+            time.sleep(0.01)  # it has none any more to wait for, others may
+        said = str(saver.end())
+    except PeerLostError as error:
+        said = str(error)
+    finally:
+        checkpoint.save = save
+    return said, time.monotonic() - began
+
+
+def test_who_stands_still_in_a_save_is_lost_and_who_is_slow_is_not(
+    replicas: Ranks, tmp_path: Path
+) -> None:
+    (said, took), _ = replicas.run(saved, str(tmp_path), 1, "slow")
+    assert said.endswith("step-00000001")
+    assert took > TIMEOUT
+    (said, _), (other, _) = replicas.run(saved, str(tmp_path), 2, "taken")
+    assert said == "None"
+    assert other.endswith("step-00000002")
+    said, took = first(replicas, saved, str(tmp_path), 3, "stopped")
+    assert said.startswith("tell: the other process is gone or silent (")
+    assert took < 2 * TIMEOUT
