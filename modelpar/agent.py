@@ -129,7 +129,9 @@ def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
         return math.nan  # not to be tried again: the agent takes any end but 0 for a failure
     try:
         store = mesh.meet({}, settings.comm.timeout).store
-        prepared = job.prepare(settings, None)
+        prepared = mesh.prepare_together(
+            lambda: job.prepare(settings, None), store, settings.comm.timeout
+        )
         with jobs.opened(settings, store) as ranks:
             return jobs.work(job, prepared, settings, ranks, Path(run_dir), attempt)
     except StoppedError as error:

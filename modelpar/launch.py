@@ -96,7 +96,11 @@ def _torchrun_door(job: Job) -> int:
             if isinstance(ends.recorded(named, met.launcher), StoppedError):
                 return 0  # asked to stop, not lost: torchrun takes any end but 0 for a failure
             ends.raise_final(named, met.launcher)
-        prepared = job.prepare(settings, None if met.attempt else named)
+        prepared = mesh.prepare_together(
+            lambda: job.prepare(settings, None if met.attempt else named),
+            met.store,
+            settings.comm.timeout,
+        )
         kept = named if job.keeps_runs else None
         if where.rank == 0:
             ends.forget(kept)

@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 import re
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 AXES: Final = ("replica", "column")
 TEXT_BYTES: Final = 4096
 CALL_BYTES: Final = 128  # of a collective's name, shape and number
-PREPARING: Final = timedelta(hours=12)  # a host may have to read all images first
+TOLD_WITHIN: Final = 5 * host.RETRY  # s in which those that wait read why another failed
 DISK_PATIENCE: Final = 10  # times ``comm.timeout``
 SLICES: Final = 8  # of ``comm.timeout``: who waits for something else shows that it lives
 CARRIED: Final = (
@@ -193,17 +195,74 @@ def meet(same: Mapping[str, Any], timeout: float = 120.0) -> Meeting:
     return Meeting(store, max(one["attempt"] for one in told), told[0]["launcher"])
 
 
-def _exchange(
-    store: dist.Store, key: str, text: str, where: host.Place, patience: timedelta | None = None
-) -> list[str]:
+def _exchange(store: dist.Store, key: str, text: str, where: host.Place) -> list[str]:
     """Tell the store ``text`` under ``key``; return all ranks', as soon as all have told it."""
     keys = [f"{key} {rank}" for rank in range(where.size)]
     store.set(keys[where.rank], text)
-    if patience is None:
-        store.wait(keys)
-    else:
-        store.wait(keys, patience)
+    store.wait(keys)
     return [store.get(one).decode() for one in keys]
+
+
+def prepare_together(prepare: Callable[[], Any], store: dist.Store | None, timeout: float) -> Any:
+    """Return what ``prepare`` returns here, once it has returned on all that have met.
+
+    That may take hours, since a host may have to read all images first; each shows meanwhile in
+    ``store``, which is that of ``meet``, that it lives.  Raises what ``prepare`` raises here, and
+    PeerLostError where it failed on another process, or where one shows nothing for ``timeout`` s.
+    """
+    if store is None:
+        return prepare()
+    where = host.place()
+    with _beating(store, f"alive {where.rank}", timeout / SLICES):
+        try:
+            prepared = prepare()
+        except BaseException as error:
+            with suppress(RuntimeError):  # the store is gone: nobody is left to be told
+                store.set("failed", f"rank {where.rank} is not ready: {one_line(error)}")
+            if where.rank == 0 and not where.agent_has_store:  # it takes the store along
+                time.sleep(TOLD_WITHIN)
+            raise
+        with peer_named("prepare"):
+            store.set(f"ready {where.rank}", "")
+            _await_ready(store, where.size, timeout)
+    return prepared
+
+
+@contextmanager
+def _beating(store: dist.Store, key: str, pause: float) -> Generator[None]:
+    """Count ``key`` up every ``pause`` s, in a thread: whoever reads it knows that this lives."""
+    over = Event()
+
+    def beat() -> None:
+        with suppress(RuntimeError):  # the store is gone: who waits for it says so
+            while not over.wait(pause):
+                store.add(key, 1)
+
+    Thread(target=beat, name="alive", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _await_ready(store: dist.Store, size: int, timeout: float) -> None:
+    """Wait for all to be ready; raises PeerLostError for one that has failed or is silent."""
+    ready = [f"ready {rank}" for rank in range(size)]
+    beats, heard = [-1] * size, [0.0] * size
+    while not store.check(ready):
+        if store.check(["failed"]):
+            raise PeerLostError(store.get("failed").decode())
+        now = time.monotonic()
+        for rank in range(size):
+            count = store.add(f"alive {rank}", 0)
+            if count != beats[rank]:
+                beats[rank], heard[rank] = count, now
+            elif now - heard[rank] > timeout:
+                message = (
+                    f"rank {rank} is gone or silent before it is ready; see what its host says"
+                )
+                raise PeerLostError(message)
+        time.sleep(host.RETRY)
 
 
 @contextmanager
@@ -244,7 +303,6 @@ def opened(
     wait = timedelta(seconds=timeout)
     try:
         if store is not None:
-            _exchange(store, "ready", "", where, PREPARING)
             store.set_timeout(wait)
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",

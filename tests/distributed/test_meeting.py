@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from modelpar import host, mesh
-from modelpar.errors import LaunchError
+from modelpar.errors import DataError, LaunchError, RunError
 from modelpar.mesh import Mesh, sum_over, swap, tell
 
 if TYPE_CHECKING:
@@ -89,6 +89,54 @@ def test_two_of_one_number_are_told(two_pairs: Ranks) -> None:
     said = [said for said, _ in two_pairs.run(twice, free_port())]
     assert any("RANK=2: two processes say so" in one for one in said)
     assert all(said)
+
+
+# -- preparing -----------------------------------------------------------------------------------
+
+
+def prepared(ranks: Mesh, port: int, how: str, which: int = 1) -> tuple[str, float]:
+    """Meet and prepare, rank ``which`` in its own way; return what comes of it, and the s."""
+    before = dict(os.environ)
+    os.environ["MASTER_PORT"] = str(port)
+    odd = ranks.rank == which
+
+    def prepare() -> str:
+        if odd and how == "failed":
+            message = "data.root=nowhere: no such folder"
+            raise DataError(message)
+        time.sleep(3.0 if odd else 0.0)
+        return "fine"
+
+    began = time.monotonic()
+    try:
+        store = mesh.meet({}, timeout=30).store
+        if odd and how == "silent":
+            return "", 0.0
+        return mesh.prepare_together(prepare, store, 1.0), time.monotonic() - began
+    except RunError as error:
+        return f"{error.status}: {error}", time.monotonic() - began
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_a_host_may_prepare_for_longer_than_another_may_be_silent(pair: Ranks) -> None:
+    (one, took), (other, _) = pair.run(prepared, free_port(), "slow")
+    assert one == other == "fine"
+    assert took > 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_host_that_fails_to_prepare_is_named_by_the_others(pair: Ranks, rank: int) -> None:
+    said = [said for said, _ in pair.run(prepared, free_port(), "failed", rank)]
+    assert said[rank] == "3: data.root=nowhere: no such folder"
+    assert said[1 - rank] == f"6: rank {rank} is not ready: data.root=nowhere: no such folder"
+
+
+def test_a_process_that_is_lost_while_it_prepares_is_named(pair: Ranks) -> None:
+    (said, took), _ = pair.run(prepared, free_port(), "silent")
+    assert said.startswith("6: rank 1 is gone or silent before it is ready")
+    assert took < 5
 
 
 # -- comm.check -----------------------------------------------------------------------------------
