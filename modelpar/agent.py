@@ -8,10 +8,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import uuid
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Final
 
 from omegaconf import OmegaConf
@@ -21,6 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from modelpar import config, ends, host, jobs, mesh
 from modelpar.errors import PeerLostError, RunError, StoppedError
+from modelpar.stop import SAME
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -77,11 +80,12 @@ def launch(
         logging.getLogger(chatty).setLevel(logging.CRITICAL)  # we say it in one line
     # Ranks that end by themselves leave a semaphore to Python's tracker, which tells of it.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+    launcher = uuid.uuid4().hex
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
+        run_id=launcher,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",  # a free port: parallel jobs do not collide
         max_restarts=getattr(settings, "restarts", 0),
@@ -90,20 +94,21 @@ def launch(
     )
     kept = run_dir if job.keeps_runs else None
     ends.forget(kept)
-    with _signals_restored():
+    with _signals_restored(), _second_signal_kills():
         try:
             results = elastic_launch(agent, _rank)(job, asdict(settings), str(run_dir))
         except SignalException as error:  # Hydra would take it for a failed job and go on
-            ends.raise_final(kept)
+            ends.raise_final(kept, launcher)
             message = f"signal {error.sigval}"
             raise KeyboardInterrupt(message) from None
         except ChildFailedError as error:
-            ends.raise_final(kept)
+            ends.raise_final(kept, launcher)
             cause = ends.cause(error)
             rank, _ = error.get_first_failure()
-            ends.record(kept, cause.status, str(cause), rank)
+            ends.record(kept, cause.status, str(cause), rank, launcher)
             raise cause from None
-    ends.raise_final(kept)
+    ends.raise_final(kept, launcher)
+    ends.forget(kept)  # of a process that was lost, and started again
     return next(iter(results.values()))
 
 
@@ -119,13 +124,45 @@ def _signals_restored() -> Generator[None]:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def _second_signal_kills() -> Generator[None]:
+    """Kill the ranks at a signal that is no echo of the first: one that is blocked hears none.
+
+    The agent would give them its whole patience, from the beginning.
+    """
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    before = -1
+    with suppress(ValueError):  # not the main thread: signals are another's
+        before = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        first = 0.0
+        while number := os.read(readable, 1):
+            now = time.monotonic()
+            if number[0] in HANDLED:
+                first = first or now
+            if first and now - first > SAME:
+                for rank in multiprocessing.active_children():
+                    rank.kill()
+        os.close(readable)
+
+    Thread(target=listen, name="second signal", daemon=True).start()
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            signal.set_wakeup_fd(before)
+        os.close(writable)
+
+
 def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
     """Run in each process that the agent starts."""
     settings = config.to_object(job.name, OmegaConf.create(plain))
     host.die_with_launcher()
     kept = Path(run_dir) if job.keeps_runs else None
-    attempt = host.place().attempt
-    if attempt and ends.final(ends.recorded(kept)):
+    where, launcher = host.place(), os.environ["TORCHELASTIC_RUN_ID"]
+    if where.attempt and ends.final(ends.recorded(kept, launcher)):
         return math.nan  # not to be tried again: the agent takes any end but 0 for a failure
     try:
         store = mesh.meet({}, settings.comm.timeout).store
@@ -133,15 +170,17 @@ def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
             lambda: job.prepare(settings, None), store, settings.comm.timeout
         )
         with jobs.opened(settings, store) as ranks:
-            return jobs.work(job, prepared, settings, ranks, Path(run_dir), attempt)
+            return jobs.work(job, prepared, settings, ranks, Path(run_dir), where.attempt)
     except StoppedError as error:
         # Each says so: the first that leaves may take the others along.
-        ends.record(kept, error.status, str(error), host.place().rank)
+        ends.record(kept, error.status, str(error), where.rank, launcher)
         # To return would be to wait for an agent that is shutting down and asks for no result.
         sys.exit(error.status)
     except PeerLostError as error:
         jobs.let_others_speak(error)  # the lost rank's own end comes first
         raise
     except RunError as error:
-        ends.record(kept, error.status, str(error), host.place().rank)
+        ends.record(kept, error.status, str(error), where.rank, launcher)
         raise
+    finally:
+        ends.let_go()

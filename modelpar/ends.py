@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -28,9 +29,19 @@ def status(error: BaseException) -> tuple[int, str]:
 
 
 def say(line: str) -> None:
-    """Write the line that a user sees; a file's name may hold what is not to be printed."""
-    sys.stderr.write(f"modelpar: {' '.join(line.split())}\n")
-    sys.stderr.flush()
+    """Write the line that a user sees, if one does: a file's name may not be fit to be printed."""
+    with suppress(OSError):
+        sys.stderr.write(f"modelpar: {' '.join(line.split())}\n")
+        sys.stderr.flush()
+
+
+def let_go() -> None:
+    """Let this process end as it does where nobody reads it any more, as behind ``| head``."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try again, and end with a status of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def record(run_dir: Path | None, number: int, line: str, rank: int, launcher: str = "") -> None:
@@ -41,7 +52,9 @@ def record(run_dir: Path | None, number: int, line: str, rank: int, launcher: st
         (run_dir / "log").mkdir(exist_ok=True)
         when = datetime.now().astimezone().isoformat(timespec="seconds")
         end = {"status": number, "line": line, "rank": rank, "time": when, "launcher": launcher}
-        (run_dir / END).write_text(json.dumps(end) + "\n")
+        unfinished = run_dir / f"{END}.{rank}"  # several may write, and be ended while they do
+        unfinished.write_text(json.dumps(end) + "\n")
+        unfinished.replace(run_dir / END)
 
 
 def recorded(run_dir: Path | None, launcher: str | None = None) -> RunError | None:

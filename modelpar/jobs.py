@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -65,7 +66,8 @@ def work(
     Raises CheckpointError where the disk is full, LaunchError where memory is.
     """
     if ranks.rank == 0:
-        print(f"modelpar: {ranks.describe()}, {settings.precision}", flush=True)  # noqa: T201
+        with suppress(OSError):  # nobody reads it
+            print(f"modelpar: {ranks.describe()}, {settings.precision}", flush=True)  # noqa: T201
         if complaint := host.crowding(ranks.threads):
             ends.say(complaint)
         if attempt:

@@ -42,7 +42,9 @@ INFORMS: Final = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "-
 
 def enter(job: Job) -> NoReturn:
     """Run ``job`` through the door it came by, and end the process with its exit status."""
-    sys.exit(_torchrun_door(job) if "RANK" in os.environ else _own_door(job))
+    status = _torchrun_door(job) if "RANK" in os.environ else _own_door(job)
+    ends.let_go()
+    sys.exit(status)
 
 
 def enter_alone(name: str, work: Callable[[Any], None]) -> NoReturn:
@@ -109,6 +111,8 @@ def _torchrun_door(job: Job) -> int:
             run_dir = Path(mesh.gather_text(place, ranks)[0])
             kept = run_dir if job.keeps_runs else None
             jobs.work(job, prepared, settings, ranks, run_dir, met.attempt)
+            if where.rank == 0:
+                ends.forget(kept)  # of a process that was lost, and started again
     except BaseException as error:  # noqa: BLE001 - every end has its status
         if isinstance(error, (DataError, CheckpointError)) and job.keeps_runs:
             kept = kept or named  # it is this run's directory, or there is none

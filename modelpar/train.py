@@ -6,11 +6,11 @@ Or ``python -m modelpar.train``, which starts the two processes itself.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from modelpar import config, launch
 from modelpar.jobs import Job
-from modelpar.training import loop, runs, start
+from modelpar.training import checkpoint, loop, runs, start
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from modelpar.mesh import Mesh
     from modelpar.settings import TrainSettings
 
+NOTES: Final = 10**6  # bytes, without checkpoints: settings, rows, what Hydra keeps
+
 
 def prepare(settings: TrainSettings, run_dir: Path | None) -> start.Prepared:
     """Open all that the training needs; raise where ``run_dir`` or what it resumes do not fit."""
     if run_dir is not None:
         config.check_run_dir(run_dir)
+        checkpoint.check_space(run_dir, NOTES, "what a run writes down")
         runs.check_same(run_dir, asdict(settings), settings.resume)
     prepared = start.prepare(settings)
     start.find_start(settings, prepared, run_dir)

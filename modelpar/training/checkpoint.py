@@ -196,7 +196,7 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
     """Raise CheckpointError where ``folder``'s disk has less than ``needed`` bytes to spare."""
     existing = folder.absolute()
     while not existing.exists():
@@ -204,7 +204,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed * SPARE:
         message = (
-            f"{folder}: a checkpoint needs {needed * SPARE / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
+            f"{folder}: {what} needs {needed * SPARE / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
             "free; make room or give another run_dir"
         )
         raise CheckpointError(message)

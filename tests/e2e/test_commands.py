@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from modelpar import AlexNet, merge
 from modelpar.images.augment import Lens, Statistics
+from modelpar.stop import SAME
 from modelpar.training.checkpoint import find, newest, read_part, read_statistics
 
 if TYPE_CHECKING:
@@ -369,6 +371,76 @@ def test_a_killed_launcher_takes_its_ranks_with_it(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert newest(tmp_path / "run") is not None  # they saved first
+
+
+def test_who_is_refused_does_not_end_the_run_that_is_at_work(tmp_path: Path) -> None:
+    how = ["monitor.tensorboard=false", "steps=5000"]
+    process = started(tmp_path, *how)
+    again = ours(tmp_path, *SMALL, "run_dir=run", *how)
+    assert again.returncode == 4
+    assert "another run is at work there" in again.stderr
+    process.terminate()
+    _, told = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 75
+    assert "(SIGTERM), saved at step " in told
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_ranks_that_hear_none(tmp_path: Path) -> None:
+    process = started(tmp_path, "steps=500", "monitor.tensorboard=false")
+    still = max(child for child in children(process.pid) if spawned(child))
+    os.kill(still, signal.SIGSTOP)  # its peer is blocked then, and Python hears no signal
+    process.terminate()
+    time.sleep(SAME + 1)
+    began = time.monotonic()
+    process.terminate()
+    process.wait(30)
+    assert time.monotonic() - began < 15
+    assert not Path(f"/proc/{still}").exists()
+
+
+def spawned(number: int) -> bool:
+    """Whether the process is a rank."""
+    return "spawn_main" in Path(f"/proc/{number}/cmdline").read_text()
+
+
+def test_a_run_ends_well_where_nobody_reads_what_it_says(tmp_path: Path, images: Path) -> None:
+    words = [*SMALL, "data=imagefolder", f"data.root={images}", "model.image_size=64"]
+    readable, writable = os.pipe()
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modelpar.train", *words, "run_dir=run", "steps=2", "columns=1"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        stdout=writable,
+        stderr=writable,
+    )
+    for end in (readable, writable):
+        os.close(end)
+    assert process.wait(TIMEOUT) == 0
+    assert len(rows(tmp_path / "run")) == 2
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_already_is_told_in_one_line(tmp_path: Path) -> None:
+    if os.geteuid() != 0 or not shutil.which("unshare"):
+        pytest.skip("needs root, to make a small disk")
+    words = " ".join([*SMALL, "run_dir=disk/run", "steps=2"])
+    script = (
+        "mkdir disk && mount -t tmpfs -o size=1m none disk && "
+        f"head -c 900000 /dev/zero > disk/fill; {sys.executable} -m modelpar.train {words}"
+    )
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 4, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("modelpar: disk/run: what a run writes down needs 1 MB, 0 MB are free")
 
 
 # -- sweeps ---------------------------------------------------------------------------------------
