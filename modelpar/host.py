@@ -6,6 +6,7 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -275,6 +276,24 @@ def check_shared_memory(workers: int, batch_bytes: int, processes: int) -> None:
             "(docker run --shm-size), or give workers=0"
         )
         raise LaunchError(message)
+
+
+def ended_loader(error: Exception) -> str:
+    """Say in one line that a loader's process was ended, if that is what ``error`` says; else "".
+
+    torch says it by a RuntimeError at any place of the main thread, or of who reads the batch;
+    the connection by which a batch comes may break before.
+    """
+    told = f"{error} {error.__cause__ or ''}"
+    broken = isinstance(error, (ConnectionError, EOFError)) and "Caught" not in told  # by a worker
+    if not broken and "DataLoader worker (pid" not in told:
+        return ""
+    number = re.search(r"killed by signal: ([\w ]+)", told)
+    how = f" by signal: {number[1].strip()}" if number else ""
+    return (
+        f"a loader process was ended{how}, likely out of memory; "
+        f"give fewer workers=, or more memory, also for {SHARED_MEMORY}"
+    )
 
 
 def set_up(device: torch.device, *, tf32: bool) -> bool:

@@ -83,6 +83,8 @@ def work(
         message = f"{run_dir}: {error.strerror}; make room, what is saved is as it was"
         raise CheckpointError(message) from None
     except RuntimeError as error:
+        if ended := host.ended_loader(error):  # torch's signal handler speaks up in any step
+            raise LaunchError(ended) from None
         if not host.is_out_of_memory(error):
             raise
         message = (

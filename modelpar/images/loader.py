@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.utils.data import DataLoader
 
-from modelpar.errors import DataError
+from modelpar.errors import DataError, LaunchError
+from modelpar.host import ended_loader
 from modelpar.images.augment import Draws, Lens
 from modelpar.mesh import digest
 from modelpar.stop import outlive
@@ -50,11 +51,18 @@ def _load(images: Images, device: torch.device, workers: int, **how: Any) -> Dat
 
 
 def _fetch(source: Iterator[Any]) -> tuple[Tensor, Tensor] | None:
-    """Return the next batch, None at the end; a worker's DataError comes back as one line."""
+    """Return the next batch, None at the end.
+
+    A worker's DataError comes back as one line; LaunchError says that a worker was ended.
+    """
     try:
         return next(source, None)
     except DataError as error:  # torch puts the worker's traceback before the message
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not (ended := ended_loader(error)):
+            raise
+        raise LaunchError(ended) from None
 
 
 def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from modelpar.errors import DataError, SettingsError
+from modelpar import host
+from modelpar.errors import DataError, LaunchError, SettingsError
 from modelpar.images.augment import Draws, Lens, Statistics
 from modelpar.images.loader import TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder, sample_order
+from modelpar.mesh import Mesh
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CPU = torch.device("cpu")
 
@@ -111,6 +121,40 @@ def test_a_damaged_image_is_one_line(workers: int) -> None:
     with pytest.raises(DataError) as error:
         list(tests)
     assert str(error.value) == "photo 7.jpg: not a readable image"
+
+
+class Deadly(Numbered):
+    """Whoever reads image 20 is killed, as when memory is short."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3], ids=["in a fetch", "in a step"])
+def test_a_worker_that_is_killed_is_one_line(tmp_path: Path, seconds: float) -> None:
+    def work(*_: object) -> float:
+        for _ in TestLoader(Deadly(40), 2, CPU, workers=1):
+            time.sleep(seconds)
+        return 0.0
+
+    settings = SimpleNamespace(precision="float32")
+    job = jobs.Job("train", lambda *_: None, work)
+    with pytest.raises(LaunchError, match=r"a loader process was ended.*, likely out of memory"):
+        jobs.work(job, None, settings, Mesh(CPU), tmp_path, 0)
+
+
+def test_a_worker_that_is_killed_is_told_with_its_signal() -> None:
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    unexpected = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    unexpected.__cause__ = killed
+    for error in (killed, unexpected):
+        said = host.ended_loader(error)
+        assert said.startswith("a loader process was ended by signal: Killed, likely out of")
+    assert host.ended_loader(ConnectionResetError(104, "Connection reset by peer"))
+    for other in (RuntimeError, EOFError):  # a worker's own, not its end
+        assert not host.ended_loader(other("Caught one in DataLoader worker process 0.\nno"))
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
