@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from modelpar import host
+from modelpar import host, jobs
 from modelpar.errors import DataError, LaunchError, SettingsError
 from modelpar.images.augment import Draws, Lens, Statistics
 from modelpar.images.loader import TestLoader, TrainLoader
