@@ -24,7 +24,7 @@ from modelpar.training import checkpoint, runs
 from modelpar.training.activity import Watched
 from modelpar.training.answers import chosen, figure4
 from modelpar.training.diagnosis import name_culprit
-from modelpar.training.engine import DTYPES, Learner, build, evaluate
+from modelpar.training.engine import DTYPES, Learner, all_finite, build, evaluate
 from modelpar.training.metrics import places
 from modelpar.training.monitor import Meter, Monitor, image_grid, show
 from modelpar.training.optimizer import MomentumDecay
@@ -383,7 +383,7 @@ class _Training:
 
     def _save(self, *, last: bool = False) -> None:
         """Start a checkpoint of this step; the ``last`` one is waited for."""
-        finite = all(bool(value.isfinite().all()) for value in self._parts()["weights"].values())
+        finite = all_finite(list(self._parts()["weights"].values()))
         if first_complaint("" if finite else "not finite", self.mesh):
             self._diverged(self.step, "a weight is not finite after its update")
         self._show(self.saver.end())
