@@ -373,6 +373,7 @@ def test_a_killed_launcher_takes_its_ranks_with_it(tmp_path: Path) -> None:
     assert newest(tmp_path / "run") is not None  # they saved first
 
 
+@pytest.mark.slow
 def test_who_is_refused_does_not_end_the_run_that_is_at_work(tmp_path: Path) -> None:
     how = ["monitor.tensorboard=false", "steps=5000"]
     process = started(tmp_path, *how)
@@ -405,7 +406,7 @@ def spawned(number: int) -> bool:
 
 
 def test_a_run_ends_well_where_nobody_reads_what_it_says(tmp_path: Path, images: Path) -> None:
-    words = [*SMALL, "data=imagefolder", f"data.root={images}", "model.image_size=64"]
+    words = [*SMALL, *TINY, f"data.root={images}"]
     readable, writable = os.pipe()
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
