@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -117,11 +116,10 @@ def test_what_is_wrong_is_told_before_any_job(
     assert [path.name for path in place.iterdir()] == ["images"]
 
 
-def test_an_extra_that_is_missing_is_named() -> None:
-    if find_spec("hydra_plugins") and find_spec("hydra_plugins.hydra_submitit_launcher"):
-        pytest.skip("hydra-submitit-launcher is installed")
+def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.PLUGINS["hydra/launcher"], "absent", "slurm")
     with pytest.raises(SettingsError, match=r"not installed; pip install 'modelpar\[slurm\]'"):
-        config.compose_sweep("train", ["hydra/launcher=submitit_slurm"])
+        config.compose_sweep("train", ["hydra/launcher=absent"])
 
 
 def test_a_sweep_takes_globs_and_combines_lists(place: Path, launched: Launched) -> None:
