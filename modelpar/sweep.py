@@ -28,8 +28,7 @@ from modelpar.errors import LaunchError, RunError, SettingsError, StoppedError, 
 from modelpar.stop import SIGNALS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from contextlib import AbstractContextManager
+    from collections.abc import Generator
 
     from omegaconf import DictConfig
 
@@ -213,22 +212,18 @@ def _pass(number: int, frame: Any) -> None:
 
 
 @contextmanager
-def _signals_to(handler: Callable[[int, Any], None]) -> Generator[None]:
-    """Let ``handler`` hear signals for a while, then those who heard them before."""
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+def _signals_raised() -> Generator[None]:
+    """Have a signal raise KeyboardInterrupt, wherever a sweep or a job stands."""
+    before = {number: signal.signal(number, _raise) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _signals_raised() -> AbstractContextManager[None]:
-    """Have a signal raise KeyboardInterrupt, wherever a sweep or a job stands."""
-    return _signals_to(_raise)
-
-
-def _signals_passed_on(sweep: Sweep) -> AbstractContextManager[None]:
+@contextmanager
+def _signals_passed_on(sweep: Sweep) -> Generator[None]:
     """Keep signals from joblib, which would kill its workers at once; pass them on to the jobs."""
 
     def pass_on(number: int, frame: Any) -> None:
@@ -239,7 +234,12 @@ def _signals_passed_on(sweep: Sweep) -> AbstractContextManager[None]:
             if worker.pid is not None:
                 os.kill(worker.pid, PASSED_ON)
 
-    return _signals_to(pass_on)
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
