@@ -28,7 +28,8 @@ from modelpar.errors import LaunchError, RunError, SettingsError, StoppedError, 
 from modelpar.stop import SIGNALS
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
+    from contextlib import AbstractContextManager
 
     from omegaconf import DictConfig
 
@@ -212,18 +213,22 @@ def _pass(number: int, frame: Any) -> None:
 
 
 @contextmanager
-def _signals_raised() -> Generator[None]:
-    """Have a signal raise KeyboardInterrupt, wherever a sweep or a job stands."""
-    before = {number: signal.signal(number, _raise) for number in SIGNALS}
+def _signals_to(handler: Callable[[int, Any], object]) -> Generator[None]:
+    """Have ``handler`` hear the signals that end a run, and then who heard them before."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, heard in before.items():
+            signal.signal(number, heard)
 
 
-@contextmanager
-def _signals_passed_on(sweep: Sweep) -> Generator[None]:
+def _signals_raised() -> AbstractContextManager[None]:
+    """Have a signal raise KeyboardInterrupt, wherever a sweep or a job stands."""
+    return _signals_to(_raise)
+
+
+def _signals_passed_on(sweep: Sweep) -> AbstractContextManager[None]:
     """Keep signals from joblib, which would kill its workers at once; pass them on to the jobs."""
 
     def pass_on(number: int, frame: Any) -> None:
@@ -234,12 +239,7 @@ def _signals_passed_on(sweep: Sweep) -> Generator[None]:
             if worker.pid is not None:
                 os.kill(worker.pid, PASSED_ON)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return _signals_to(pass_on)
 
 
 @contextmanager
