@@ -92,7 +92,7 @@ def _kernels(panel: FigureBase, one: Kernels) -> None:
         points.axhline(height, color=GREY, lw=0.7, ls="-" if top else DOTTED)
         side = "bottom" if top else "top"
         points.text(0.005, height, text, fontsize=SMALL - 1, color=GREY, va=side)
-    points.set_xlim(0, 0.5)
+    points.set_xlim(0, 0.5**0.5)  # one cycle in two pixels, down and across
     points.set_ylim(0, 1)
     points.set_xlabel("cycles/pixel", fontsize=SMALL)
     points.set_ylabel("energy off the grey axis", fontsize=SMALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -17,17 +18,36 @@ from modelpar.training.monitor import METRICS
 from modelpar.training.runs import CONFIG
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 # What does not make a run another one: where it ran, what it showed, and the seed.
 APART: Final = frozenset(
     {
         *("seed", "run_dir", "resume", "device", "threads", "workers", "cache_dir", "restarts"),
         *("checkpoint_every", "keep_last", "keep_every", "keep_best", "log_every", "compile"),
-        *("channels_last", "columns", "replicas", "comm", "monitor", "tf32"),
+        *("channels_last", "columns", "replicas", "comm", "monitor", "tf32", "on_failure"),
         *("published", "control_published", "control", "experiment"),
     }
 )
+FOLDER: Final = "imagefolder"  # its folder says which images
+IMAGES: Final = ("name", "image_size", "num_classes")  # of ``data``: which images these are
+SIZES: Final = ("model.image_size", "model.num_classes")
+
+
+def told(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return what makes a training another one, the seed apart: dotted keys, values as JSON."""
+    data = settings["data"]
+    own = {key: value for key, value in settings.items() if key not in APART}
+    own["data"] = {key: data[key] for key in IMAGES}
+    if data["name"] == FOLDER:
+        own["data"]["root"] = data["root"]
+    own["epochs"] = settings.get("epochs") or data.get("epochs")
+    flat: dict[str, str] = {}
+    for key, value in own.items():
+        parts = value.items() if isinstance(value, dict) else [(None, value)]
+        for part, one in cast("Iterable[tuple[str | None, Any]]", parts):
+            flat[f"{key}.{part}" if part else key] = json.dumps(one)
+    return flat
 
 
 @dataclass(frozen=True)
@@ -39,20 +59,31 @@ class Run:
     losses: list[tuple[int, float]]  # step, training loss in nats
     tests: list[tuple[int, float, float]]  # step, top-1 and top-5 error in %
     training: list[tuple[int, float]]  # epoch, top-1 error in % of a step; older rows have none
+    ended: bool = True  # the last test is the one at its end, with all its views
+
+    @cached_property
+    def told(self) -> dict[str, str]:
+        """What makes it another training than another, see ``told``."""
+        return told(self.settings)
 
     @property
     def label(self) -> str:
         """The experiment's name, or the recipe's with the model's switches."""
         model = {key: value for key, value in self.settings["model"].items() if value is not None}
-        switches = [f"{key}={value}" for key, value in model.items() if key not in SIZES]
+        switches = [
+            f"{key}={value}" for key, value in model.items() if f"model.{key}" not in SIZES
+        ]
         name = self.settings.get("experiment")
         return name or " ".join([self.settings["recipe"]["name"], *switches])
 
     @property
     def data(self) -> str:
-        """The images it learnt from and was tested on."""
-        size = self.settings["model"]["image_size"] or self.settings["data"]["image_size"]
-        return f"{self.settings['data']['name']}, {size} pixels"
+        """The images it learnt from and was tested on: name, classes if chosen, size."""
+        model, data = self.settings["model"], self.settings["data"]
+        where = [data["name"] if data["name"] != FOLDER else f"{FOLDER} {data['root']}"]
+        classes = [f"{model['num_classes']} classes"] if model.get("num_classes") else []
+        size = f"{model['image_size'] or data['image_size']} pixels"
+        return ", ".join([*where, *classes, size])
 
     @property
     def seed(self) -> int:
@@ -62,12 +93,7 @@ class Run:
     @property
     def key(self) -> str:
         """Everything that the runs of one experiment have in common, but the seed."""
-        own = {key: value for key, value in self.settings.items() if key not in APART}
-        own["data"] = {key: own["data"][key] for key in ("name", "image_size", "num_classes")}
-        return json.dumps([self.label, own], sort_keys=True)
-
-
-SIZES: Final = ("image_size", "num_classes")
+        return json.dumps([self.label, self.told], sort_keys=True)
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
@@ -106,9 +132,22 @@ def read(folder: Path) -> Run:
         train = [(row["step"], row["loss"]) for row in steps]
         errors = [(row["epoch"], row["top1"]) for row in steps if "top1" in row]
         tests = [(row["step"], row["top1"], row["top5"]) for row in rows if row["kind"] == "test"]
-        run = Run(folder, cast("dict[str, Any]", settings), train, tests, errors)
+        own = cast("dict[str, Any]", settings)
+        run = Run(folder, own, train, tests, errors, _ended(own, rows))
         _ = run.key, run.data  # all that is asked of it later is there
     except (OSError, ValueError, KeyError, TypeError, YAMLError, OmegaConfBaseException) as error:
         message = f"{folder}: not a run that can be read ({one_line(error)}); leave it out"
         raise DataError(message) from None
     return run
+
+
+def _ended(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last row is the test that ends the run; older ones do not tell their views."""
+    steps = [row for row in rows if row["kind"] == "train"]
+    if not steps or rows[-1]["kind"] != "test":
+        return False
+    views, planned = settings.get("views", 1), settings.get("steps")
+    whole = steps[-1]["epoch"] + 1 >= (settings.get("epochs") or settings["data"]["epochs"])
+    return rows[-1].get("views", views) == views and (
+        whole or (planned is not None and rows[-1]["step"] >= planned)
+    )

@@ -32,7 +32,8 @@ def page(sets: dict[str, list[Group]]) -> str:
     parts = [f"<p>{table.APART}</p>"] if len(sets) > 1 else []
     for data, groups in sets.items():
         parts += [f"<h2>{escape(data)}</h2>", _table(groups), curves(groups)]
-    body = "\n".join([*parts, f"<p>{table.BESIDE}</p>"])
+    lines = [*table.left_out(sets), table.BESIDE]
+    body = "\n".join([*parts, *(f"<p>{escape(line)}</p>" for line in lines)])
     head = f'<meta charset="utf-8"><title>modelpar: runs compared</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 

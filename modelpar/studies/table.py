@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from modelpar import config
 from modelpar.errors import SettingsError
+from modelpar.studies import experiments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,9 +35,14 @@ class Group:
         """What they have in common."""
         return self.runs[0].settings
 
+    @property
+    def counted(self) -> dict[int, Run]:
+        """The runs that came to their end, by seed; of one seed the first."""
+        return {run.seed: run for run in reversed(self.runs) if run.ended}
+
     def errors(self, which: int) -> dict[int, float]:
         """Return the last top-1 (1) or top-5 (2) error in % by seed."""
-        return {run.seed: run.tests[-1][which] for run in self.runs if run.tests}
+        return {seed: run.tests[-1][which] for seed, run in sorted(self.counted.items())}
 
     @property
     def steps(self) -> str:
@@ -48,7 +54,8 @@ class Group:
     def published(self) -> dict[str, Any] | None:
         """The error that was published of it, None where none was."""
         found = self.settings.get("published") or {}
-        return found if found.get("top1") is not None else None
+        mine = found.get("top1") is not None and not experiments.overridden(self.runs[0])
+        return found if mine else None
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Group]]:
@@ -61,7 +68,7 @@ def group(runs: Sequence[Run]) -> dict[str, list[Group]]:
 
 def _named(groups: list[list[Run]]) -> list[Group]:
     """Give each group a name of its own, however often an experiment was run another way."""
-    labels = [runs[0].label for runs in groups]
+    labels = [" ".join([runs[0].label, *experiments.overridden(runs[0])]) for runs in groups]
     named: list[Group] = []
     for place, runs in enumerate(groups):
         same = labels[: place + 1].count(labels[place])
@@ -81,16 +88,20 @@ def published_difference(of: Group) -> float | None:
             control = config.load_group("experiment", name).get("published") or {}
         except SettingsError:  # an experiment of one's own
             return None
-    same = all(control.get(key) == own.get(key) for key in ("set",))
-    if not same or control.get("top1") is None:
+    files = experiments.changed(of.settings.get("experiment") or "", name) or {}
+    alike = [key for key in ("set", "views") if key not in files]
+    if any(control.get(key) != own.get(key) for key in alike) or control.get("top1") is None:
         return None
     return float(own["top1"]) - float(control["top1"])
 
 
 def difference(of: Group, groups: Sequence[Group]) -> tuple[str, list[float]]:
-    """Return the control's name, and our top-1 error less its for each seed that both have."""
-    name = of.settings.get("control")
-    control = next((other for other in groups if other.label == name), None)
+    """Return the control's name, and our top-1 error less its for each seed that both have.
+
+    The control was trained as ours was, but for what the two experiments' files have differently.
+    """
+    name, first = of.settings.get("control"), of.runs[0]
+    control = next((one for one in groups if experiments.controls(first, one.runs[0])), None)
     if name is None or control is None:
         return name or "", []
     ours, theirs = of.errors(1), control.errors(1)
@@ -103,7 +114,9 @@ def rows(groups: Sequence[Group]) -> list[list[str]]:
     for one in groups:
         name, own = difference(one, groups)
         theirs, figure = published_difference(one), one.published
-        source = (one.settings.get("published") or {}).get("source") or ""
+        source = ""
+        if not experiments.overridden(one.runs[0]):
+            source = (one.settings.get("published") or {}).get("source") or ""
         if figure:
             views = f"{figure['views']} view{'s' if figure['views'] != 1 else ''}"
             five = "" if figure["top5"] is None else f" / {figure['top5']:g}"
@@ -111,7 +124,7 @@ def rows(groups: Sequence[Group]) -> list[list[str]]:
         cells.append(
             [
                 one.label,
-                str(len(one.runs)),
+                str(len(one.counted)),
                 one.steps,
                 str(one.settings.get("views", 1)),
                 spread(list(one.errors(1).values())),
@@ -144,6 +157,18 @@ BESIDE: Final = (
 )
 
 
+def left_out(sets: dict[str, list[Group]]) -> list[str]:
+    """Return a line for each run that is in no mean, saying why."""
+    lines: list[str] = []
+    for one in (one for groups in sets.values() for one in groups):
+        for run in one.runs:
+            if not run.ended:
+                lines.append(f"{run.folder}: has not come to its end, it is left out")
+            elif one.counted[run.seed] is not run:
+                lines.append(f"{run.folder}: seed {run.seed} once more, it is left out")
+    return lines
+
+
 def grid(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """Return a table as Markdown."""
     lines = [head, ["---"] * len(head), *cells]
@@ -156,7 +181,7 @@ def markdown(sets: dict[str, list[Group]]) -> str:
     for data, groups in sets.items():
         title = f"**{data}** (mean ± standard deviation over seeds)"
         blocks += [title, grid(HEAD, rows(groups))]
-    return "\n\n".join([*blocks, BESIDE])
+    return "\n\n".join([*blocks, *left_out(sets), BESIDE])
 
 
 def as_csv(sets: dict[str, list[Group]]) -> str:

@@ -326,7 +326,7 @@ class _Training:
         assert errors is not None  # noqa: S101 - by one view or by several
         self.last, self.tested, self.untested = errors.top1, self.step, False
         if self.monitor:
-            self.monitor.test(self.step, errors, self.plan.num_classes)
+            self.monitor.test(self.step, errors, self.plan.num_classes, views)
         if due and central is not None:
             epoch = self.step // len(self.order) - 1
             self.learner.schedule.plateau.observe(epoch, central.top1)

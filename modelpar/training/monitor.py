@@ -114,10 +114,10 @@ class Monitor:
             for name, rate in rates.items():
                 self.board.add_scalar(f"rate/{name}", rate, row["step"])
 
-    def test(self, step: int, errors: Errors, num_classes: int) -> None:
-        """Record an evaluation: errors in %, loss in nats; say it beside chance."""
+    def test(self, step: int, errors: Errors, num_classes: int, views: int = 1) -> None:
+        """Record an evaluation by ``views``: errors in %, loss in nats; say it beside chance."""
         row = {"step": step, "loss": errors.loss, "top1": errors.top1, "top5": errors.top5}
-        self._write({"kind": "test", **row})
+        self._write({"kind": "test", **row, "views": views})
         chance = 100 - 100 / num_classes
         self.say(
             f"step {step}: test top-1 error {errors.top1:.2f} % (chance {chance:.2f} %), "

@@ -6,7 +6,7 @@ import csv
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
 def stored(folder: Path, top1: float, *words: str, steps: int = 4) -> Path:
     """Write a run as a training leaves it; its test error falls to ``top1``."""
-    runs.write(folder, asdict(config.read("train", list(words))))
-    rows = []
+    settings = config.read("train", [f"steps={steps}", *words])
+    runs.write(folder, asdict(settings))
+    rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
-        rows.append({"kind": "train", "step": step, "loss": 3 - step / steps})
+        rows.append({"kind": "train", "step": step, "epoch": 0, "loss": 3 - step / steps})
         if step % 2 == 0:
             error = top1 + (steps - step)
-            rows.append(
-                {"kind": "test", "step": step, "loss": 1.0, "top1": error, "top5": error / 2}
-            )
+            views = settings.views if step == settings.steps else 1
+            errors = {"top1": error, "top5": error / 2, "views": views}
+            rows.append({"kind": "test", "step": step, "loss": 1.0, **errors})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -84,9 +85,69 @@ def test_a_control_of_its_own_images_gives_the_published_difference(place: Path)
 
 def test_an_experiment_run_another_way_is_another_row(place: Path) -> None:
     stored(place / "d", 9.0, "experiment=no_lrn", "recipe.lr=0.001")
-    found = cells(place, "b", "d")
-    assert [row["seeds"] for row in found] == ["2", "1"]
-    assert found[1]["experiment"] == "no_lrn (d)"
+    stored(place / "e", 9.0, "experiment=no_lrn", "model.norm=batch")
+    stored(place / "f", 9.0, "experiment=no_lrn", "recipe=paper")
+    stored(place / "g", 9.0, "experiment=no_lrn", "precision=bfloat16")
+    found = cells(place, "a", "b", "d", "e", "f", "g")
+    assert [row["seeds"] for row in found] == ["2", "2", "1", "1", "1", "1"]
+    assert [row["experiment"] for row in found[2:]] == [
+        "no_lrn recipe.lr=0.001",
+        "no_lrn model.norm=batch",
+        "no_lrn recipe=paper",
+        "no_lrn (g)",
+    ]
+    # What was published is of the experiment as it stands, and a control is like its run.
+    assert [bool(row["published"]) for row in found[1:]] == [True, False, False, False, True]
+    assert [bool(row["difference, top-1"]) for row in found[1:]] == [True] + 4 * [False]
+
+
+def test_a_control_is_trained_as_its_run_was(place: Path) -> None:
+    words = ("epochs=36", "precision=bfloat16", "batch_size=32")
+    stored(place / "d", 20.0, "experiment=two_columns", *words)
+    stored(place / "e", 10.0, "experiment=no_lrn", *words)
+    *_, ours = cells(place, "a", "d", "e")
+    assert ours["difference, top-1"] == "-10.00"
+
+
+def test_one_view_is_held_against_ten(place: Path) -> None:
+    stored(place / "d", 13.0, "experiment=one_view")
+    stored(place / "e", 13.0, "experiment=no_lrn", "views=1")
+    _, one_view, other = cells(place, "a", "d", "e")
+    assert one_view["difference, top-1"] == "+3.00"
+    assert one_view["published difference, top-1"] == "+1.50"
+    assert not other["difference, top-1"]
+
+
+def test_folders_of_images_are_as_many_data_sets(place: Path) -> None:
+    for name, error in (("d", 10.0), ("e", 50.0)):
+        (place / f"images_{name}/train/cat").mkdir(parents=True)
+        stored(place / name, error, "data=imagefolder", f"data.root=images_{name}")
+    found = cells(place, "d", "e")
+    assert [row["data"] for row in found] == [
+        f"imagefolder images_{name}, 224 pixels" for name in "de"
+    ]
+    stored(place / "f", 50.0, "model.num_classes=20")
+    (row,) = cells(place, "f")
+    assert row["data"] == "photos, 20 classes, 64 pixels"
+
+
+def test_what_has_not_ended_is_in_no_mean(place: Path) -> None:
+    stored(place / "d", 90.0, "experiment=two_columns", "seed=2")
+    begun = (place / "d/metrics.jsonl").read_text().splitlines(keepends=True)
+    (place / "d/metrics.jsonl").write_text("".join(begun[:3]))  # two steps and their test
+    stored(place / "e", 80.0, "experiment=two_columns", "seed=1")
+    rows = [json.loads(line) for line in (place / "a/1/metrics.jsonl").read_text().splitlines()]
+    rows[-1]["views"] = 1  # of ten that were asked for
+    (row,) = cells(place, "a", "d", "e")
+    assert (row["seeds"], row["top-1 error, %"]) == ("2", "11.00 ± 1.41")
+    sets = table.group([gather.read(run) for run in gather.find(["a", "d", "e"])])
+    assert table.left_out(sets) == [
+        "e: seed 1 once more, it is left out",
+        "d: has not come to its end, it is left out",
+    ]
+    (place / "a/1/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,) = cells(place, "a")
+    assert (row["seeds"], row["top-1 error, %"]) == ("1", "10.00")
 
 
 def test_a_run_without_an_experiment_is_named_by_its_switches(place: Path) -> None:

@@ -84,7 +84,7 @@ def test_all_figures_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert layers[-1]["layer"] == "logits"
     out = capsys.readouterr().out
     assert "| run | 0 | 2 | 0.6" in out
-    assert "| run | relu | 0 | 1 | " in out
+    assert "| run | relu | 0.01 | 0 | 1 | " in out
     assert "all: figure1.png, figure3.png, figure4.png, activations.png" in out
 
 

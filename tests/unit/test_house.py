@@ -36,6 +36,7 @@ FLOORS = [
     ["training.loop"],
     ["training.scoring"],
     ["studies.gather"],
+    ["studies.experiments"],
     ["studies.table"],
     ["studies.page", "studies.learning", "studies.kernels"],
     ["studies.portrait"],
