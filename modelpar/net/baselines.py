@@ -149,7 +149,8 @@ class Torchvision(torchvision.models.AlexNet):
     """torchvision's AlexNet: one column of 64, 192, 384, 256, 256 kernels, without norms.
 
     Layers, their names, initial weights and scaled dropout are its own; a seed fixes them, and a
-    draw the masks.  Differs: less the mean image, where torchvision subtracts the mean colour.
+    draw the masks.  Differs: it sees our crops, less the mean image, and its velocity holds the
+    rate; torchvision's own saw crops of many sizes, less the mean colour.
     """
 
     def __init__(self, plan: Plan, seed: int | None = None) -> None:

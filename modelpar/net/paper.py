@@ -63,7 +63,7 @@ def _net(*without: str, **outputs: int) -> MappingProxyType[str, Layer]:
 
 
 def _with_conv6() -> MappingProxyType[str, Layer]:
-    """Put conv6 between pool 5 and fc6; its start is conv5's (runs 141 and 146)."""
+    """Put conv6 between pool 5 and fc6; its start is conv5's (run 146)."""
     rows = list(LAYERS.values())
     place = list(LAYERS).index("fc6")
     rows.insert(place, replace(LAYERS["conv5"], name="conv6"))
@@ -97,7 +97,7 @@ NETS: Final = MappingProxyType(
         "two_columns": LAYERS,  # run 145
         "one_column": _net(conv5=256, fc6=4096, fc7=4096),  # run 145-half: one column alone
         "apart": _net(conv2=160, fc6=4096),  # run 150: wider, since the columns do not meet
-        "conv6": _with_conv6(),  # runs 141 and 146
+        "conv6": _with_conv6(),  # run 146
         "no_conv3": _net("conv3"),  # section 7: without one of the middle layers
         "no_conv4": _net("conv4"),
     }
@@ -154,20 +154,21 @@ BIAS_RATIO: Final = 2.0  # run 145: the biases' first rate is .02
 
 COLOUR_NOISE: Final = 0.1  # section 4.1: standard deviation of the three draws
 LENGTHS: Final = MappingProxyType(  # epochs
-    {"run145": 91, "run170": 95, "cifar": 520, "every_30": 90}
+    # Run 167's length was not logged; it is taken to be run 170's.
+    {"run145": 91, "run170": 95, "run167": 95, "cifar": 520, "every_30": 90}
 )
 PLATEAU_DROPS: Final = 3  # section 5: the rate was divided three times
 RATE_DIVISOR: Final = 10.0  # section 5
 RUN145_DROPS: Final = (25, 51, 79)  # run 145: epochs at which the weights' rate fell to a tenth
-RUN145_CONV1_SLOW: Final = (
-    67  # run 145: from this epoch conv1 learns at 1e-5, without colour noise
-)
+RUN145_CONV1_SLOW: Final = 67  # run 145: from this epoch conv1 learns at 1e-5
 RUN145_CONV1_RATE: Final = 1e-5  # run 145
-RUN145_CONV1_FROZEN: Final = 72  # run 145: from this epoch conv1 stays as it is
-RUN170_WEIGHT_STEPS: Final = (250.0, 4)  # run 170: dexp, from lr to lr / 250 in 4 equal steps
-RUN170_BIAS_STEPS: Final = (10.0, 2)  # run 170: dexp, to a tenth in 2 equal steps
-RUN170_NOISE_OFF: Final = 68  # run 170: epoch from which colour noise is off
-RUN170_CONV1_FROZEN: Final = 74  # run 170
+# From lr to this part of it, in so many equal steps: the logs' dexp; runs 166 and 167 alike.
+WEIGHT_STEPS: Final = MappingProxyType({"run170": (250.0, 4), "run167": (1000.0, 4)})
+BIAS_STEPS: Final = (10.0, 2)  # runs 166, 167 and 170
+# Epochs from which colour noise is off, and from which conv1 stays as it is.  Run 166's noise
+# went off at 64.
+NOISE_OFF: Final = MappingProxyType({"run145": 67, "run170": 68, "run167": 63})
+CONV1_FROZEN: Final = MappingProxyType({"run145": 72, "run170": 74, "run167": 73})
 CIFAR_DROPS: Final = (500, 510)  # layer-params-cifar10-11pct.cfg: 350, 150, 10 and 10 epochs
 EVERY_30_DROPS: Final = (30, 60)  # torchvision's references/classification: lr-step-size 30
 
@@ -198,6 +199,7 @@ PUBLISHED: Final = MappingProxyType(
         "table 1": Published(37.5, 17.0, "ILSVRC-2010 test", 10, "table 1"),
         "table 1, one view": Published(39.0, 18.3, "ILSVRC-2010 test", 1, "section 6, footnote"),
         "table 2": Published(40.7, 18.2, "ILSVRC-2012 validation", 10, "table 2, 1 CNN"),
+        "table 2, conv6": Published(39.0, 16.6, "ILSVRC-2012 validation", 10, "table 2, 1 CNN*"),
         "code2012": Published(40.664, 18.210, "ILSVRC-2012 validation", 10, "run 145"),
         "clean": Published(40.53, 18.05, "ILSVRC-2012 validation", 10, "run 170"),
         "clean, one view": Published(42.34, 19.58, "ILSVRC-2012 validation", 1, "run 170"),
@@ -221,7 +223,7 @@ class Recipe:
     norm2_input: Literal["rectified", "linear"]
     norms: Literal["across", "across_and_within"]
     rates: Literal["equal", "double_bias"]
-    schedule: Literal["plateau", "run145", "run170", "constant", "cifar", "every_30"]
+    schedule: Literal["plateau", "run145", "run170", "run167", "constant", "cifar", "every_30"]
     decay: Literal["all", "weights"]
     colour_noise: Literal["added", "added_and_scaled", "none"]
     crops: Literal["per_image", "per_32", "central"]

@@ -89,11 +89,8 @@ class Schedule:
         run = recipe.schedule
         if run == "run145" and self._reached(epoch, run, paper.RUN145_CONV1_SLOW):
             rates[first] = paper.RUN145_CONV1_RATE * recipe.lr / paper.RATE
-        frozen = {
-            "run145": paper.RUN145_CONV1_FROZEN,
-            "run170": paper.RUN170_CONV1_FROZEN,
-        }.get(run)
-        # Differs: the logs name conv1's rate alone; its bias is frozen with its weights here.
+        frozen = paper.CONV1_FROZEN.get(run)
+        # Both rates are 0 in the runs' last files; their notes tell of the weights' alone, when.
         if frozen is not None and self._reached(epoch, run, frozen):
             rates[first] = rates[first.replace(".weight", ".bias")] = 0.0
         return rates
@@ -105,9 +102,9 @@ class Schedule:
         """
         run, progress = self.recipe.schedule, epoch / self.epochs
         bias = 1.0  # run 145's stay at .02 throughout, the CIFAR-10 net's at .002
-        if run == "run170":
-            weight = dexp(progress, *paper.RUN170_WEIGHT_STEPS)
-            bias = dexp(progress, *paper.RUN170_BIAS_STEPS)
+        if run in paper.WEIGHT_STEPS:
+            weight = dexp(progress, *paper.WEIGHT_STEPS[run])
+            bias = dexp(progress, *paper.BIAS_STEPS)
         elif run == "plateau":
             weight = paper.RATE_DIVISOR**-self.plateau.drops
         else:
@@ -120,11 +117,12 @@ class Schedule:
 
         The code's noise, which scales the image, went off towards the end; the paper's stays.
         """
-        run = "run170" if self.recipe.schedule == "run170" else "run145"
-        off = {"run145": paper.RUN145_CONV1_SLOW, "run170": paper.RUN170_NOISE_OFF}[run]
+        run = self.recipe.schedule if self.recipe.schedule in paper.NOISE_OFF else "run145"
         if self.recipe.colour_noise == "none":
             return 0.0
-        if self.recipe.colour_noise == "added_and_scaled" and self._reached(epoch, run, off):
+        if self.recipe.colour_noise == "added_and_scaled" and self._reached(
+            epoch, run, paper.NOISE_OFF[run]
+        ):
             return 0.0
         return paper.COLOUR_NOISE
 

@@ -36,6 +36,15 @@ def test_run_145(epoch: int, weight: float, conv1: float) -> None:
     assert found["conv1.bias"] == pytest.approx(0.02 if epoch < 72 else 0.0)
 
 
+def test_run_167_falls_further_than_run_170() -> None:
+    further = changed("clean", 95, schedule="run167")
+    assert further.rates(94)["fc8.weight"] == pytest.approx(1e-5)
+    assert further.rates(94)["fc8.bias"] == pytest.approx(2e-3)
+    assert rates("clean", 94, 95)["fc8.weight"] == pytest.approx(4e-5)
+    assert [further.rates(epoch)["conv1.weight"] > 0 for epoch in (72, 73)] == [True, False]
+    assert [further.colour_noise(epoch) for epoch in (62, 63)] == [0.1, 0.0]
+
+
 def test_run_145_colour_noise_goes_off_at_67() -> None:
     schedule = Schedule(Recipe.named("code2012"), 91)
     assert [schedule.colour_noise(epoch) for epoch in (0, 66, 67, 90)] == [0.1, 0.1, 0.0, 0.0]
