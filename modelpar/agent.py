@@ -47,13 +47,17 @@ SHUTDOWN: Final = 120  # s that the agent leaves the ranks to finish a step and 
 
 
 def place(settings: Any) -> tuple[Any, int]:
-    """Fix device and number of ranks: the pair, or the whole net where there is just one GPU."""
+    """Fix device and number of ranks: the pair, or the whole net where there is just one GPU.
+
+    Raises SettingsError where the whole net would ignore what the settings say of the crossings.
+    """
     ranks = settings.columns * settings.replicas
     one_gpu = (
         host.choose_device("auto", ranks) == "cpu" and host.choose_device("auto", 1) == "cuda"
     )
     if settings.device == "auto" and settings.replicas == 1 and one_gpu:
         settings.columns, ranks = 1, 1
+        config.check_crossing(settings)
     settings.device = host.choose_device(settings.device, ranks)
     return settings, ranks
 

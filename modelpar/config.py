@@ -361,6 +361,17 @@ def _validate_common(settings: TrainSettings | EvaluateSettings) -> None:
     if settings.precision not in PRECISIONS:
         refuse_choice("precision", settings.precision, PRECISIONS)
     _validate_process(settings)
+    check_crossing(settings)
+
+
+def check_crossing(settings: TrainSettings | EvaluateSettings) -> None:
+    """Raise SettingsError where maps shall travel as another dtype, and none travels."""
+    if settings.columns == 1 and settings.crossing.dtype not in {None, settings.precision}:
+        message = (
+            f"crossing.dtype={settings.crossing.dtype}: in one process nothing crosses; give "
+            "columns=2, or crossing.dtype=null"
+        )
+        raise SettingsError(message)
 
 
 def check_on_failure(value: str) -> None:

@@ -113,6 +113,19 @@ def test_maps_that_need_no_gradient_bring_none_home(pair: Ranks) -> None:
         assert grad is not None
 
 
+def test_small_gradients_survive_float16() -> None:
+    """Those of a mean over 128 images are mostly subnormal there, those of the sum are not."""
+    link = Link(lambda tensor: (tensor.clone(), lambda: None), 0, dtype=torch.float16)
+    grad = 5e-6 * torch.randn(128, 64, generator=torch.Generator().manual_seed(3))
+    errors = {
+        way: float((link.start(grad, "fc6", way).end() - grad).norm() / grad.norm())
+        for way in ("forward", "backward")
+    }
+    assert errors["forward"] > 1e-3
+    assert errors["backward"] < 3e-4  # 11 bits
+    assert link.sent["fc6", "backward"] == 2 * grad.numel()
+
+
 def test_a_crossing_is_waited_for_once() -> None:
     link = Link(lambda tensor: (tensor.clone(), lambda: None), 0, dtype=torch.float32)
     crossing = Crossing(link, "fc6")

@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from omegaconf import OmegaConf
 
-from modelpar import Recipe, config
+from modelpar import Recipe, agent, config, host
 from modelpar.errors import CheckpointError, SettingsError
 from modelpar.mesh import Mesh
 from modelpar.net import paper
@@ -261,3 +261,13 @@ def test_no_secret_of_the_environment_is_written_down(
     assert "tellnobody" not in text
     assert f"root: /mnt/${{oc.env:{name}}}/images" in text
     runs.check_same(tmp_path, settings, "auto")  # and the run goes on
+
+
+def test_a_dtype_of_the_crossings_needs_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="in one process nothing crosses; give columns=2"):
+        config.read("train", ["columns=1", "crossing.dtype=float16"])
+    config.read("train", ["columns=1", "crossing.dtype=float32"])  # as it is anyway
+    settings = config.read("train", ["crossing.dtype=float16"])
+    monkeypatch.setattr(host, "choose_device", lambda _, ranks: "cuda" if ranks == 1 else "cpu")
+    with pytest.raises(SettingsError, match="nothing crosses"):  # one GPU: the whole net
+        agent.place(settings)
