@@ -80,7 +80,7 @@ class Blocks(nn.Module):
         """
         normal = self.norm1_in_training(maps) if self.training else self._norm1(maps)
         linear = self.plan.recipe.norm1_input == "linear"
-        return self.activate("conv1", self.pool(normal)) if linear else self.pool(normal)
+        return self._pooled("conv1", normal) if linear else self.pool(normal)
 
     def _norm1(self, maps: Tensor) -> Tensor:
         linear = self.plan.recipe.norm1_input == "linear"
@@ -93,11 +93,17 @@ class Blocks(nn.Module):
         """
         normal = self.norm2_in_training(maps) if self.training else self._norm2(maps)
         linear = self.plan.recipe.norm2_input == "linear"
-        return self.activate("conv2", self.pool(normal)) if linear else self.pool(normal)
+        return self._pooled("conv2", normal) if linear else self.pool(normal)
 
     def _norm2(self, maps: Tensor) -> Tensor:
         linear = self.plan.recipe.norm2_input == "linear"
         return self.norm2(maps if linear else self.activate("conv2", maps))
+
+    def _pooled(self, name: str, maps: Tensor) -> Tensor:
+        """Activate what was normalized linear, and pool: of few values, where that is the same."""
+        if self.plan.pool == "average":  # the largest of activated values is the largest activated
+            return self.pool(self.activate(name, maps))
+        return self.activate(name, self.pool(maps))
 
     def after_middle(self, name: str, maps: Tensor) -> Tensor:
         """Activate conv3's or conv4's maps (N, C, 13, 13); run 177 drops some of conv4's."""

@@ -6,7 +6,7 @@ And the activation as a layer that knows whose output it rectifies, so that hook
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from torch import nn
@@ -211,6 +211,16 @@ class BatchNorm(nn.Module):
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(maps))
         self.register_buffer("running_var", torch.ones(maps))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's own
+        """Follow the net, but not to bfloat16: running means of a tenth of a batch stall there."""
+        wide = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, moved in self._buffers.items():
+            before = wide[name]
+            if moved is not None and before is not None and moved.dtype == torch.bfloat16:
+                self._buffers[name] = before.to(moved.device)
+        return self
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the normalized maps (N, C, H, W); in training by this batch's own statistics."""

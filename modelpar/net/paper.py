@@ -123,6 +123,13 @@ BASELINES: Final[Mapping[str, Mapping[str, tuple[Any, ...]]]] = MappingProxyType
     }
 )
 CROSSINGS: Final = ("conv3", "fc6", "fc7")  # the layers that read both columns; fc8 always does
+OWN_CROSSINGS: Final = MappingProxyType(  # of the nets whose columns meet elsewhere
+    {
+        "apart": (),  # run 150
+        "conv6": ("conv3", "conv6", "fc6", "fc7"),  # run 146
+        "no_conv3": ("conv4", "fc6", "fc7"),  # what then reads pool 2
+    }
+)
 PAPER_STD: Final = 0.01  # section 5: every layer
 
 NUM_CLASSES: Final = 1000  # section 2
@@ -212,7 +219,8 @@ class Recipe:
     """The training rules: one named switch for each place where paper and code differ.
 
     ``conf/recipe/*.yaml`` says which recipe takes which side; the numbers are in this module.
-    The first value of each switch is the paper's, the second the code's; others are neither's.
+    The first value of each switch is the paper's, the second the code's (of ``norm2_input`` run
+    166's, of ``conv1_padding`` the first is torchvision's); others are neither's.
     Of ``weight_std`` to ``norms`` and of ``conv1_padding`` ``BASELINES`` have their own.
     """
 
@@ -313,8 +321,11 @@ class Plan:
                 message = f"model.{key}={getattr(self, key)}: give the share dropped, 0 to below 1"
                 raise SettingsError(message)
         self._refuse_foreign()
+        if self.conv4_dropout and "conv4" not in self.layers and self.net in NETS:
+            message = f"model.conv4_dropout={self.conv4_dropout}: net={self.net} has no conv4"
+            raise SettingsError(message)
         crossable = [name for name in self.layers if name not in {"conv1", "fc8"}]
-        for name in self.crossing_at if self.columns > 1 else ():
+        for name in self.crossing_at if self.net in NETS else ():
             if name not in crossable:
                 config.refuse_choice("model.crossing_at", name, crossable)
 

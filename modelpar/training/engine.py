@@ -15,7 +15,7 @@ from modelpar.net.alexnet import AlexNet, Column
 from modelpar.net.baselines import FourLayer, Torchvision, whole
 from modelpar.net.crossing import Link
 from modelpar.net.layers import Draw
-from modelpar.net.paper import BASELINES, Plan, Recipe
+from modelpar.net.paper import BASELINES, OWN_CROSSINGS, Plan, Recipe
 from modelpar.training.metrics import ErrorCount, Errors
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def plan_for(recipe: Recipe, model: ModelSettings, num_classes: int, image_size:
     }
     if model.crossing_at is not None:
         chosen["crossing_at"] = tuple(model.crossing_at)
+    elif model.net and model.net in OWN_CROSSINGS:
+        chosen["crossing_at"] = OWN_CROSSINGS[model.net]
     return Plan(recipe, num_classes=num_classes, image_size=image_size, **chosen)
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modelpar import AlexNet, Column, Link, config
 from modelpar.net.baselines import whole
-from modelpar.net.paper import Recipe
+from modelpar.net.paper import Plan, Recipe
 from modelpar.training.engine import plan_for
 
 if TYPE_CHECKING:
@@ -151,6 +151,37 @@ def test_figure_1_is_without_regularization() -> None:
 def test_an_unknown_one_offers_the_nearest() -> None:
     with pytest.raises(config.SettingsError, match="experiment=no_lr: did you mean no_lrn"):
         composed("no_lr")
+
+
+@pytest.mark.parametrize("name", ["no_crossing", "conv6", "drop_conv3", "two_columns"])
+def test_a_net_meets_where_its_experiment_says(name: str) -> None:
+    settings = composed(name)
+    recipe = Recipe(**asdict(settings.recipe))
+    said = plan_for(recipe, settings.model, 10, 224)
+    settings.model.crossing_at = None
+    assert plan_for(recipe, settings.model, 10, 224) == said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("model.net=no_conv4", "model.conv4_dropout=0.2"),
+        ("model.net=one_column", "columns=1", "model.crossing_at=[conv9]"),
+    ],
+)
+def test_a_switch_of_a_layer_that_is_not_there_is_refused(words: tuple[str, ...]) -> None:
+    settings = config.read("train", ["data=synthetic", *words])
+    with pytest.raises(config.SettingsError, match=words[-1].partition("=")[0]):
+        plan_for(Recipe(**asdict(settings.recipe)), settings.model, 10, 224)
+
+
+def test_a_mean_is_taken_of_rectified_values() -> None:
+    """Whatever the recipe normalizes: only the largest may be rectified after it was chosen."""
+    plan = Plan(Recipe.named("code2012"), 10, 64, norm="none", pool="average")
+    blocks = AlexNet(plan, 0).eval().blocks
+    maps = torch.randn(2, 96, 15, 15, generator=torch.Generator().manual_seed(5))
+    expected = blocks.pool(maps.relu())
+    assert torch.equal(blocks.after_conv1(maps), expected)
 
 
 @pytest.mark.parametrize(

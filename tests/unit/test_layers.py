@@ -112,6 +112,18 @@ def test_batch_norm_is_torchs_own_without_scale_and_shift() -> None:
     assert ours.state_dict().keys() == torchs.state_dict().keys() - {"num_batches_tracked"}
 
 
+def test_running_means_do_not_stall_in_bfloat16() -> None:
+    ours, wide = BatchNorm(3).bfloat16(), BatchNorm(3)
+    draw = torch.Generator().manual_seed(2)
+    for _ in range(200):
+        maps = (torch.randn(8, 3, 4, 4, generator=draw) * 7 + 100).bfloat16()
+        assert ours(maps).dtype == torch.bfloat16
+        wide(maps.float())
+    for name, value in wide.state_dict().items():
+        assert ours.state_dict()[name] == pytest.approx(value, rel=1e-3)
+    assert ours.double().get_buffer("running_mean").dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("name", "layer"),
     [("relu", nn.ReLU()), ("tanh", nn.Tanh()), ("sigmoid", nn.Sigmoid()), ("elu", nn.ELU())],
