@@ -218,6 +218,8 @@ def explain(main: str, error: Exception) -> str:
         return f"{ambiguous[1]}: several values; add -m to sweep over them"
     if missing := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{missing[1]}: not given; add {missing[1]}=..."
+    if "is not a ListConfig" in text:
+        text = "give a list, in brackets"
     for noise in (" full_key:", " To append to your config", " object_type=", " See https://"):
         text = text.partition(noise)[0]
     return f"{key}: {text}" if key and key not in text else text

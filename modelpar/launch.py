@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from modelpar.jobs import Job
 
-INFORMS: Final = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i")
+HELPS: Final = ("--help", "-h", "--hydra-help", "--version")
+INFORMS: Final = (*HELPS, "--cfg", "-c", "--info", "-i")
 
 
 def enter(job: Job) -> NoReturn:
@@ -59,6 +60,8 @@ def enter_alone(name: str, work: Callable[[Any], None]) -> NoReturn:
             work(settings)
         except RunError as error:
             found.append(error)
+        except OSError as error:
+            found.append(SettingsError(f"{error.filename}: {error.strerror}"))
 
     try:
         if not _has_flags(words):
@@ -228,7 +231,7 @@ def _own_door(job: Job) -> int:
             return None
 
     try:
-        if sweep.asked(words) and not any(word.startswith(INFORMS) for word in words):
+        if sweep.asked(words) and not any(word.startswith(HELPS) for word in words):
             return sweep.run(job, words)
         if not _has_flags(words):
             settings, run_dir = _read(job, words)

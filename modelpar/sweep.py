@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from modelpar import agent, config, ends, host
 from modelpar.errors import LaunchError, RunError, SettingsError, StoppedError, one_line
 from modelpar.stop import SIGNALS
+from modelpar.training.runs import CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -66,6 +67,8 @@ def run(job: Job, words: list[str]) -> int:
             config.run_hydra(job.name, sweep)
     except KeyboardInterrupt:
         interrupted = True
+        if sweep.launcher == "submitit_local":
+            _end_local(sweep)
     except Exception as error:
         if shown:
             raise
@@ -83,12 +86,31 @@ def _plan(job: Job, overrides: list[str]) -> Sweep:
     launcher, cores = str(first.hydra.runtime.choices["hydra/launcher"]), None
     if launcher == "joblib":
         at_once = int(first.hydra.launcher.n_jobs)
+        if at_once == 0:
+            message = "hydra.launcher.n_jobs=0: give how many jobs at once, or -1"
+            raise SettingsError(message)
         at_once = at_once if at_once > 0 else max(1, host.cores() + 1 + at_once)
         launcher = "joblib" if at_once > 1 else "basic"  # one at a time is run right here
         cores = None if agent.THREADS_GIVEN else max(1, host.cores() // at_once)
     folder = Path(str(first.hydra.sweep.dir)).absolute()
     config.check_run_dir(folder)
+    if (folder / CONFIG).exists():
+        message = f"run_dir={folder}: holds a run, not a sweep; give another folder"
+        raise SettingsError(message)
     return Sweep(job, folder, alike, launcher, cores)
+
+
+def _end_local(sweep: Sweep) -> None:
+    """Have the jobs that submitit started on this machine save, and wait until they have."""
+    sweep.stop()
+    numbers = [int(place.name) for place in (sweep.folder / ".submitit").glob("[0-9]*")]
+    for number in numbers:
+        with suppress(ChildProcessError):  # of an earlier start of this sweep
+            os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            os.kill(number, signal.SIGTERM)
+    for number in numbers:
+        with suppress(ChildProcessError):
+            os.waitpid(number, 0)
 
 
 def _of_hydra(job: Job, error: Exception) -> int:

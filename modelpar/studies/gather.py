@@ -101,7 +101,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
 
     Raises SettingsError for a pattern that names none.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for pattern in patterns:
         named = Path(pattern).expanduser()  # absolute or not: Path.glob takes either by half
         places = [Path(place) for place in sorted(glob(str(named)))]  # noqa: PTH207
@@ -109,8 +109,9 @@ def find(patterns: Sequence[str]) -> list[Path]:
         if not runs:
             message = f"runs={pattern}: no run there; give folders with {CONFIG} and {METRICS}"
             raise SettingsError(message)
-        found |= dict.fromkeys(runs)
-    return list(found)
+        for run in runs:
+            found.setdefault(run.resolve(), run)  # once, by whatever name
+    return list(found.values())
 
 
 def _runs(place: Path) -> Iterator[Path]:
@@ -127,11 +128,16 @@ def read(folder: Path) -> Run:
     """Read one run; raises DataError where its files are damaged."""
     try:
         settings = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
-        rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        *lines, _ = (folder / METRICS).read_text().split("\n")  # the last is empty, or cut
+        rows = [json.loads(line) for line in lines]
         steps = [row for row in rows if row["kind"] == "train"]
-        train = [(row["step"], row["loss"]) for row in steps]
-        errors = [(row["epoch"], row["top1"]) for row in steps if "top1" in row]
-        tests = [(row["step"], row["top1"], row["top5"]) for row in rows if row["kind"] == "test"]
+        train = [(int(row["step"]), float(row["loss"])) for row in steps]
+        errors = [(int(row["epoch"]), float(row["top1"])) for row in steps if "top1" in row]
+        tests = [
+            (int(row["step"]), float(row["top1"]), float(row["top5"]))
+            for row in rows
+            if row["kind"] == "test"
+        ]
         own = cast("dict[str, Any]", settings)
         run = Run(folder, own, train, tests, errors, _ended(own, rows))
         _ = run.key, run.data  # all that is asked of it later is there

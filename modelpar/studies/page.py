@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 SMOOTH: Final = 40  # a curve's points are means over this part of its length
 STYLE: Final = """
+:root { color-scheme: light dark }
+div { overflow-x: auto }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
 table { border-collapse: collapse; font-size: 14px }
 th, td { border-bottom: 1px solid #ddd; padding: .35rem .7rem; text-align: left }
 td:nth-child(n+2):nth-child(-n+6), td:nth-child(8), td:nth-child(9) { white-space: nowrap }
-svg { max-width: 100%; height: auto }
+td:last-child { min-width: 16rem }
+svg { background: #fff; height: auto; max-width: 100% }
 """
 
 
@@ -34,7 +37,8 @@ def page(sets: dict[str, list[Group]]) -> str:
         parts += [f"<h2>{escape(data)}</h2>", _table(groups), curves(groups)]
     lines = [*table.left_out(sets), table.BESIDE]
     body = "\n".join([*parts, *(f"<p>{escape(line)}</p>" for line in lines)])
-    head = f'<meta charset="utf-8"><title>modelpar: runs compared</title><style>{STYLE}</style>'
+    named = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = f"{named}<title>modelpar: runs compared</title><style>{STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
@@ -43,7 +47,7 @@ def _table(groups: Sequence[Group]) -> str:
         return "<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in cells) + "</tr>"
 
     lines = [line(table.HEAD, "th"), *(line(cells, "td") for cells in table.rows(groups))]
-    return f"<table>{''.join(lines)}</table>"
+    return f"<div><table>{''.join(lines)}</table></div>"
 
 
 def curves(groups: Sequence[Group]) -> str:
@@ -52,9 +56,12 @@ def curves(groups: Sequence[Group]) -> str:
     mpl.rcParams["svg.hashsalt"] = "modelpar"  # the same page from the same runs
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for one in groups:
-        steps, losses = smoothed([run.losses for run in one.runs])
+        runs = list(one.counted.values()) or [run for run in one.runs if run.losses and run.tests]
+        if not runs:
+            continue
+        steps, losses = smoothed([run.losses for run in runs])
         left.plot(steps, losses, label=one.label, lw=1.4)
-        tests = [{step: top1 for step, top1, _ in run.tests} for run in one.runs]
+        tests = [{step: top1 for step, top1, _ in run.tests} for run in runs]
         common = sorted(set.intersection(*(set(test) for test in tests)))
         right.plot(
             common, [mean(test[step] for test in tests) for step in common], marker="o", ms=3

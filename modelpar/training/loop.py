@@ -307,9 +307,11 @@ class _Training:
 
     def _diverged(self, step: int, what: str) -> NoReturn:
         """Raise DivergedError, the same on every process."""
+        saved = checkpoint.steps(self.run_dir / "checkpoints")
+        kept = "the last checkpoint is good, but the same rate diverges again: "
         message = (
-            f"step {step}: {what}; the last checkpoint is good, but the same rate diverges "
-            "again: start a new run_dir with a lower recipe.lr"
+            f"step {step}: {what}; {kept if saved else ''}start a new run_dir with a "
+            "lower recipe.lr"
         )
         raise DivergedError(message)
 

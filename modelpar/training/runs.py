@@ -75,8 +75,9 @@ def _first_difference(key: str, old: Any, new: Any) -> str:
     if OmegaConf.is_dict(old) and OmegaConf.is_dict(new):
         for part in new:
             if old.get(part) != new[part]:
-                return f"{key}.{part}={old.get(part)}, not {new[part]}"
-    return f"{key}={old}, not {new}"
+                return _first_difference(f"{key}.{part}", old.get(part), new[part])
+    was, now = ("null" if value is None else value for value in (old, new))
+    return f"{key}={was}, not {now}"
 
 
 @contextmanager

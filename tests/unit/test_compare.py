@@ -183,8 +183,32 @@ def test_a_pattern_without_runs_is_refused(place: Path, pattern: str) -> None:
     del place
 
 
+def test_a_cut_last_line_is_no_damage(place: Path) -> None:
+    whole = (place / "a/0/metrics.jsonl").read_text()
+    (place / "a/0/metrics.jsonl").write_text(whole + '{"kind": "train", "st')
+    assert gather.read(place / "a/0").tests[-1] == (4, 10.0, 5.0)
+    (place / "a/1/metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": null}\n')
+    with pytest.raises(DataError, match="a/1: not a run that can be read"):
+        gather.read(place / "a/1")
+
+
+def test_a_run_counts_once_by_whatever_name(place: Path) -> None:
+    assert len(gather.find(["a", "a/0", str(place / "a"), "./a"])) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["modelpar-compare", "runs=[a]", "out=/proc/x"])
+    with pytest.raises(SystemExit) as end:
+        compare.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "modelpar: /proc/x: No such file or directory\n"
+    del place
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
 def test_a_damaged_run_is_named(place: Path, name: str) -> None:
-    (place / "a/0" / name).write_text("{ no")
+    (place / "a/0" / name).write_text("{ no\n")
     with pytest.raises(DataError, match="a/0: not a run that can be read"):
         gather.read(place / "a/0")

@@ -188,7 +188,7 @@ def test_the_same_run_may_go_on_with_more_epochs(tmp_path: Path) -> None:
         ("recipe=paper", "recipe.name=code2012, not paper"),
         ("recipe.lr=0.1", "recipe.lr=0.01, not 0.1"),
         ("batch_size=64", "128 images a step"),
-        ("model.norm=none", "model.norm=None, not none"),
+        ("model.norm=none", "model.norm=null, not none"),
         ("data=synthetic", "data.name=photos, not synthetic"),
     ],
 )
