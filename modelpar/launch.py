@@ -61,7 +61,7 @@ def enter_alone(name: str, work: Callable[[Any], None]) -> NoReturn:
         except RunError as error:
             found.append(error)
         except OSError as error:
-            found.append(SettingsError(f"{error.filename}: {error.strerror}"))
+            found.append(SettingsError(f"{error.filename or name}: {error.strerror}"))
 
     try:
         if not _has_flags(words):

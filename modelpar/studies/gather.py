@@ -39,6 +39,7 @@ def told(settings: Mapping[str, Any]) -> dict[str, str]:
     data = settings["data"]
     own = {key: value for key, value in settings.items() if key not in APART}
     own["data"] = {key: data[key] for key in IMAGES}
+    own["crossing"] = {"dtype": settings.get("crossing", {}).get("dtype")}  # the rest is speed
     if data["name"] == FOLDER:
         own["data"]["root"] = data["root"]
     own["epochs"] = settings.get("epochs") or data.get("epochs")
