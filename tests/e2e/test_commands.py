@@ -107,7 +107,7 @@ def test_a_run_directory_is_the_contract(trained: Path) -> None:
     assert [row["exchange_bytes_per_image"] for row in train] == [expected] * 6
     assert all(0 <= row["top1"] <= 100 and (row["top1"] * 0.16).is_integer() for row in train)
     (last,) = test
-    assert set(last) == {"kind", "step", "loss", "top1", "top5"}
+    assert set(last) == {"kind", "step", "loss", "top1", "top5", "views"}
     assert last["step"] == 6
     config = (trained / "config.yaml").read_text()
     assert "name: code2012" in config
