@@ -81,6 +81,7 @@ def test_resume_is_exact_over_epochs_and_their_ends(
     assert [row["step"] for row in straight if row["kind"] == "test"] == [5, 10, 15]
 
 
+@pytest.mark.slow
 def test_a_pairs_checkpoint_goes_on_in_one_process_and_back(
     pair: Ranks, images: Path, tmp_path: Path
 ) -> None:

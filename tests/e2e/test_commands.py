@@ -114,6 +114,7 @@ def test_a_run_directory_is_the_contract(trained: Path) -> None:
     assert "${" not in config  # resolved
 
 
+@pytest.mark.slow
 def test_both_doors_and_one_process_give_one_result(tmp_path: Path) -> None:
     how = [*SMALL, "steps=4", "precision=float64", "monitor.tensorboard=false"]
     fine(ours(tmp_path, *how, "run_dir=two"))
