@@ -51,11 +51,14 @@ class Group:
         return "-".join(str(length) for length in dict.fromkeys((*lengths[:1], *lengths[-1:])))
 
     @property
+    def claim(self) -> dict[str, Any]:
+        """What was published of it, nothing where it was told otherwise than its experiment."""
+        return {} if experiments.overridden(self.runs[0]) else self.settings.get("published") or {}
+
+    @property
     def published(self) -> dict[str, Any] | None:
         """The error that was published of it, None where none was."""
-        found = self.settings.get("published") or {}
-        mine = found.get("top1") is not None and not experiments.overridden(self.runs[0])
-        return found if mine else None
+        return self.claim if self.claim.get("top1") is not None else None
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Group]]:
@@ -114,9 +117,7 @@ def rows(groups: Sequence[Group]) -> list[list[str]]:
     for one in groups:
         name, own = difference(one, groups)
         theirs, figure = published_difference(one), one.published
-        source = ""
-        if not experiments.overridden(one.runs[0]):
-            source = (one.settings.get("published") or {}).get("source") or ""
+        source = one.claim.get("source") or ""
         if figure:
             views = f"{figure['views']} view{'s' if figure['views'] != 1 else ''}"
             five = "" if figure["top5"] is None else f" / {figure['top5']:g}"
