@@ -1,7 +1,5 @@
 """The ranks of door 2: torchrun's agent, started for one job, and what each rank runs."""
 
-from __future__ import annotations
-
 import logging
 import math
 import multiprocessing
@@ -10,11 +8,12 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from omegaconf import OmegaConf
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -23,12 +22,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from modelpar import config, ends, host, jobs, mesh
 from modelpar.errors import PeerLostError, RunError, StoppedError
+from modelpar.jobs import Job
 from modelpar.stop import SAME
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
-
-    from modelpar.jobs import Job
 
 THREADS_GIVEN: Final = "OMP_NUM_THREADS" in os.environ
 HANDLED: Final = (
@@ -103,8 +98,7 @@ def launch(
             results = elastic_launch(agent, _rank)(job, asdict(settings), str(run_dir))
         except SignalException as error:  # Hydra would take it for a failed job and go on
             ends.raise_final(kept, launcher)
-            message = f"signal {error.sigval}"
-            raise KeyboardInterrupt(message) from None
+            raise KeyboardInterrupt(f"signal {error.sigval}") from None
         except ChildFailedError as error:
             ends.raise_final(kept, launcher)
             cause = ends.cause(error)

@@ -3,15 +3,11 @@
 Runs one training step of the same net and batch by each means, in turn, and prints the table.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from modelpar import launch
 from modelpar.bench import report, rounds
-
-if TYPE_CHECKING:
-    from modelpar.settings import BenchmarkSettings
+from modelpar.settings import BenchmarkSettings
 
 
 def benchmark(settings: BenchmarkSettings) -> None:

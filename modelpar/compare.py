@@ -1,16 +1,12 @@
 """Runs held against each other: ``python -m modelpar.compare runs=[RUN,SWEEP,'runs/*']``."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from modelpar import launch
+from modelpar.settings import CompareSettings
 from modelpar.studies import gather, table
-
-if TYPE_CHECKING:
-    from modelpar.settings import CompareSettings
 
 
 def compare(settings: CompareSettings) -> None:

@@ -1,16 +1,14 @@
 """How settings are read: composed by Hydra from ``conf/``, typed, validated."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn, cast
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -47,9 +45,6 @@ from modelpar.settings import (
     TrainSettings,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Generator
-
 
 def conf_dir() -> Path:
     """Return the folder of the yaml files: inside the wheel, or beside the package in a tree."""
@@ -57,8 +52,7 @@ def conf_dir() -> Path:
     for place in (package / "conf", package.parent / "conf"):
         if place.is_dir():
             return place
-    message = f"no conf/ in {package} or beside it: install modelpar again"
-    raise SettingsError(message)
+    raise SettingsError(f"no conf/ in {package} or beside it: install modelpar again")
 
 
 def refuse_choice(key: str, value: object, choices: Iterable[object]) -> NoReturn:
@@ -66,8 +60,7 @@ def refuse_choice(key: str, value: object, choices: Iterable[object]) -> NoRetur
     names = [str(choice) for choice in choices]
     near = get_close_matches(str(value), names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    message = f"{key}={value}: {hint}give one of {', '.join(names)}"
-    raise SettingsError(message)
+    raise SettingsError(f"{key}={value}: {hint}give one of {', '.join(names)}")
 
 
 @cache
@@ -131,8 +124,9 @@ def compose_sweep(main: str, overrides: Sequence[str]) -> tuple[DictConfig, froz
     """
     lists = _lists(main, overrides)
     if any(len(values) > 1 and values[0].startswith("run_dir=") for values in lists):
-        message = "run_dir: several values; a sweep has one, and a folder in it for each job"
-        raise SettingsError(message)
+        raise SettingsError(
+            "run_dir: several values; a sweep has one, and a folder in it for each job"
+        )
     first = compose_settings(main, [values[0] for values in lists])
     to_object(main, first)
     own = first.hydra.sweeper.get("params") or {}
@@ -161,8 +155,7 @@ def _lists(main: str, overrides: Sequence[str]) -> list[list[str]]:
                 else:
                     values = [str(override.input_line)]
                 if not values:
-                    message = f"{override.input_line}: stands for nothing; give values"
-                    raise SettingsError(message)
+                    raise SettingsError(f"{override.input_line}: stands for nothing; give values")
                 lists.append(values)
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingsError(explain(main, error)) from None
@@ -288,24 +281,21 @@ def validate_export(settings: ExportSettings) -> None:
     """Raise SettingsError where the exported file cannot be written."""
     out = Path(settings.out)
     if out.suffix != ".safetensors":
-        message = f"out={out}: give a name that ends in .safetensors"
-        raise SettingsError(message)
+        raise SettingsError(f"out={out}: give a name that ends in .safetensors")
     _check_writable("out", out.parent)
 
 
 def validate_compare(settings: CompareSettings) -> None:
     """Raise SettingsError where there is nothing to compare, or nowhere to write."""
     if not settings.runs:
-        message = "runs=[]: give run directories, sweeps of them, or globs"
-        raise SettingsError(message)
+        raise SettingsError("runs=[]: give run directories, sweeps of them, or globs")
     _check_writable("out", Path(settings.out))
 
 
 def validate_figures(settings: FiguresSettings) -> None:
     """Raise SettingsError where there is nothing to look at, or nowhere to draw."""
     if settings.checkpoint is None and not settings.runs:
-        message = "checkpoint: not given; add checkpoint=RUN_DIR, or runs=[RUN,RUN]"
-        raise SettingsError(message)
+        raise SettingsError("checkpoint: not given; add checkpoint=RUN_DIR, or runs=[RUN,RUN]")
     _at_least(1, training_images=settings.training_images, batch_size=settings.batch_size)
     _at_least(0, workers=settings.workers, **{"data.workers": settings.data.workers})
     if settings.device not in DEVICES:
@@ -322,34 +312,28 @@ def validate_benchmark(settings: BenchmarkSettings) -> None:
         ("precisions", settings.precisions, PRECISIONS),
     ):
         if not values:
-            message = f"{key}=[]: give one or more of {', '.join(choices)}"
-            raise SettingsError(message)
+            raise SettingsError(f"{key}=[]: give one or more of {', '.join(choices)}")
         for value in values:
             if value not in choices:
                 refuse_choice(key, value, choices)
     if not settings.batch_sizes:
-        message = "batch_sizes=[]: give one or more"
-        raise SettingsError(message)
+        raise SettingsError("batch_sizes=[]: give one or more")
     for size in settings.batch_sizes:
         _at_least(1, batch_sizes=size)
         if size % 2 and "ddp" in settings.contenders:
-            message = f"batch_sizes={size}: ddp halves a batch; give even numbers"
-            raise SettingsError(message)
+            raise SettingsError(f"batch_sizes={size}: ddp halves a batch; give even numbers")
     _validate_link(settings.link)
     _check_writable("out", Path(settings.out))
 
 
 def _validate_link(link: LinkSettings) -> None:
     if link.hosts and len(link.hosts) != HOSTS:
-        message = f"link.hosts={link.hosts}: give one for each of two processes"
-        raise SettingsError(message)
+        raise SettingsError(f"link.hosts={link.hosts}: give one for each of two processes")
     if link.rates and not link.hosts:
-        message = "link.rates: needs two hosts; start with launch/slow_link.sh"
-        raise SettingsError(message)
+        raise SettingsError("link.rates: needs two hosts; start with launch/slow_link.sh")
     for rate in link.rates:
         if not (math.isfinite(rate) and rate > 0):
-            message = f"link.rates={rate}: give a finite number of Mbit/s over 0"
-            raise SettingsError(message)
+            raise SettingsError(f"link.rates={rate}: give a finite number of Mbit/s over 0")
 
 
 def _validate_common(settings: TrainSettings | EvaluateSettings) -> None:
@@ -369,11 +353,10 @@ def _validate_common(settings: TrainSettings | EvaluateSettings) -> None:
 def check_crossing(settings: TrainSettings | EvaluateSettings) -> None:
     """Raise SettingsError where maps shall travel as another dtype, and none travels."""
     if settings.columns == 1 and settings.crossing.dtype not in {None, settings.precision}:
-        message = (
+        raise SettingsError(
             f"crossing.dtype={settings.crossing.dtype}: in one process nothing crosses; give "
             "columns=2, or crossing.dtype=null"
         )
-        raise SettingsError(message)
 
 
 def check_on_failure(value: str) -> None:
@@ -389,15 +372,15 @@ def _validate_process(settings: TrainSettings | EvaluateSettings | BenchmarkSett
     if settings.crossing.dtype is not None and settings.crossing.dtype not in WIRE_DTYPES:
         refuse_choice("crossing.dtype", settings.crossing.dtype, WIRE_DTYPES)
     if not (math.isfinite(settings.comm.timeout) and settings.comm.timeout > 0):
-        message = f"comm.timeout={settings.comm.timeout}: give a finite number of seconds over 0"
-        raise SettingsError(message)
+        raise SettingsError(
+            f"comm.timeout={settings.comm.timeout}: give a finite number of seconds over 0"
+        )
 
 
 def _at_least(least: int, **values: int | None) -> None:
     for key, value in values.items():
         if value is not None and value < least:
-            message = f"{key}={value}: give {least} or more"
-            raise SettingsError(message)
+            raise SettingsError(f"{key}={value}: give {least} or more")
 
 
 def _check_writable(key: str, folder: Path) -> None:
@@ -406,14 +389,11 @@ def _check_writable(key: str, folder: Path) -> None:
         while not existing.exists():
             existing = existing.parent
     except OSError as error:
-        message = f"{key}={folder}: {error.strerror}; give another folder"
-        raise SettingsError(message) from None
+        raise SettingsError(f"{key}={folder}: {error.strerror}; give another folder") from None
     if not existing.is_dir():
-        message = f"{key}={folder}: {existing} is a file; give a folder"
-        raise SettingsError(message)
+        raise SettingsError(f"{key}={folder}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK):
-        message = f"{key}={folder}: {existing} cannot be written; give another folder"
-        raise SettingsError(message)
+        raise SettingsError(f"{key}={folder}: {existing} cannot be written; give another folder")
 
 
 def check_run_dir(folder: Path) -> None:

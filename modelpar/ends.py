@@ -1,7 +1,5 @@
 """How an end is told: an exit status, one line, and ``log/exit.json`` in the run's directory."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -9,12 +7,11 @@ import sys
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from modelpar.errors import LaunchError, PeerLostError, RunError, one_line
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 END: Final = Path("log/exit.json")  # in a run directory: how it ended, if not well
 

@@ -1,7 +1,5 @@
 """The ways a run can end: one exception and one exit status each, told in one line."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 

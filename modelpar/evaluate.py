@@ -3,19 +3,14 @@
 On two processes or one, under torchrun or not, with one view or the paper's ten.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import NoReturn
 
 from modelpar import launch
 from modelpar.jobs import Job
+from modelpar.mesh import Mesh
+from modelpar.settings import EvaluateSettings
 from modelpar.training import scoring
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from modelpar.mesh import Mesh
-    from modelpar.settings import EvaluateSettings
 
 
 def prepare(settings: EvaluateSettings, run_dir: Path | None) -> scoring.Prepared:

@@ -1,15 +1,11 @@
 """The whole net as one file: ``python -m modelpar.export checkpoint=RUN_DIR out=FILE``."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from modelpar import launch
+from modelpar.settings import ExportSettings
 from modelpar.training import scoring
-
-if TYPE_CHECKING:
-    from modelpar.settings import ExportSettings
 
 
 def export(settings: ExportSettings) -> None:

@@ -3,27 +3,22 @@
 ``runs=[RUN,SWEEP,'runs/*']`` adds those runs to figure 3, and draws figure 1 of them.
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
+
+from matplotlib.figure import Figure
 
 from modelpar import launch
 from modelpar.errors import DataError, LaunchError
+from modelpar.settings import FiguresSettings
 from modelpar.studies import gather, kernels, learning, portrait
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from modelpar.settings import FiguresSettings
 
 
 def figures(settings: FiguresSettings) -> None:
     """Look at the net and the runs; write pictures and tables, and print the short ones."""
     if not find_spec("matplotlib"):
-        message = "the figures need matplotlib: pip install modelpar[plots]"
-        raise LaunchError(message)
+        raise LaunchError("the figures need matplotlib: pip install modelpar[plots]")
     from modelpar.studies import drawing  # noqa: PLC0415 - of the extra plots
 
     runs = [gather.read(folder) for folder in gather.find(settings.runs)]
@@ -31,8 +26,7 @@ def figures(settings: FiguresSettings) -> None:
     sources = kernels.gathered(runs, seen.kernels if seen else None)
     learnt = [run for run in runs if run.training]
     if not (sources or learnt):
-        message = f"runs={settings.runs}: none has a checkpoint or a training error yet"
-        raise DataError(message)
+        raise DataError(f"runs={settings.runs}: none has a checkpoint or a training error yet")
     pictures: dict[str, Figure] = {}
     texts: dict[str, str] = {}
     if learnt:

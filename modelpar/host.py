@@ -1,7 +1,5 @@
 """This machine, and what the launcher says of this process: checked before processes meet."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import multiprocessing
@@ -53,8 +51,7 @@ def place() -> Place:
         return Place()
     rank, size = _number("RANK"), _number("WORLD_SIZE")
     if rank >= size:
-        message = f"RANK={rank}: there are WORLD_SIZE={size}, numbered from 0"
-        raise LaunchError(message)
+        raise LaunchError(f"RANK={rank}: there are WORLD_SIZE={size}, numbered from 0")
     return Place(
         rank,
         size,
@@ -75,8 +72,7 @@ def die_with_launcher() -> None:
     if prctl is not None:  # Linux
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if orphaned():  # before it could be watched
-        message = "the launcher is gone; start it again"
-        raise LaunchError(message)
+        raise LaunchError("the launcher is gone; start it again")
 
 
 def orphaned() -> bool:
@@ -100,12 +96,12 @@ def master() -> tuple[str, int]:
     """Return host and port where the processes meet; raises LaunchError."""
     address = os.environ.get("MASTER_ADDR")
     if not address:
-        message = "MASTER_ADDR is not set: start with torchrun, or name the host of rank 0"
-        raise LaunchError(message)
+        raise LaunchError(
+            "MASTER_ADDR is not set: start with torchrun, or name the host of rank 0"
+        )
     port = _number("MASTER_PORT")
     if not 0 < port <= LAST_PORT:
-        message = f"MASTER_PORT={port}: give 1 to {LAST_PORT}"
-        raise LaunchError(message)
+        raise LaunchError(f"MASTER_PORT={port}: give 1 to {LAST_PORT}")
     return address, port
 
 
@@ -113,25 +109,22 @@ def _number(name: str, default: int | None = None) -> int:
     text = os.environ.get(name, "" if default is None else str(default))
     if not text.isdecimal():
         said = f"{name}={text}" if text else f"{name} is not set"
-        message = f"{said}: the launcher must set a whole number; start with torchrun"
-        raise LaunchError(message)
+        raise LaunchError(f"{said}: the launcher must set a whole number; start with torchrun")
     return int(text)
 
 
 def check_world(columns: int, replicas: int, size: int) -> int:
     """Return how many replicas ``size`` processes make; raises LaunchError where none fit."""
     if size % columns:
-        message = (
+        raise LaunchError(
             f"columns={columns}: a world of {size} is no multiple of it; "
             f"give --nproc-per-node {columns * replicas}, or columns=1"
         )
-        raise LaunchError(message)
     if replicas > 1 and replicas * columns != size:
-        message = (
+        raise LaunchError(
             f"replicas={replicas}: needs a world of {replicas * columns}, this one is {size}; "
             f"give --nproc-per-node {replicas * columns}"
         )
-        raise LaunchError(message)
     return size // columns
 
 
@@ -150,14 +143,14 @@ def check_network(where: Place, timeout: float) -> None:
     known = {name for _, name in socket.if_nameindex()}
     for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
         if name not in known:
-            message = f"GLOO_SOCKET_IFNAME={name}: this host has {', '.join(sorted(known))}"
-            raise LaunchError(message)
+            raise LaunchError(
+                f"GLOO_SOCKET_IFNAME={name}: this host has {', '.join(sorted(known))}"
+            )
     if where.rank == 0 and not where.agent_has_store:  # it is the one that listens
         try:
             socket.create_server(("", port)).close()
         except OSError as error:
-            message = f"MASTER_PORT={port}: {one_line(error)}; give another"
-            raise LaunchError(message) from None
+            raise LaunchError(f"MASTER_PORT={port}: {one_line(error)}; give another") from None
         return
     reason = ""
     vouched = "TORCHELASTIC_RUN_ID" in os.environ
@@ -169,11 +162,10 @@ def check_network(where: Place, timeout: float) -> None:
         except OSError as error:  # a name that is not found may be one that is not there yet
             reason = one_line(error)
             time.sleep(RETRY)
-    message = (
+    raise LaunchError(
         f"rank {where.rank}: nothing answers at MASTER_ADDR={address} MASTER_PORT={port} "
         f"({reason}); give the host and port of rank 0, and see that it runs"
     )
-    raise LaunchError(message)
 
 
 # -- GPUs ----------------------------------------------------------------------------------------
@@ -188,11 +180,10 @@ def choose_device(device: str, local_processes: int) -> str:
     if device == "auto":
         return "cuda" if found >= local_processes else "cpu"
     if device == "cuda" and found < local_processes:
-        message = (
+        raise SettingsError(
             f"device=cuda: {found} GPUs for {local_processes} processes on this host; "
             "give columns=1 for one GPU, or device=cpu"
         )
-        raise SettingsError(message)
     return device
 
 
@@ -201,8 +192,7 @@ def check_precision(device: str, precision: str) -> None:
     if device != "cuda" or precision != "bfloat16":
         return
     if not torch.cuda.is_bf16_supported(including_emulation=False):
-        message = "precision=bfloat16: this GPU has none; give precision=float32"
-        raise SettingsError(message)
+        raise SettingsError("precision=bfloat16: this GPU has none; give precision=float32")
 
 
 # -- cores and memory ----------------------------------------------------------------------------
@@ -270,12 +260,11 @@ def check_shared_memory(workers: int, batch_bytes: int, processes: int) -> None:
         return
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
-        message = (
+        raise LaunchError(
             f"{SHARED_MEMORY}: {workers} loader processes for each of {processes} need "
             f"{needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make it larger "
             "(docker run --shm-size), or give workers=0"
         )
-        raise LaunchError(message)
 
 
 def ended_loader(error: Exception) -> str:

@@ -1,24 +1,18 @@
 """One job: a main of ``conf/``, what it needs before its ranks start, and what each rank does."""
 
-from __future__ import annotations
-
 import errno
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
+
+from torch.distributed import Store
 
 from modelpar import ends, host, mesh
 from modelpar.errors import CheckpointError, LaunchError, PeerLostError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-    from pathlib import Path
-
-    from torch.distributed import Store
-
-    from modelpar.mesh import Mesh
+from modelpar.mesh import Mesh
 
 PATIENCE: Final = 5.0  # s that a rank waits for local rank 0 to speak first
 
@@ -80,18 +74,18 @@ def work(
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
-        message = f"{run_dir}: {error.strerror}; make room, what is saved is as it was"
-        raise CheckpointError(message) from None
+        raise CheckpointError(
+            f"{run_dir}: {error.strerror}; make room, what is saved is as it was"
+        ) from None
     except RuntimeError as error:
         if ended := host.ended_loader(error):  # torch's signal handler speaks up in any step
             raise LaunchError(ended) from None
         if not host.is_out_of_memory(error):
             raise
-        message = (
+        raise LaunchError(
             f"rank {ranks.rank}: out of memory on {host.memory(ranks.device)} at "
             f"batch_size={settings.batch_size}; give a smaller one, or more replicas"
-        )
-        raise LaunchError(message) from None
+        ) from None
 
 
 def let_others_speak(error: BaseException) -> None:

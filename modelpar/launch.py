@@ -5,17 +5,17 @@ for itself.  Door 2, ``python -m modelpar.train``: Hydra runs the job, and the j
 agent, which starts the ranks.  Both end with the exit statuses of ``modelpar.errors``.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
 import modelpar
 from modelpar import agent, config, ends, host, jobs, mesh, sweep
@@ -28,14 +28,8 @@ from modelpar.errors import (
     SettingsError,
     StoppedError,
 )
+from modelpar.jobs import Job
 from modelpar.mesh import Meeting
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from omegaconf import DictConfig
-
-    from modelpar.jobs import Job
 
 HELPS: Final = ("--help", "-h", "--hydra-help", "--version")
 INFORMS: Final = (*HELPS, "--cfg", "-c", "--info", "-i")
@@ -127,12 +121,14 @@ def _refuse_flags(job: Job, overrides: list[str]) -> None:
     """Raise SettingsError for -m, each rank would sweep by itself, and for Hydra's other flags."""
     if sweep.asked(overrides):
         words = " ".join(f"'{word}'" if "," in word else word for word in overrides)
-        message = f"-m does not go under torchrun; run python -m modelpar.{job.name} {words}"
-        raise SettingsError(message)
+        raise SettingsError(
+            f"-m does not go under torchrun; run python -m modelpar.{job.name} {words}"
+        )
     for word in overrides:
         if word.startswith("-"):
-            message = f"{word} does not go under torchrun; run python -m modelpar.{job.name}"
-            raise SettingsError(message)
+            raise SettingsError(
+                f"{word} does not go under torchrun; run python -m modelpar.{job.name}"
+            )
 
 
 def _read(job: Job, overrides: list[str]) -> tuple[Any, Path | None]:
@@ -141,10 +137,9 @@ def _read(job: Job, overrides: list[str]) -> tuple[Any, Path | None]:
     settings = config.to_object(job.name, composed)
     config.VALIDATORS[job.name](settings)
     if search := composed.hydra.runtime.choices.get("search"):
-        message = (
+        raise SettingsError(
             f"search={search}: is a sweep; run python -m modelpar.{job.name} -m search={search}"
         )
-        raise SettingsError(message)
     given = getattr(settings, "run_dir", None)
     if given is None and any(word.startswith("hydra.run.dir=") for word in overrides):
         given = composed.hydra.run.dir
@@ -178,14 +173,12 @@ def _check_restarts(job: Job, named: Path | None, where: host.Place) -> None:
     if where.size == 1 or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return
     if job.keeps_runs and named is None:
-        message = "torchrun --max-restarts: needs run_dir=, where the run goes on"
-        raise SettingsError(message)
+        raise SettingsError("torchrun --max-restarts: needs run_dir=, where the run goes on")
     if where.agent_has_store:
-        message = (
+        raise LaunchError(
             "torchrun --max-restarts: needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
             "environment, or what is started again reads stale addresses and hangs"
         )
-        raise LaunchError(message)
 
 
 def _new_run_dir(job: Job, overrides: list[str]) -> Path:

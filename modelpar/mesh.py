@@ -5,31 +5,26 @@ returns wrong numbers, without an error, for tensors that are not contiguous; wi
 the processes also tell each other what they are about to do, and stop where it differs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import re
 import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from modelpar import host
 from modelpar.errors import LaunchError, PeerLostError, one_line
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-
-    from torch import Tensor, nn
 
 AXES: Final = ("replica", "column")
 TEXT_BYTES: Final = 4096
@@ -83,7 +78,7 @@ class Mesh:
     control: dist.ProcessGroup | None = None  # all, over gloo: short messages between CPUs
     aside: dist.ProcessGroup | None = None  # the same, for a thread beside the training
 
-    def beside(self) -> Mesh:
+    def beside(self) -> "Mesh":
         """Return the mesh for one thread beside the main one: its messages do not mix."""
         return replace(self, control=self.aside)
 
@@ -171,27 +166,26 @@ def meet(same: Mapping[str, Any], timeout: float = 120.0) -> Meeting:
             ),
         )
         if store.add(f"rank {where.rank}", 1) > 1:
-            message = f"RANK={where.rank}: two processes say so; number them 0 to {where.size - 1}"
-            raise LaunchError(message)
+            raise LaunchError(
+                f"RANK={where.rank}: two processes say so; number them 0 to {where.size - 1}"
+            )
         told = [json.loads(text) for text in _exchange(store, "same", json.dumps(mine), where)]
         store.set(f"read {where.rank}", "")
         if where.rank == 0:  # it may take the store along when it ends
             store.wait([f"read {rank}" for rank in range(where.size)])
     except (RuntimeError, ValueError) as error:
-        message = (
+        raise LaunchError(
             f"rank {where.rank} of {where.size}: the processes did not meet at {address}:{port} "
             f"({one_line(error).partition('. ')[0][:200]})"
-        )
-        raise LaunchError(message) from None
+        ) from None
     first = told[0]["same"]
     for rank, other in enumerate(one["same"] for one in told):
         for key in first.keys() | other.keys():
             here, there = (json.dumps(one.get(key)) for one in (other, first))
             if here != there:
-                message = (
+                raise LaunchError(
                     f"rank {rank} has {key}={here}, rank 0 has {there}; start all with the same"
                 )
-                raise LaunchError(message)
     return Meeting(store, max(one["attempt"] for one in told), told[0]["launcher"])
 
 
@@ -258,10 +252,9 @@ def _await_ready(store: dist.Store, size: int, timeout: float) -> None:
             if count != beats[rank]:
                 beats[rank], heard[rank] = count, now
             elif now - heard[rank] > timeout:
-                message = (
+                raise PeerLostError(
                     f"rank {rank} is gone or silent before it is ready; see what its host says"
                 )
-                raise PeerLostError(message)
         time.sleep(host.RETRY)
 
 
@@ -297,8 +290,9 @@ def opened(
     if where.one_host:  # no port is open to others
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if kind == "cuda" and not dist.is_nccl_available():
-        message = "this torch has no NCCL for GPUs to talk by; install another, or device=cpu"
-        raise LaunchError(message)
+        raise LaunchError(
+            "this torch has no NCCL for GPUs to talk by; install another, or device=cpu"
+        )
     store = store or meet({}, timeout).store
     wait = timedelta(seconds=timeout)
     try:
@@ -332,8 +326,9 @@ def opened(
                 own = cast("dist.ProcessGroup", group)
                 _CHECKS[own.group_name] = _Check(cast("dist.ProcessGroup", twin))
     except (RuntimeError, ValueError) as error:
-        message = f"rank {where.rank}: no process group ({one_line(error)[:300]})"
-        raise LaunchError(message) from None
+        raise LaunchError(
+            f"rank {where.rank}: no process group ({one_line(error)[:300]})"
+        ) from None
     try:
         replica, column = axes.get_coordinate() or (0, 0)
         yield Mesh(
@@ -369,8 +364,9 @@ def peer_named(operation: str) -> Generator[None]:
         if not LOST.search(str(error)):
             raise
         reason = re.sub(r"^\[[^]]*\]\s*", "", one_line(error)).partition(". ")[0]
-        message = f"{operation}: the other process is gone or silent ({reason[:160]})"
-        raise PeerLostError(message) from None
+        raise PeerLostError(
+            f"{operation}: the other process is gone or silent ({reason[:160]})"
+        ) from None
 
 
 @dataclass
@@ -388,19 +384,16 @@ def _check(tensor: Tensor, operation: str, group: dist.ProcessGroup) -> None:
     """Raise ValueError for a tensor that gloo would garble, RuntimeError for calls that differ."""
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     if not tensor.is_contiguous():
-        message = f"{operation}: a tensor of shape {shape} is not contiguous"
-        raise ValueError(message)
+        raise ValueError(f"{operation}: a tensor of shape {shape} is not contiguous")
     if tensor.dtype not in CARRIED:
-        message = f"{operation}: {tensor.dtype} is not carried"
-        raise ValueError(message)
+        raise ValueError(f"{operation}: {tensor.dtype} is not carried")
     if check := _CHECKS.get(group.group_name):
         check.calls += 1
         call = f"{operation} {shape} {dtype}, call {check.calls}"
         calls = _gather(call, CALL_BYTES, check.twin)
         if len(set(calls)) > 1:
             told = "; ".join(f"{place}: {other}" for place, other in enumerate(calls))
-            message = f"the processes of a group call different collectives ({told})"
-            raise RuntimeError(message)
+            raise RuntimeError(f"the processes of a group call different collectives ({told})")
 
 
 def swap(tensor: Tensor, pair: dist.ProcessGroup) -> tuple[Tensor, Callable[[], None]]:

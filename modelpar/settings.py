@@ -1,7 +1,5 @@
 """The typed schema of the whole configuration: every setting there is, and its default."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Final
 

@@ -3,19 +3,15 @@
 SIGTERM (a scheduler, ``kill``), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) ask for it.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
 import time
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from modelpar.errors import PeerLostError
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME: Final = 5.0  # s in which further signals are the same request: a terminal, scancel and

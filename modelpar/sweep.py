@@ -4,8 +4,6 @@ A job may run in another process or on another host, so the sweep's ``log/ends/`
 be known of it elsewhere: how it failed, and that no further job is to start.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import multiprocessing
@@ -14,27 +12,22 @@ import shutil
 import signal
 import sys
 import traceback
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from modelpar import agent, config, ends, host
 from modelpar.errors import LaunchError, RunError, SettingsError, StoppedError, one_line
+from modelpar.jobs import Job
 from modelpar.stop import SIGNALS
 from modelpar.training.runs import CONFIG
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from contextlib import AbstractContextManager
-
-    from omegaconf import DictConfig
-
-    from modelpar.jobs import Job
 
 FLAGS: Final = ("--multirun", "-m", "hydra.mode=MULTIRUN")
 ENDS: Final = Path("log/ends")  # in the sweep's directory: JOB.json of those that failed
@@ -76,31 +69,28 @@ def run(job: Job, words: list[str]) -> int:
     return _sum_up(sweep, lost, interrupted=interrupted)
 
 
-def _plan(job: Job, overrides: list[str]) -> Sweep:
+def _plan(job: Job, overrides: list[str]) -> "Sweep":
     for word in overrides:
         if word.startswith("-"):
-            message = f"{word} does not go with -m"
-            raise SettingsError(message)
+            raise SettingsError(f"{word} does not go with -m")
     first, alike = config.compose_sweep(job.name, overrides)
     config.check_on_failure(first.on_failure)
     launcher, cores = str(first.hydra.runtime.choices["hydra/launcher"]), None
     if launcher == "joblib":
         at_once = int(first.hydra.launcher.n_jobs)
         if at_once == 0:
-            message = "hydra.launcher.n_jobs=0: give how many jobs at once, or -1"
-            raise SettingsError(message)
+            raise SettingsError("hydra.launcher.n_jobs=0: give how many jobs at once, or -1")
         at_once = at_once if at_once > 0 else max(1, host.cores() + 1 + at_once)
         launcher = "joblib" if at_once > 1 else "basic"  # one at a time is run right here
         cores = None if agent.THREADS_GIVEN else max(1, host.cores() // at_once)
     folder = Path(str(first.hydra.sweep.dir)).absolute()
     config.check_run_dir(folder)
     if (folder / CONFIG).exists():
-        message = f"run_dir={folder}: holds a run, not a sweep; give another folder"
-        raise SettingsError(message)
+        raise SettingsError(f"run_dir={folder}: holds a run, not a sweep; give another folder")
     return Sweep(job, folder, alike, launcher, cores)
 
 
-def _end_local(sweep: Sweep) -> None:
+def _end_local(sweep: "Sweep") -> None:
     """Have the jobs that submitit started on this machine save, and wait until they have."""
     sweep.stop()
     numbers = [int(place.name) for place in (sweep.folder / ".submitit").glob("[0-9]*")]
@@ -128,7 +118,7 @@ def _of_hydra(job: Job, error: Exception) -> int:
     return status
 
 
-def _sum_up(sweep: Sweep, lost: int, *, interrupted: bool) -> int:
+def _sum_up(sweep: "Sweep", lost: int, *, interrupted: bool) -> int:
     """Say again which jobs failed; return the exit status of the sweep."""
     told = sweep.told()
     failed = [end for end in told if end["status"] != StoppedError.status]
@@ -206,7 +196,7 @@ class Sweep:
         found = [json.loads(path.read_text()) for path in (self.folder / ENDS).glob("*.json")]
         return sorted(found, key=lambda end: end["job"])
 
-    def stop(self) -> _Ended:
+    def stop(self) -> "_Ended":
         """Let no further job start; raises KeyboardInterrupt where Hydra is in this process."""
         (self.folder / ENDS).mkdir(parents=True, exist_ok=True)
         (self.folder / STOP).touch()
@@ -250,7 +240,7 @@ def _signals_raised() -> AbstractContextManager[None]:
     return _signals_to(_raise)
 
 
-def _signals_passed_on(sweep: Sweep) -> AbstractContextManager[None]:
+def _signals_passed_on(sweep: "Sweep") -> AbstractContextManager[None]:
     """Keep signals from joblib, which would kill its workers at once; pass them on to the jobs."""
 
     def pass_on(number: int, frame: Any) -> None:

@@ -3,20 +3,15 @@
 Or ``python -m modelpar.train``, which starts the two processes itself.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Final, NoReturn
+from pathlib import Path
+from typing import Final, NoReturn
 
 from modelpar import config, launch
 from modelpar.jobs import Job
+from modelpar.mesh import Mesh
+from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint, loop, runs, start
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from modelpar.mesh import Mesh
-    from modelpar.settings import TrainSettings
 
 NOTES: Final = 10**6  # bytes, without checkpoints: settings, rows, what Hydra keeps
 

@@ -1,11 +1,8 @@
 """Fixtures of all tests: processes held for the session, seeds, a cache of the run's own."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,10 +10,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from ranks import Ranks
+from collections.abc import Iterator
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from ranks import Ranks
 
 
 def pytest_report_header() -> str:

@@ -1,16 +1,12 @@
 """Real processes, held for the whole test run: functions go in, values come out."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import socket
 import traceback
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from multiprocessing.connection import Connection
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
 
 TIMEOUT = 120.0  # s; a hang is the usual failure of a collective
 
@@ -71,13 +67,11 @@ class Ranks:
         results: list[Any] = []
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(TIMEOUT):
-                message = f"rank {rank} did not answer within {TIMEOUT} s"
-                raise TimeoutError(message)
+                raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT} s")
             results.append(pipe.recv())
         for rank, (fine, value) in enumerate(results):
             if not fine:
-                message = f"rank {rank}:\n{value}"
-                raise AssertionError(message)
+                raise AssertionError(f"rank {rank}:\n{value}")
         return [value for _, value in results]
 
     def close(self) -> None:

@@ -1,20 +1,14 @@
 """Where one step's time goes, by the layer it is spent on, as the profiler saw it."""
 
-from __future__ import annotations
-
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from modelpar.net.crossing import Link
 from modelpar.net.paper import LAYERS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
-
-    from torch import Tensor, nn
-
-    from modelpar.net.crossing import Link
 
 PLACES: Final = (*LAYERS, "norms", "pools", "update", "crossings", "rest")
 WAIT: Final = "modelpar::wait"

@@ -1,13 +1,11 @@
 """What is compared: one training step of the same net and batch, by each means there is."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -19,21 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modelpar.host import compiler_complaint
 from modelpar.images.loader import Batch
-from modelpar.mesh import generator
+from modelpar.mesh import Mesh, generator
 from modelpar.net import paper
 from modelpar.net.alexnet import AlexNet, Column
-from modelpar.net.paper import COLUMNS, LAYERS, Recipe
-from modelpar.settings import CrossingSettings, ModelSettings
+from modelpar.net.paper import COLUMNS, LAYERS, Plan, Recipe
+from modelpar.settings import BenchmarkSettings, CrossingSettings, ModelSettings
 from modelpar.training.engine import DTYPES, Learner, build, plan_for
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from modelpar.mesh import Mesh
-    from modelpar.net.paper import Plan
-    from modelpar.settings import BenchmarkSettings
 
 
 @dataclass(frozen=True)

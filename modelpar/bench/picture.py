@@ -1,19 +1,14 @@
 """The picture of a benchmark: bars of speed, and a timeline of one step on both columns."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from modelpar.bench.anatomy import PLACES
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from matplotlib.axes import Axes
 
 COLOURS: Final = {
     **dict(

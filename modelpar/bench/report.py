@@ -1,19 +1,14 @@
 """What was measured: a table in Markdown, JSON, a picture."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modelpar.bench.anatomy import PLACES
 from modelpar.bench.contenders import CONTENDERS
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from modelpar.settings import BenchmarkSettings
+from modelpar.settings import BenchmarkSettings
 
 HEAD = (
     "contender", "precision", "step, s", "images/s", "/ plain float32", "/ plain", "/ ddp",

@@ -1,14 +1,13 @@
 """The contenders in turn, round after round, so that a noisy machine hits all alike."""
 
-from __future__ import annotations
-
 import os
 import platform
 import statistics
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from tqdm import tqdm
@@ -16,11 +15,7 @@ from tqdm import tqdm
 from modelpar.bench import anatomy, wire
 from modelpar.bench.contenders import CONTENDERS, gflop, plan_of
 from modelpar.bench.worlds import World
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from modelpar.settings import BenchmarkSettings
+from modelpar.settings import BenchmarkSettings
 
 ALONE_REPEATS: Final = 5
 BASELINES: Final = ("plain float32", "plain", "layers", "ddp", "in_turn")

@@ -1,17 +1,13 @@
 """Two hosts on one machine, as ``launch/slow_link.sh`` makes them, and the wire between them."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from modelpar.errors import LaunchError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 CLONE_NEWNET: Final = 0x40000000  # sched.h
 INTERFACE: Final = "wire"  # launch/slow_link.sh
@@ -25,13 +21,13 @@ def enter(host: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     place = Path("/run/netns", host)
     if not place.exists():
-        message = f"link.hosts={host}: no such network namespace; start with launch/slow_link.sh"
-        raise LaunchError(message)
+        raise LaunchError(
+            f"link.hosts={host}: no such network namespace; start with launch/slow_link.sh"
+        )
     with place.open() as namespace:
         refused = libc.setns(namespace.fileno(), CLONE_NEWNET)
     if refused:
-        message = f"link.hosts={host}: {os.strerror(ctypes.get_errno())}"
-        raise LaunchError(message)
+        raise LaunchError(f"link.hosts={host}: {os.strerror(ctypes.get_errno())}")
 
 
 def limit(hosts: Sequence[str], rate: float | None) -> None:
@@ -48,8 +44,7 @@ def limit(hosts: Sequence[str], rate: float | None) -> None:
             [*tc, "replace", *wire, "tbf", *bucket], check=False, capture_output=True, text=True
         )
         if done.returncode:
-            message = f"link.rates={rate:g}: tc says {done.stderr.strip()}"
-            raise LaunchError(message)
+            raise LaunchError(f"link.rates={rate:g}: tc says {done.stderr.strip()}")
 
 
 def sent() -> int:

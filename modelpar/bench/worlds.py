@@ -1,7 +1,5 @@
 """The processes of a contender: started once, held idle while the others have their turns."""
 
-from __future__ import annotations
-
 import ctypes
 import multiprocessing
 import os
@@ -12,11 +10,13 @@ import time
 import traceback
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from modelpar import config
 from modelpar.bench import anatomy, wire
@@ -24,14 +24,8 @@ from modelpar.bench.contenders import CONTENDERS, make, on_column, plan_of
 from modelpar.errors import LaunchError, RunError, one_line
 from modelpar.host import choose_device
 from modelpar.mesh import Mesh, opened
+from modelpar.settings import BenchmarkSettings
 from modelpar.training.engine import DTYPES
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
-    from torch import Tensor
-
-    from modelpar.settings import BenchmarkSettings
 
 PATIENCE: Final = 600.0  # s for one answer: a slow link, a cold compile
 PEAK_SIDE: Final = 2048  # rows of the square matrices whose product is the machine's peak
@@ -94,8 +88,7 @@ class World:
 
     def _fail(self, reason: str) -> NoReturn:
         self.kill()
-        message = f"benchmark: {self.name} in {self.precision}: {reason}"
-        raise LaunchError(message)
+        raise LaunchError(f"benchmark: {self.name} in {self.precision}: {reason}")
 
     def close(self) -> None:
         """Let the processes end."""

@@ -1,18 +1,13 @@
 """Section 4.1: random crops and flips, colour noise along the principal axes; the ten views."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
+from torch import Tensor
 
 from modelpar.mesh import generator
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
 
 # Images that share a draw (released code: 32); of ``central`` nothing is used.
 CHUNK: Final = {"per_image": 1, "per_32": 32, "central": 1}
@@ -56,7 +51,7 @@ class Draws:
     colour: Tensor
 
     @classmethod
-    def of_epoch(cls, seed: int, epoch: int, num_samples: int, border: int, crops: str) -> Draws:
+    def of_epoch(cls, seed: int, epoch: int, num_samples: int, border: int, crops: str) -> "Draws":
         """Draw for all positions of ``epoch``; ``border`` is stored size less crop size.
 
         A function of its arguments alone, so that it does not matter which rank or worker asks.
@@ -76,7 +71,7 @@ class Draws:
             colour,
         )
 
-    def at(self, positions: slice) -> Draws:
+    def at(self, positions: slice) -> "Draws":
         """Return the draws of some positions."""
         return Draws(self.corner[positions], self.flip[positions], self.colour[positions])
 

@@ -1,28 +1,21 @@
 """Batches: the same on both columns, each a function of seed, epoch and position."""
 
-from __future__ import annotations
-
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from modelpar.errors import DataError, LaunchError
 from modelpar.host import ended_loader
 from modelpar.images.augment import Draws, Lens
+from modelpar.images.order import BatchOrder
+from modelpar.images.samples import Images
 from modelpar.mesh import digest
 from modelpar.stop import outlive
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
-
-    from modelpar.images.order import BatchOrder
-    from modelpar.images.samples import Images
-
 
 PIXELS_EVERY: Final = 100  # batches: to hash the 25 MB of one takes a few hundredths of a second
 

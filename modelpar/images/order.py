@@ -1,19 +1,13 @@
 """The order of samples: a pure function of seed, epoch and position, so that it can be resumed."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from modelpar.errors import SettingsError
 from modelpar.mesh import generator
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
 
 
 def sample_order(seed: int, epoch: int, num_samples: int, shuffle: str) -> Tensor:
@@ -55,11 +49,10 @@ class BatchOrder(Sampler[list[int]]):
         self.epoch = 0
         self.start = 0
         if len(self) < 1:
-            message = (
+            raise SettingsError(
                 f"batch_size={batch_size}: {batch_size * replicas} images a step, but the data "
                 f"has only {num_samples}; give less"
             )
-            raise SettingsError(message)
 
     def __len__(self) -> int:
         """Return the batches of a whole epoch."""

@@ -1,23 +1,18 @@
 """Images as samples: of whatever size and mode, they come as RGB of one size."""
 
-from __future__ import annotations
-
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from modelpar.errors import DataError, one_line
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
 
 Sample = tuple["Tensor", int]  # (3, T, T) uint8, label
 MAX_PIXELS: Final = 89_478_485  # Pillow's own, over which it warns of a bomb and decodes it
@@ -101,8 +96,9 @@ class Resized(Dataset[Sample]):
                     return self.transform(as_rgb(opened)), label
             return self.transform(as_rgb(image)), label
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            message = f"{name}: not a readable image ({one_line(error)}); mend or remove it"
-            raise DataError(message) from None
+            raise DataError(
+                f"{name}: not a readable image ({one_line(error)}); mend or remove it"
+            ) from None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -112,11 +108,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """
     width, height = image.size
     if width * height > MAX_PIXELS:
-        message = f"{width} x {height} pixels, more than {MAX_PIXELS}"
-        raise ValueError(message)
+        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS}")
     if image.mode in RAW:
-        message = f"mode {image.mode}, 32 bits a pixel"
-        raise ValueError(message)
+        raise ValueError(f"mode {image.mode}, 32 bits a pixel")
     if image.mode in DEEP:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:

@@ -1,17 +1,17 @@
 """Data sets by name: where their images come from, their classes, their mean and colours."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision import datasets
 
 from modelpar.config import refuse_choice
@@ -19,13 +19,7 @@ from modelpar.errors import DataError, SettingsError, one_line
 from modelpar.images.samples import ImageSet, InMemory, Resized
 from modelpar.images.statistics import locked
 from modelpar.mesh import generator
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from modelpar.settings import DataSettings
+from modelpar.settings import DataSettings
 
 # Differs: the paper's stored images are 256 pixels wide for crops of 224 (section 4.1); smaller
 # crops keep that proportion.
@@ -83,8 +77,9 @@ def photos(settings: DataSettings, cache: Path) -> ImageSet:
         try:
             pixels: Any = getattr(data, name)()
         except (OSError, ModuleNotFoundError, AttributeError) as error:
-            message = f"photos: scikit-image has no {name} in its wheel ({one_line(error)})"
-            raise DataError(message) from None
+            raise DataError(
+                f"photos: scikit-image has no {name} in its wheel ({one_line(error)})"
+            ) from None
         pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # left eye of the stereo pair
         photograph = torch.from_numpy(np.array(pixels))
         if photograph.ndim == 2:  # noqa: PLR2004 - grey (H, W)
@@ -121,16 +116,14 @@ def _folder(settings: DataSettings, cache: Path) -> Path:
     if settings.root is not None:
         root = Path(settings.root).expanduser()
         if not root.is_dir() and not settings.download:
-            message = (
+            raise DataError(
                 f"data.root={root}: no such folder; give the folder of {settings.name}, "
                 "or data.download=true"
             )
-            raise DataError(message)
         return root
     if settings.download:
         return cache / "downloads"
-    message = f"data={settings.name}: give data.root=FOLDER, or data.download=true"
-    raise DataError(message)
+    raise DataError(f"data={settings.name}: give data.root=FOLDER, or data.download=true")
 
 
 def _stored(settings: DataSettings) -> int:
@@ -142,11 +135,10 @@ def _opened(name: str, root: Path, build: Callable[[], Any]) -> Any:
     try:
         return build()
     except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
-        message = (
+        raise DataError(
             f"data.root={root}: no {name} there ({one_line(error)[:200]}); give the folder that "
             "holds it, or data.download=true"
-        )
-        raise DataError(message) from None
+        ) from None
 
 
 def _of_torchvision(
@@ -156,8 +148,9 @@ def _of_torchvision(
     size = stored or _stored(settings)
     classes = [str(name) for name in train.classes]
     if [str(name) for name in test.classes] != classes:
-        message = f"data.root={root}: train and test name different classes; make them equal"
-        raise DataError(message)
+        raise DataError(
+            f"data.root={root}: train and test name different classes; make them equal"
+        )
     samples = getattr(train, "samples", None)
     if samples is None:  # all in memory
         content = _digest(np.asarray(train.data).tobytes(), np.asarray(test.data).tobytes())
@@ -175,10 +168,9 @@ def _of_torchvision(
             for path, label in [*train.samples, *test.samples]
         )
     except OSError as error:  # a link to nothing, as git-annex leaves
-        message = (
+        raise DataError(
             f"{error.filename}: not a readable image ({error.strerror}); remove or replace it"
-        )
-        raise DataError(message) from None
+        ) from None
     return ImageSet(
         settings.name,
         Resized(train.samples.__getitem__, len(train.samples), size),
@@ -252,8 +244,9 @@ def _read_idx(path: Path) -> np.ndarray:
         sizes = np.frombuffer(content, ">i4", count=content[3], offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sizes)
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        message = f"{path}: not a readable IDX file ({one_line(error)}); install it again"
-        raise DataError(message) from None
+        raise DataError(
+            f"{path}: not a readable IDX file ({one_line(error)}); install it again"
+        ) from None
 
 
 class _Idx:
@@ -265,13 +258,13 @@ class _Idx:
         self.data = _read_idx(root / f"{part}-images-idx3-ubyte.gz")
         self.targets: list[int] = _read_idx(root / f"{part}-labels-idx1-ubyte.gz").tolist()
         if len(self.data) != len(self.targets):
-            message = f"{root}: {part} has {len(self.data)} images, {len(self.targets)} labels"
-            raise DataError(message)
+            raise DataError(
+                f"{root}: {part} has {len(self.data)} images, {len(self.targets)} labels"
+            )
         if self.targets and max(self.targets) >= len(self.classes):
-            message = (
+            raise DataError(
                 f"{root}: {part} has label {max(self.targets)} of {len(self.classes)} classes"
             )
-            raise DataError(message)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -371,15 +364,13 @@ def open_set(settings: DataSettings, cache: Path, seed: int = 0, batch: int = 12
         found = SETS[settings.name](settings, cache)
     wanted = settings.num_classes
     if wanted is not None and wanted != len(found.classes):
-        message = (
+        raise SettingsError(
             f"model.num_classes={wanted}: data={found.name} has {len(found.classes)} classes; "
             "leave model.num_classes out"
         )
-        raise SettingsError(message)
     if found.stored_size < settings.image_size:
-        message = (
+        raise SettingsError(
             f"model.image_size={settings.image_size}: data={found.name} is stored at "
             f"{found.stored_size} pixels; give that or less"
         )
-        raise SettingsError(message)
     return found

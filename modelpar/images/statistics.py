@@ -1,9 +1,8 @@
 """Mean image and colour axes of a data set, measured once and kept (sections 2 and 4.1)."""
 
-from __future__ import annotations
-
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import Final
 
 import safetensors.torch
 import torch
@@ -13,11 +12,7 @@ from tqdm import tqdm
 
 from modelpar.errors import CheckpointError, DataError, one_line
 from modelpar.images.augment import Statistics, principal_colours
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from modelpar.images.samples import ImageSet
+from modelpar.images.samples import ImageSet
 
 STATISTICS_BATCH: Final = 64
 
@@ -31,8 +26,9 @@ def locked(path: Path) -> AcquireReturnProxy[FileLock]:
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path).acquire()
     except OSError as error:
-        message = f"cache_dir={path.parent}: {one_line(error)}; give another cache_dir"
-        raise DataError(message) from None
+        raise DataError(
+            f"cache_dir={path.parent}: {one_line(error)}; give another cache_dir"
+        ) from None
 
 
 def statistics(images: ImageSet, cache: Path, workers: int = 0) -> Statistics:
@@ -48,8 +44,9 @@ def statistics(images: ImageSet, cache: Path, workers: int = 0) -> Statistics:
     try:
         return Statistics(**safetensors.torch.load_file(path))
     except (OSError, TypeError, safetensors.SafetensorError) as error:
-        message = f"{path}: damaged ({one_line(error)}); remove it, it is computed again"
-        raise DataError(message) from None
+        raise DataError(
+            f"{path}: damaged ({one_line(error)}); remove it, it is computed again"
+        ) from None
 
 
 def _keep(found: Statistics, path: Path) -> None:
@@ -61,11 +58,10 @@ def _keep(found: Statistics, path: Path) -> None:
     except (OSError, safetensors.SafetensorError) as error:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        message = (
+        raise CheckpointError(
             f"cache_dir={path.parents[1]}: the mean image cannot be kept ({one_line(error)}); "
             "make room, or give another cache_dir"
-        )
-        raise CheckpointError(message) from None
+        ) from None
 
 
 def _measure(images: ImageSet, workers: int) -> Statistics:

@@ -3,28 +3,19 @@
 Read the two ``forward`` side by side: they differ where the columns talk, and nowhere else.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from modelpar.errors import CheckpointError
 from modelpar.mesh import generator
 from modelpar.net import paper
-from modelpar.net.crossing import Convolution, Departed, Linear, depart, product, summed
+from modelpar.net.crossing import Convolution, Departed, Linear, Link, depart, product, summed
 from modelpar.net.layers import Activation, Draw, Dropout, norm, pool
 from modelpar.net.paper import COLUMNS, Plan, Recipe
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from typing import Self
-
-    from torch import Tensor
-
-    from modelpar.net.crossing import Link
 
 
 class Blocks(nn.Module):
@@ -420,14 +411,11 @@ def check_state(
     own = dict(net.named_parameters()) if learnt else net.state_dict()
     for key in sorted(own.keys() | state.keys()):
         if key not in state:
-            message = f"{source}: {key} is missing"
-            raise CheckpointError(message)
+            raise CheckpointError(f"{source}: {key} is missing")
         if key not in own:
-            message = f"{source}: {key} is none of this net's tensors"
-            raise CheckpointError(message)
+            raise CheckpointError(f"{source}: {key} is none of this net's tensors")
         if own[key].shape != state[key].shape:
-            message = (
+            raise CheckpointError(
                 f"{source}: {key} is {tuple(state[key].shape)}, this net's is "
                 f"{tuple(own[key].shape)}; give the classes and image size it was trained with"
             )
-            raise CheckpointError(message)

@@ -3,30 +3,22 @@
 ``whole`` builds any plan's net on one device.
 """
 
-from __future__ import annotations
-
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from modelpar.mesh import generator
 from modelpar.net import paper
 from modelpar.net.alexnet import AlexNet
 from modelpar.net.layers import AcrossMaps, Activation, Draw, Dropout, pool
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from torch import Tensor
-
-    from modelpar.net.paper import Plan
+from modelpar.net.paper import Plan
 
 
-def whole(plan: Plan, seed: int | None = None) -> AlexNet | FourLayer | Torchvision:
+def whole(plan: Plan, seed: int | None = None) -> "AlexNet | FourLayer | Torchvision":
     """Return the whole net of ``plan`` on one device; without a seed torch's generator is used.
 
     Input (N, 3, S, S), pixels 0-255 less the mean; output (N, classes) logits.

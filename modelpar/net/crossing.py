@@ -7,27 +7,22 @@ waits for what the peer sent, and autograd adds it to the column's own.  Whateve
 between the two, forward or backward, hides the travel.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from modelpar.mesh import swap
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-    from torch.distributed import ProcessGroup
-
-    Transport = Callable[[Tensor], tuple[Tensor, Callable[[], None]]]
+Transport = Callable[[Tensor], tuple[Tensor, Callable[[], None]]]
 
 
 class Link:
@@ -67,7 +62,7 @@ class Link:
         dtype: torch.dtype | None = None,
         overlap: bool = True,
         chunks: int = 1,
-    ) -> Link:
+    ) -> "Link":
         """Return the link of a process group of two."""
         transport = partial(swap, pair=pair)
         return cls(transport, pair.rank(), dtype=dtype, overlap=overlap, chunks=chunks)
@@ -77,7 +72,7 @@ class Link:
         """Everything this column has sent, forward and backward, in bytes."""
         return self.sent.total()
 
-    def start(self, tensor: Tensor, layer: str, direction: str) -> _Travel:
+    def start(self, tensor: Tensor, layer: str, direction: str) -> "_Travel":
         """Start a swap of ``tensor`` for ``layer``; ``direction`` is forward or backward."""
         began = time.perf_counter()
         scale = self._scale(tensor, direction)
@@ -173,8 +168,7 @@ class Crossing:
 
 def _ended(travel: _Travel | None) -> Tensor:
     if travel is None:
-        message = "a crossing was waited for before it was started, or twice"
-        raise RuntimeError(message)
+        raise RuntimeError("a crossing was waited for before it was started, or twice")
     return travel.end()
 
 

@@ -3,25 +3,18 @@
 And the activation as a layer that knows whose output it rectifies, so that hooks find it.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
 from modelpar.mesh import generator
 from modelpar.net import paper
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from modelpar.net.paper import Plan
+from modelpar.net.paper import Plan
 
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "relu": functional.relu,  # section 3.1

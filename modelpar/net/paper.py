@@ -5,18 +5,14 @@ Networks", NIPS 2012; "section" and "table" mean its own.  Code: the authors' so
 Computer History Museum released it; "run N" is the training its ``layer-params-N.cfg`` logs.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args, get_type_hints
+from typing import Any, Final, Literal, get_args, get_type_hints
 
 from modelpar import config
 from modelpar.errors import SettingsError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -248,11 +244,10 @@ class Recipe:
             if choices and value not in choices:
                 config.refuse_choice(f"recipe.{key}", value, choices)
             if kind is float and not (math.isfinite(value) and value >= 0):
-                message = f"recipe.{key}={value}: give a finite number, 0 or more"
-                raise SettingsError(message)
+                raise SettingsError(f"recipe.{key}={value}: give a finite number, 0 or more")
 
     @classmethod
-    def named(cls, name: str) -> Recipe:
+    def named(cls, name: str) -> "Recipe":
         """Return ``paper``, ``code2012`` or ``clean``; raises SettingsError for another name."""
         return cls(**config.load_group("recipe", name))
 
@@ -310,20 +305,20 @@ class Plan:
             if isinstance(getattr(self, key), str) and getattr(self, key) not in choices:
                 config.refuse_choice(f"model.{key}", getattr(self, key), choices)
         if self.num_classes < 1:
-            message = f"model.num_classes={self.num_classes}: give 1 or more"
-            raise SettingsError(message)
+            raise SettingsError(f"model.num_classes={self.num_classes}: give 1 or more")
         least = MIN_IMAGE_SIZES.get(self.net, MIN_IMAGE_SIZE)
         if self.image_size < least:
-            message = f"model.image_size={self.image_size}: give {least} pixels or more"
-            raise SettingsError(message)
+            raise SettingsError(f"model.image_size={self.image_size}: give {least} pixels or more")
         for key in ("dropout", "conv4_dropout"):
             if not 0 <= getattr(self, key) < 1:
-                message = f"model.{key}={getattr(self, key)}: give the share dropped, 0 to below 1"
-                raise SettingsError(message)
+                raise SettingsError(
+                    f"model.{key}={getattr(self, key)}: give the share dropped, 0 to below 1"
+                )
         self._refuse_foreign()
         if self.conv4_dropout and "conv4" not in self.layers and self.net in NETS:
-            message = f"model.conv4_dropout={self.conv4_dropout}: net={self.net} has no conv4"
-            raise SettingsError(message)
+            raise SettingsError(
+                f"model.conv4_dropout={self.conv4_dropout}: net={self.net} has no conv4"
+            )
         crossable = [name for name in self.layers if name not in {"conv1", "fc8"}]
         for name in self.crossing_at if self.net in NETS else ():
             if name not in crossable:
@@ -335,11 +330,10 @@ class Plan:
             value = getattr(self, key)
             if value not in choices:
                 taken = " or ".join(_as_typed(choice) for choice in choices)
-                message = (
+                raise SettingsError(
                     f"model.{key}={_as_typed(value)}: model.net={self.net} takes only {taken}; "
                     f"leave model.{key} out"
                 )
-                raise SettingsError(message)
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -434,5 +428,4 @@ def plan_of(values: dict[str, Any]) -> Plan:
         values["crossing_at"] = tuple(values["crossing_at"])
         return Plan(**values)
     except (KeyError, TypeError) as error:
-        message = f"not a description of a net: {error}"
-        raise SettingsError(message) from None
+        raise SettingsError(f"not a description of a net: {error}") from None

@@ -1,28 +1,20 @@
 """Figures 1, 3 and 4, and the activations, as they are printed; needs matplotlib."""
 
-from __future__ import annotations
+from collections.abc import Sequence
+from typing import Any, Final
 
-from typing import TYPE_CHECKING, Any, Final
-
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
 
 from modelpar.studies import learning
+from modelpar.studies.gather import Run
+from modelpar.studies.kernels import Kernels
+from modelpar.studies.portrait import Portrait
 from modelpar.training import bars
-from modelpar.training.answers import NEAREST
+from modelpar.training.activity import Activity
+from modelpar.training.answers import NEAREST, Likeness
 from modelpar.training.monitor import kernel_picture
 from modelpar.training.specialisation import COLOUR, RANDOM
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from matplotlib.axes import Axes
-    from matplotlib.figure import FigureBase
-
-    from modelpar.studies.gather import Run
-    from modelpar.studies.kernels import Kernels
-    from modelpar.studies.portrait import Portrait
-    from modelpar.training.activity import Activity
-    from modelpar.training.answers import Likeness
 
 DPI: Final = 200
 COLUMNS: Final = ("#4d4d4d", "#d9534f")  # column 0, column 1

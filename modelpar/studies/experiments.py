@@ -1,18 +1,13 @@
 """What an experiment of ``conf/experiment/`` changes, and which run is the control of which."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from modelpar import config
 from modelpar.errors import SettingsError
-from modelpar.studies.gather import SIZES, told
-
-if TYPE_CHECKING:
-    from modelpar.studies.gather import Run
+from modelpar.studies.gather import SIZES, Run, told
 
 NET: Final = (
     "recipe.",

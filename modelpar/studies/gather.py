@@ -1,13 +1,12 @@
 """Runs as they lie on the disk: which they are, what they were told, how they went."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,9 +15,6 @@ from yaml import YAMLError
 from modelpar.errors import DataError, SettingsError, one_line
 from modelpar.training.monitor import METRICS
 from modelpar.training.runs import CONFIG
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 # What does not make a run another one: where it ran, what it showed, and the seed.
 APART: Final = frozenset(
@@ -108,8 +104,9 @@ def find(patterns: Sequence[str]) -> list[Path]:
         places = [Path(place) for place in sorted(glob(str(named)))]  # noqa: PTH207
         runs = [run for place in places for run in _runs(place)]
         if not runs:
-            message = f"runs={pattern}: no run there; give folders with {CONFIG} and {METRICS}"
-            raise SettingsError(message)
+            raise SettingsError(
+                f"runs={pattern}: no run there; give folders with {CONFIG} and {METRICS}"
+            )
         for run in runs:
             found.setdefault(run.resolve(), run)  # once, by whatever name
     return list(found.values())
@@ -143,8 +140,9 @@ def read(folder: Path) -> Run:
         run = Run(folder, own, train, tests, errors, _ended(own, rows))
         _ = run.key, run.data  # all that is asked of it later is there
     except (OSError, ValueError, KeyError, TypeError, YAMLError, OmegaConfBaseException) as error:
-        message = f"{folder}: not a run that can be read ({one_line(error)}); leave it out"
-        raise DataError(message) from None
+        raise DataError(
+            f"{folder}: not a run that can be read ({one_line(error)}); leave it out"
+        ) from None
     return run
 
 

@@ -1,13 +1,16 @@
 """Figure 3 over runs: what the kernels of each column are, and by how much the columns differ."""
 
-from __future__ import annotations
-
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import Final
+
+from torch import Tensor
 
 from modelpar.net.paper import plan_of
+from modelpar.studies.gather import Run
 from modelpar.studies.table import grid, spread
 from modelpar.training import checkpoint
 from modelpar.training.specialisation import (
@@ -17,14 +20,6 @@ from modelpar.training.specialisation import (
     difference,
     specialisation,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from modelpar.studies.gather import Run
 
 HEAD: Final = (
     "run", "seed", "step", "off grey, column 0", "off grey, column 1", "difference",

@@ -1,19 +1,14 @@
 """Figure 1: training error over the epochs, and when it first falls to a quarter."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
+from modelpar.studies.gather import Run
 from modelpar.studies.table import grid
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from modelpar.studies.gather import Run
 
 GOAL: Final = 25.0  # figure 1: training error in %
 PUBLISHED: Final = 6.0  # figure 1: times as many epochs with tanh as with ReLU

@@ -1,21 +1,16 @@
 """The comparison as one page of HTML that needs nothing else: tables and learning curves."""
 
-from __future__ import annotations
-
 import io
+from collections.abc import Sequence
 from html import escape
 from statistics import mean
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
 from modelpar.studies import table
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from modelpar.studies.table import Group
+from modelpar.studies.table import Group
 
 SMOOTH: Final = 40  # a curve's points are means over this part of its length
 STYLE: Final = """

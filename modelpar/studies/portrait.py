@@ -1,11 +1,10 @@
 """One trained net, whole on one device, as figures 3 and 4 look at it."""
 
-from __future__ import annotations
-
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import nn
@@ -13,17 +12,12 @@ from torch import nn
 from modelpar import host
 from modelpar.images.augment import Lens
 from modelpar.mesh import Mesh
-from modelpar.settings import EvaluateSettings
+from modelpar.settings import EvaluateSettings, FiguresSettings
 from modelpar.studies.kernels import Kernels
 from modelpar.training import scoring
 from modelpar.training.activity import MEASURES, Activity, Watched
 from modelpar.training.answers import Figure4, chosen, figure4, look, spread
 from modelpar.training.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from modelpar.settings import FiguresSettings
 
 HEAD: Final = ("layer", "column", *MEASURES)
 

@@ -1,21 +1,16 @@
 """One table for each data set: our errors over the seeds, their difference, the published one."""
 
-from __future__ import annotations
-
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from modelpar import config
 from modelpar.errors import SettingsError
 from modelpar.studies import experiments
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from modelpar.studies.gather import Run
+from modelpar.studies.gather import Run
 
 HEAD: Final = (
     "experiment", "seeds", "steps", "views", "top-1 error, %", "top-5 error, %",

@@ -1,23 +1,16 @@
 """What the layers give in an evaluation: how large, how often zero, which maps are dead (3.1)."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from modelpar.mesh import Mesh, sum_over
 from modelpar.net.layers import Activation
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Self
-
-    from torch import Tensor
-    from torch.utils.hooks import RemovableHandle
 
 LOGITS: Final = "logits"
 TORCHS: Final = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU)  # of nets that are not built from ours

@@ -4,27 +4,21 @@ Section 6.1: "if two images produce feature activation vectors with a small Eucl
 we can say that the higher levels of the neural network consider them to be similar".
 """
 
-from __future__ import annotations
-
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Subset
 from torchvision.utils import make_grid
 
+from modelpar.images.augment import Lens
 from modelpar.images.loader import TestLoader
+from modelpar.images.samples import Images, ImageSet
 from modelpar.mesh import Mesh, generator, sum_over
 from modelpar.training.activity import activations_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from torch import Tensor, nn
-
-    from modelpar.images.augment import Lens
-    from modelpar.images.samples import Images, ImageSet
 
 SHOWN: Final = 8  # figure 4: test images with their likeliest classes
 LIKELIEST: Final = 5  # figure 4

@@ -1,18 +1,12 @@
 """Figure 4's left half: test images, and bars for their likeliest classes; needs matplotlib."""
 
-from __future__ import annotations
+from collections.abc import Sequence
+from typing import Final
 
-from typing import TYPE_CHECKING, Final
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
 
-from matplotlib.figure import Figure
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from matplotlib.axes import Axes
-    from matplotlib.figure import FigureBase
-
-    from modelpar.training.answers import Answer
+from modelpar.training.answers import Answer
 
 ROW: Final = 4  # images a row, as in figure 4
 RIGHT: Final = "#d9534f"  # the class that is right; figure 4 has it red

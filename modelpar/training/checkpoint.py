@@ -3,8 +3,6 @@
 A step's folder is whole or it is not there.  No pickle anywhere.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -12,24 +10,21 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from modelpar import __version__
 from modelpar.errors import CheckpointError, one_line
 from modelpar.mesh import Mesh, first_complaint
 from modelpar.net.alexnet import merge, part_of, place_of
 from modelpar.net.paper import COLUMNS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
 
 FORMAT: Final = 2
 MANIFEST: Final = "manifest.json"
@@ -99,8 +94,9 @@ def save(
         if complaint := first_complaint(failure, mesh):
             if mesh.rank == 0:
                 shutil.rmtree(saving.unfinished, ignore_errors=True)
-            message = f"{final}: not saved, {complaint}; older checkpoints are as they were"
-            raise CheckpointError(message)
+            raise CheckpointError(
+                f"{final}: not saved, {complaint}; older checkpoints are as they were"
+            )
     return final
 
 
@@ -203,11 +199,10 @@ def check_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < needed * SPARE:
-        message = (
+        raise CheckpointError(
             f"{folder}: {what} needs {needed * SPARE / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
             "free; make room or give another run_dir"
         )
-        raise CheckpointError(message)
 
 
 def num_bytes(parts: Mapping[Kind, Mapping[str, Tensor]]) -> int:
@@ -269,24 +264,25 @@ def open_step(folder: Path) -> Checkpoint:
         manifest = json.loads((folder / MANIFEST).read_text())
         names, version = manifest["files"], manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        message = (
+        raise CheckpointError(
             f"{folder / MANIFEST}: not a readable manifest ({one_line(error)}); {_older(folder)}"
-        )
-        raise CheckpointError(message) from None
+        ) from None
     if version != FORMAT:
-        message = f"{folder}: format {version}, this modelpar reads {FORMAT}; install its modelpar"
-        raise CheckpointError(message)
+        raise CheckpointError(
+            f"{folder}: format {version}, this modelpar reads {FORMAT}; install its modelpar"
+        )
     if signed(manifest) != manifest:
-        message = f"{folder / MANIFEST}: damaged, its hash is not its own; {_older(folder)}"
-        raise CheckpointError(message)
+        raise CheckpointError(
+            f"{folder / MANIFEST}: damaged, its hash is not its own; {_older(folder)}"
+        )
     for name in names:
         if Path(name).name != name or name.startswith("."):
-            message = f"{folder / MANIFEST}: {name!r} is not a plain file name"
-            raise CheckpointError(message)
+            raise CheckpointError(f"{folder / MANIFEST}: {name!r} is not a plain file name")
     named = STEP_NAME.fullmatch(folder.name)
     if named and int(named[1]) != manifest["step"]:
-        message = f"{folder}: holds step {manifest['step']}; give the folder its own name back"
-        raise CheckpointError(message)
+        raise CheckpointError(
+            f"{folder}: holds step {manifest['step']}; give the folder its own name back"
+        )
     return Checkpoint(folder, manifest)
 
 
@@ -306,15 +302,15 @@ def find(path: str) -> Checkpoint | Path:
     if (place / MANIFEST).is_file():
         return open_step(place)
     if place.suffix in PICKLES or (place / ".metadata").is_file():
-        message = (
+        raise CheckpointError(
             f"checkpoint={path}: may hold a pickle, which runs whatever it likes, and is never "
             "read; give a run, a step or a .safetensors"
         )
-        raise CheckpointError(message)
     found = newest(place)
     if found is None:
-        message = f"checkpoint={path}: no checkpoint there; give a run, a step or a .safetensors"
-        raise CheckpointError(message)
+        raise CheckpointError(
+            f"checkpoint={path}: no checkpoint there; give a run, a step or a .safetensors"
+        )
     return found
 
 
@@ -324,19 +320,18 @@ def read_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> dict[
         content = path.read_bytes()
     except OSError as error:
         older = f"; {_older(path.parent)}" if expected is not None else ""
-        message = f"{path}: cannot be read ({error.strerror}){older}"
-        raise CheckpointError(message) from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}){older}") from None
     if expected is not None and (
         len(content) != expected["bytes"]
         or hashlib.sha256(content).hexdigest() != expected["sha256"]
     ):
-        message = f"{path}: damaged, size or hash is not the manifest's; {_older(path.parent)}"
-        raise CheckpointError(message)
+        raise CheckpointError(
+            f"{path}: damaged, size or hash is not the manifest's; {_older(path.parent)}"
+        )
     try:
         return safetensors.torch.load(content)
     except SafetensorError as error:
-        message = f"{path}: not a safetensors file ({one_line(error)})"
-        raise CheckpointError(message) from None
+        raise CheckpointError(f"{path}: not a safetensors file ({one_line(error)})") from None
 
 
 def read_part(source: Checkpoint, kind: Kind, column: int | None) -> dict[str, Tensor]:
@@ -349,8 +344,7 @@ def read_part(source: Checkpoint, kind: Kind, column: int | None) -> dict[str, T
     def part(owner: int) -> dict[str, Tensor]:
         name = part_name(saved, owner, kind)
         if name not in source.manifest["files"]:
-            message = f"{source.folder / MANIFEST}: names no {name}"
-            raise CheckpointError(message)
+            raise CheckpointError(f"{source.folder / MANIFEST}: names no {name}")
         return read_tensors(source.folder / name, source.manifest["files"][name])
 
     if saved == 1:

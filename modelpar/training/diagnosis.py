@@ -1,21 +1,15 @@
 """Where a number that is not finite came from: the same step once more, every layer watched."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modelpar.images.loader import Batch
 from modelpar.mesh import gather_text
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor, nn
-
-    from modelpar.images.loader import Batch
-    from modelpar.training.engine import Learner
+from modelpar.training.engine import Learner
 
 COPIES: Final = ("clone", "_to_copy", "contiguous")
 

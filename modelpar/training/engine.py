@@ -1,33 +1,27 @@
 """The net on its devices, one step, one evaluation: how it learns, on one process or many."""
 
-from __future__ import annotations
-
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import get_total_norm
 
+from modelpar.images.augment import Lens
+from modelpar.images.loader import Batch
 from modelpar.mesh import Mesh, peer_named
 from modelpar.net.alexnet import AlexNet, Column
 from modelpar.net.baselines import FourLayer, Torchvision, whole
 from modelpar.net.crossing import Link
 from modelpar.net.layers import Draw
 from modelpar.net.paper import BASELINES, OWN_CROSSINGS, Plan, Recipe
+from modelpar.settings import CrossingSettings, ModelSettings
 from modelpar.training.metrics import ErrorCount, Errors
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from torch import Tensor, nn
-
-    from modelpar.images.augment import Lens
-    from modelpar.images.loader import Batch
-    from modelpar.settings import CrossingSettings, ModelSettings
-    from modelpar.training.optimizer import MomentumDecay
-    from modelpar.training.schedule import Schedule
+from modelpar.training.optimizer import MomentumDecay
+from modelpar.training.schedule import Schedule
 
 DTYPES: Final = {
     "float32": torch.float32,

@@ -1,11 +1,11 @@
 """A whole training: epochs, evaluations, checkpoints, and going on where one was stopped."""
 
-from __future__ import annotations
-
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Final, NoReturn
+from pathlib import Path
+from typing import Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,31 +15,24 @@ from modelpar.config import without_secrets
 from modelpar.errors import CheckpointError, DivergedError, StoppedError
 from modelpar.host import compiler_complaint
 from modelpar.images.augment import Lens, Statistics
-from modelpar.images.loader import TestLoader, TrainLoader
+from modelpar.images.loader import Batch, TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.mesh import Mesh, digest, first_complaint, gather_text, sum_over, tell
 from modelpar.net.alexnet import Column, check_state
 from modelpar.net.paper import settings_of
+from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint, runs
 from modelpar.training.activity import Watched
 from modelpar.training.answers import chosen, figure4
 from modelpar.training.diagnosis import name_culprit
 from modelpar.training.engine import DTYPES, Learner, all_finite, build, evaluate
-from modelpar.training.metrics import places
+from modelpar.training.metrics import Errors, places
 from modelpar.training.monitor import Meter, Monitor, image_grid, show
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.saver import Keep, Saver
 from modelpar.training.schedule import Schedule
 from modelpar.training.start import Prepared, chosen_data, find_start, last_error
 from modelpar.training.watch import Watch, signal_name
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from modelpar.images.loader import Batch
-    from modelpar.settings import TrainSettings
-    from modelpar.training.metrics import Errors
 
 WATCHED: Final = 128  # test images of an evaluation whose activations are looked at: one batch
 LOOKED_AT: Final = 512  # training images, for figure 4 at a run's end: a few seconds
@@ -92,11 +85,10 @@ def _agreed_statistics(
         raise CheckpointError(complaint)
     own = (start.digest if start else "none", digest([stats.mean, stats.std, stats.axes]))
     if len(set(gather_text(repr(own), mesh))) > 1:
-        message = (
+        raise CheckpointError(
             "the processes see different checkpoints or mean images; give them one disk to share, "
             "or one cache_dir"
         )
-        raise CheckpointError(message)
     return stats
 
 
@@ -280,11 +272,10 @@ class _Training:
         how = f"run_dir={self.run_dir}"
         if self.settings.resume != "auto":
             how += " resume=auto"
-        message = (
+        raise StoppedError(
             f"{self.run_dir}: asked to stop ({signal_name(asked)}), saved at step {self.step} of "
             f"{self.total}; the same command with {how} goes on"
         )
-        raise StoppedError(message)
 
     def _row(
         self, batch: Batch, loss: Tensor, epoch: int, rates: dict[str, float]
@@ -309,11 +300,10 @@ class _Training:
         """Raise DivergedError, the same on every process."""
         saved = checkpoint.steps(self.run_dir / "checkpoints")
         kept = "the last checkpoint is good, but the same rate diverges again: "
-        message = (
+        raise DivergedError(
             f"step {step}: {what}; {kept if saved else ''}start a new run_dir with a "
             "lower recipe.lr"
         )
-        raise DivergedError(message)
 
     def _evaluate(self) -> int:
         """Evaluate, record, tell the schedule; return the signal that broke it off, else 0."""

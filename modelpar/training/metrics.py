@@ -1,18 +1,14 @@
 """Exact top-1 and top-5 error: integer counts over every sample once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from modelpar.mesh import sum_over
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.distributed import ProcessGroup
 
 TOP: Final = 5
 

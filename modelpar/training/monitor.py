@@ -1,37 +1,29 @@
 """What a run shows of itself: progress bar, metrics.jsonl, TensorBoard; rank 0 alone."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from modelpar.images.loader import Batch
+from modelpar.net.crossing import Link
 from modelpar.net.paper import COLUMNS
-from modelpar.training.activity import MEASURES
-from modelpar.training.answers import nearest_picture
+from modelpar.training.activity import MEASURES, Activity
+from modelpar.training.answers import Figure4, nearest_picture
+from modelpar.training.metrics import Errors
 from modelpar.training.specialisation import difference, specialisation
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from modelpar.images.loader import Batch
-    from modelpar.net.crossing import Link
-    from modelpar.training.activity import Activity
-    from modelpar.training.answers import Figure4
-    from modelpar.training.metrics import Errors
 
 METRICS: Final = "metrics.jsonl"
 KERNELS: Final = "conv1.png"

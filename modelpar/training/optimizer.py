@@ -1,18 +1,12 @@
 """The momentum and decay update of section 5, and which parameters get which rates."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import nn
-
-    from modelpar.net.paper import Recipe
+from modelpar.net.paper import Recipe
 
 
 class MomentumDecay(Optimizer):

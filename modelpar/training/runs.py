@@ -1,11 +1,11 @@
 """A run directory: which run lives there, and whether the one that starts is the same."""
 
-from __future__ import annotations
-
 import os
 import time
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
@@ -15,10 +15,6 @@ from yaml import YAMLError
 from modelpar.config import without_secrets
 from modelpar.errors import CheckpointError, SettingsError, one_line
 from modelpar.mesh import Mesh, first_complaint
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
-    from pathlib import Path
 
 CONFIG: Final = "config.yaml"
 # What makes two starts the same run: these give the same trajectory; the rest may change.
@@ -38,37 +34,39 @@ def check_same(run_dir: Path, settings: Mapping[str, Any], resume: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        message = f"run_dir={run_dir}: cannot be read ({error.strerror}); give another folder"
-        raise SettingsError(message) from None
+        raise SettingsError(
+            f"run_dir={run_dir}: cannot be read ({error.strerror}); give another folder"
+        ) from None
     if not found:
         return
     if CONFIG not in found:
-        message = f"run_dir={run_dir}: holds {min(found)}, which is no run's; give a new folder"
-        raise SettingsError(message)
+        raise SettingsError(
+            f"run_dir={run_dir}: holds {min(found)}, which is no run's; give a new folder"
+        )
     if resume != "auto":
-        message = f"run_dir={run_dir}: holds a run, and resume={resume}; give a new folder"
-        raise SettingsError(message)
+        raise SettingsError(
+            f"run_dir={run_dir}: holds a run, and resume={resume}; give a new folder"
+        )
     try:
         before = OmegaConf.load(run_dir / CONFIG)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        message = f"{run_dir / CONFIG}: cannot be read ({one_line(error)}); give a new folder"
-        raise SettingsError(message) from None
+        raise SettingsError(
+            f"{run_dir / CONFIG}: cannot be read ({one_line(error)}); give a new folder"
+        ) from None
     now = OmegaConf.create(dict(settings))
     for key in SAME:
         old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
         if old != new:
-            message = (
+            raise SettingsError(
                 f"run_dir={run_dir}: holds a run with {_first_difference(key, old, new)}; "
                 "give a new folder, or the same settings"
             )
-            raise SettingsError(message)
     old, new = (int(run.batch_size) * int(run.replicas) for run in (before, now))
     if old != new:
-        message = (
+        raise SettingsError(
             f"run_dir={run_dir}: holds a run with {old} images a step (batch_size * replicas), "
             f"not {new}; give a new folder, or the same settings"
         )
-        raise SettingsError(message)
 
 
 def _first_difference(key: str, old: Any, new: Any) -> str:

@@ -1,25 +1,19 @@
 """Saving while the training goes on, and which steps stay on the disk."""
 
-from __future__ import annotations
-
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+from torch import Tensor
 
 from modelpar.errors import CheckpointError
-from modelpar.mesh import wait_for
+from modelpar.mesh import Mesh, wait_for
 from modelpar.training import checkpoint
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from modelpar.mesh import Mesh
-    from modelpar.training.checkpoint import Kind
+from modelpar.training.checkpoint import Kind
 
 CLOSING: Final = 10.0  # s that a run which ends badly waits for a save under way
 

@@ -1,16 +1,11 @@
 """Learning rates over the epochs: constant, a tenth when stalled or at fixed epochs, dexp."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from modelpar.net import paper
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from modelpar.net.paper import Recipe
+from modelpar.net.paper import Recipe
 
 # Differs: section 5 gives no number for "stopped improving"; here it is five epochs without a new
 # best error, and the test images stand in for its validation images.

@@ -1,40 +1,33 @@
 """Evaluating and exporting what a training left: a run, one of its steps, or one file."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 import safetensors
 import safetensors.torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
+from torch import Tensor
 
 from modelpar import config
 from modelpar.errors import CheckpointError, SettingsError, one_line
 from modelpar.images.augment import Lens, Statistics
 from modelpar.images.loader import TestLoader
+from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
+from modelpar.mesh import Mesh
 from modelpar.net.alexnet import check_state, part_of
 from modelpar.net.baselines import whole
 from modelpar.net.paper import Plan, plan_of, settings_of
-from modelpar.settings import DataSettings
+from modelpar.settings import DataSettings, EvaluateSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, read_tensors
 from modelpar.training.engine import DTYPES, Net, build, evaluate
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from modelpar.images.samples import ImageSet
-    from modelpar.mesh import Mesh
-    from modelpar.settings import EvaluateSettings
-    from modelpar.training.metrics import Errors
+from modelpar.training.metrics import Errors
 
 TOLD: Final = ("step", "seed", "images_a_step")
 METADATA: Final = "modelpar"  # key of the exported file's metadata: plan and data as JSON
@@ -74,8 +67,9 @@ def find(path: str) -> Trained:
         numbers = [int(told[key]) for key in TOLD]
         return Trained(source, plan, data, *numbers)
     except (KeyError, TypeError, ValueError, SafetensorError, SettingsError) as error:
-        message = f"checkpoint={path}: does not say what net it holds ({one_line(error)})"
-        raise CheckpointError(message) from None
+        raise CheckpointError(
+            f"checkpoint={path}: does not say what net it holds ({one_line(error)})"
+        ) from None
 
 
 def _data_of(values: dict[str, Any]) -> DataSettings:
@@ -99,8 +93,9 @@ def prepare(settings: EvaluateSettings) -> Prepared:
     """Find weights, images and mean image; raises for all that can fail before a process group."""
     trained = find(settings.checkpoint)
     if settings.columns > trained.plan.columns:
-        message = f"checkpoint={settings.checkpoint}: its net has one column; give columns=1"
-        raise SettingsError(message)
+        raise SettingsError(
+            f"checkpoint={settings.checkpoint}: its net has one column; give columns=1"
+        )
     data = settings.data
     if not data.name:  # the run's own, but for what was given
         data = replace(trained.data, download=data.download)
@@ -113,8 +108,9 @@ def prepare(settings: EvaluateSettings) -> Prepared:
     if isinstance(trained.source, Checkpoint):  # the mean the net was trained with
         stats = Statistics(**checkpoint.read_statistics(trained.source))
         if stats.mean.shape[-1] != images.stored_size:
-            message = f"data={data.name}: stored at another size than {trained.source.folder}'s"
-            raise SettingsError(message)
+            raise SettingsError(
+                f"data={data.name}: stored at another size than {trained.source.folder}'s"
+            )
     else:
         stats = statistics(images, cache, data.workers)
     workers = data.workers if settings.workers is None else settings.workers
@@ -184,7 +180,6 @@ def export(path: str, out: Path) -> str:
         unfinished.replace(out)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
-        message = f"out={out}: not written ({one_line(error)})"
-        raise CheckpointError(message) from None
+        raise CheckpointError(f"out={out}: not written ({one_line(error)})") from None
     parameters = sum(value.numel() for value in weights.values())
     return f"{out}: {len(weights)} tensors, {parameters:,} parameters, {trained.plan.recipe.name}"

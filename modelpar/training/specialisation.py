@@ -4,16 +4,12 @@ The paper says of its picture that the kernels of one GPU are largely colour-agn
 other largely colour-specific, in every run.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import hypot, sqrt
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 COLOURS: Final = 3
 RANDOM: Final = 1 - 1 / COLOURS  # share off the grey axis of weights that have learnt nothing

@@ -1,25 +1,19 @@
 """What a training needs before its processes meet: images, plan, and where it goes on from."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from modelpar import config, host
 from modelpar.errors import CheckpointError, DataError, SettingsError
+from modelpar.images.augment import Statistics
 from modelpar.images.order import BatchOrder
+from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
 from modelpar.net.paper import Plan, Recipe, settings_of
+from modelpar.settings import DataSettings, ModelSettings, TrainSettings
 from modelpar.training import checkpoint
 from modelpar.training.engine import plan_for
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from modelpar.images.augment import Statistics
-    from modelpar.images.samples import ImageSet
-    from modelpar.settings import DataSettings, ModelSettings, TrainSettings
 
 
 def chosen_data(data: DataSettings, model: ModelSettings) -> DataSettings:
@@ -47,8 +41,7 @@ def prepare(settings: TrainSettings) -> Prepared:
     recipe = Recipe(**asdict(settings.recipe))
     planned = plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
     if settings.columns > planned.columns:
-        message = f"model.net={planned.net}: has one column; give columns=1"
-        raise SettingsError(message)
+        raise SettingsError(f"model.net={planned.net}: has one column; give columns=1")
     cache = config.cache_dir(settings.cache_dir)
     images = open_set(data, cache, settings.seed, settings.batch_size * settings.replicas)
     order = BatchOrder(
@@ -59,8 +52,9 @@ def prepare(settings: TrainSettings) -> Prepared:
         steps = min(steps, settings.steps)
     plan = plan_for(recipe, settings.model, len(images.classes), data.image_size)
     if settings.replicas > 1 and plan.norm == "batch":
-        message = "model.norm=batch: each replica would normalize by itself; give replicas=1"
-        raise SettingsError(message)
+        raise SettingsError(
+            "model.norm=batch: each replica would normalize by itself; give replicas=1"
+        )
     workers = data.workers if settings.workers is None else settings.workers
     launched = host.place()
     host.check_shared_memory(
@@ -82,8 +76,7 @@ def find_start(
     if found is None and settings.resume not in {"auto", "never"}:
         named = checkpoint.find(settings.resume)
         if not isinstance(named, checkpoint.Checkpoint):
-            message = f"resume={settings.resume}: weights alone; give a run or a step"
-            raise CheckpointError(message)
+            raise CheckpointError(f"resume={settings.resume}: weights alone; give a run or a step")
         found = named
     if found is None:
         return None
@@ -94,17 +87,15 @@ def find_start(
         ("precision", settings.precision),
     ):
         if found.manifest.get(key) != now:
-            message = (
+            raise CheckpointError(
                 f"{found.folder}: its {key} is not this training's; give the settings it was "
                 "made with, or another run_dir"
             )
-            raise CheckpointError(message)
     if found.manifest.get("fingerprint") != prepared.images.fingerprint:
-        message = (
+        raise DataError(
             f"data={settings.data.name}: not the images that {found.folder} was trained on; bring "
             "them back, or give another run_dir"
         )
-        raise DataError(message)
     return found
 
 

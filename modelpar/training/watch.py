@@ -5,23 +5,16 @@ loss falls, and the net is wrong.  Each column sends a digest of its batch, and 
 gradients are finite, before the step's update: what they do not agree on changes no weight.
 """
 
-from __future__ import annotations
-
 import signal
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+from torch import Tensor
 
 from modelpar.errors import DataError, DivergedError
-from modelpar.images.loader import PIXELS_EVERY
-from modelpar.mesh import digest, tell
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from modelpar.images.loader import Batch
-    from modelpar.mesh import Mesh
-    from modelpar.stop import Request
+from modelpar.images.loader import PIXELS_EVERY, Batch
+from modelpar.mesh import Mesh, digest, tell
+from modelpar.stop import Request
 
 WEIGHTS_EVERY: Final = 500  # steps, between replicas
 
@@ -64,20 +57,18 @@ class Watch:
         for first in range(0, len(told), columns):
             pair = told[first : first + columns]
             if len({one[:2] for one in pair}) > 1:
-                message = (
+                raise DataError(
                     f"step {step}: the columns were given different batches ({_list(pair, 1)}); "
                     "see that all ranks read the same images, and go on from a checkpoint "
                     f"{PIXELS_EVERY} steps older"
                 )
-                raise DataError(message)
         for column in range(columns):
             same = told[column::columns]
             if len({one[2] for one in same}) > 1:
-                message = (
+                raise DivergedError(
                     f"step {step}: the replicas' weights of column {column} differ "
                     f"({_list(same, 2)}); go on from the last checkpoint"
                 )
-                raise DivergedError(message)
         asked, failures, infinite = (max(one[place] for one in told) for place in (3, 4, 5))
         return Told(asked, bool(failures), not infinite)
 

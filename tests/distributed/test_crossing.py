@@ -1,27 +1,20 @@
 """The crossings alone: adjoints, what they carry, what they count."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
+from ranks import Ranks
 
+from modelpar.mesh import Mesh
 from modelpar.net.crossing import (
     Convolution,
     Crossing,
     Linear,
     Link,
+    Multiply,
     depart,
     product,
     summed,
 )
-
-if TYPE_CHECKING:
-    from ranks import Ranks
-
-    from modelpar.mesh import Mesh
-    from modelpar.net.crossing import Multiply
 
 
 def _link(mesh: Mesh, **how: object) -> Link:

@@ -1,12 +1,11 @@
 """Split changes nothing: the pair computes what the whole net computes, to 1e-12 in float64."""
 
-from __future__ import annotations
-
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional
 
@@ -18,9 +17,6 @@ from modelpar.settings import CrossingSettings
 from modelpar.training.engine import DTYPES, Learner, build
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
-
-if TYPE_CHECKING:
-    from ranks import Ranks
 
 CLASSES = 10
 SIZE = 64

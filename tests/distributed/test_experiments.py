@@ -1,22 +1,17 @@
 """Each experiment takes two steps, on two processes where its net is split."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from ranks import Ranks
 
 from modelpar import config
 from modelpar.mesh import Mesh
 from modelpar.training import loop, start
 from modelpar.training.checkpoint import newest
-
-if TYPE_CHECKING:
-    from ranks import Ranks
 
 NAMES = sorted(path.stem for path in (config.conf_dir() / "experiment").glob("*.yaml"))
 QUICK = {

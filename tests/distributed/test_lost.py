@@ -1,12 +1,11 @@
 """A process that is killed or stands still: the others say so, in time and in one line."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +14,10 @@ from torch import nn
 
 from modelpar.errors import PeerLostError
 from modelpar.images.loader import Batch
+from modelpar.mesh import Mesh
 from modelpar.training import checkpoint
 from modelpar.training.engine import Learner
 from modelpar.training.saver import Keep, Saver
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from modelpar.mesh import Mesh
 
 TIMEOUT = 4.0  # s: comm.timeout here
 

@@ -1,23 +1,19 @@
 """Before a group starts: who is there, whether all have the same, and what is called in it."""
 
-from __future__ import annotations
-
 import math
 import os
 import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Ranks
 
 from modelpar import host, mesh
 from modelpar.errors import DataError, LaunchError, RunError
 from modelpar.mesh import Mesh, sum_over, swap, tell
-
-if TYPE_CHECKING:
-    from ranks import Ranks
 
 
 def free_port() -> int:
@@ -102,8 +98,7 @@ def prepared(ranks: Mesh, port: int, how: str, which: int = 1) -> tuple[str, flo
 
     def prepare() -> str:
         if odd and how == "failed":
-            message = "data.root=nowhere: no such folder"
-            raise DataError(message)
+            raise DataError("data.root=nowhere: no such folder")
         time.sleep(3.0 if odd else 0.0)
         return "fine"
 

@@ -1,14 +1,14 @@
 """The nets that are no columns train as the others do: replicas, resume, evaluation, export."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
+from ranks import Ranks
 from safetensors.torch import load_file
 
 from modelpar import Recipe, config
@@ -20,11 +20,6 @@ from modelpar.training.checkpoint import newest, read_conv1, read_part
 from modelpar.training.engine import DTYPES, Learner, build, plan_for
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ranks import Ranks
 
 ALONE = Mesh(torch.device("cpu"))
 SIZES = {"four_layer": 28, "torchvision": 64}

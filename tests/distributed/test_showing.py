@@ -1,14 +1,13 @@
 """What the figures show of the pair is what they show of the whole net, and costs no bit of it."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modelpar import config
@@ -19,9 +18,6 @@ from modelpar.training.activity import Watched
 from modelpar.training.answers import chosen, figure4, look
 from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.engine import build
-
-if TYPE_CHECKING:
-    from ranks import Ranks
 
 ALONE = Mesh(torch.device("cpu"))
 

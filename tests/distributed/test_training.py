@@ -1,31 +1,24 @@
 """Whole trainings on real processes: the same inputs, exact resume over epochs, divergence."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 
 from modelpar import config
 from modelpar.errors import DivergedError
 from modelpar.images.augment import Lens
-from modelpar.images.loader import TrainLoader
+from modelpar.images.loader import Batch, TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.mesh import Mesh
 from modelpar.training import loop, start
 from modelpar.training.checkpoint import newest, read_part, signed
 from modelpar.training.engine import Learner
-
-if TYPE_CHECKING:
-    from ranks import Ranks
-
-    from modelpar.images.loader import Batch
-
 
 QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
 

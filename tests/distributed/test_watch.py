@@ -1,14 +1,13 @@
 """The control message: different batches, unequal replicas and requests to stop reach everyone."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 
 from modelpar import config, stop
 from modelpar.errors import DivergedError, RunError
@@ -19,9 +18,6 @@ from modelpar.mesh import Mesh
 from modelpar.training import loop, start, watch
 from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.watch import Watch
-
-if TYPE_CHECKING:
-    from ranks import Ranks
 
 QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
 

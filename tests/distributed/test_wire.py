@@ -1,19 +1,14 @@
 """The kernel's own count: two hosts, one wire, what crosses it in a training step."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 HOSTS = {"10.77.0.1": "modelpar-a", "10.77.0.2": "modelpar-b"}
 WIRES = {"10.77.0.1": "mpwire-a", "10.77.0.2": "mpwire-b"}

@@ -1,19 +1,12 @@
 """The mesh on real processes: who is where, what all learn, what is refused."""
 
-from __future__ import annotations
-
 import resource
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from ranks import Ranks
 
-from modelpar.mesh import first_complaint, gather_text, sum_over, swap
-
-if TYPE_CHECKING:
-    from ranks import Ranks
-
-    from modelpar.mesh import Mesh
+from modelpar.mesh import Mesh, first_complaint, gather_text, sum_over, swap
 
 
 def place(mesh: Mesh) -> tuple[int, int, int, str]:

@@ -1,7 +1,5 @@
 """The benchmark as a command, small: its table, and every field of its JSON."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The real commands, through both doors."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +20,6 @@ from modelpar import AlexNet, merge
 from modelpar.images.augment import Lens, Statistics
 from modelpar.stop import SAME
 from modelpar.training.checkpoint import find, newest, read_part, read_statistics
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 SMALL = ["batch_size=16", "monitor.progress=false", "compile=false"]  # quick to start

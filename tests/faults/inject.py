@@ -6,8 +6,6 @@ Each try starts the real command, does its harm from outside, and compares what 
 bit for bit, with a run that nobody disturbed.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random
@@ -22,21 +20,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from collections.abc import Callable
+from typing import TextIO
+
 from unit.test_bad_input import DATA, WORDS
 
 from modelpar.errors import CheckpointError
 from modelpar.training import checkpoint
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import TextIO
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 30, 5  # three epochs of ten steps, an evaluation after each

@@ -1,7 +1,5 @@
 """Five of each kind of fault, at random moments; the full table is made by ``inject.py``."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

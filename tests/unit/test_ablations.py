@@ -1,9 +1,7 @@
 """Each experiment composes, is a small override, and builds the net it names."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,12 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from modelpar import AlexNet, Column, Link, config
 from modelpar.net.baselines import whole
 from modelpar.net.paper import Plan, Recipe
+from modelpar.settings import TrainSettings
 from modelpar.training.engine import plan_for
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from modelpar.settings import TrainSettings
 
 NAMES = sorted(path.stem for path in (config.conf_dir() / "experiment").glob("*.yaml"))
 PAPERS = 60_965_224  # parameters of the paper's net

@@ -1,7 +1,5 @@
 """What the layers give: counted in one forward or in parts, without touching the net."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,8 +1,6 @@
 """The whole net and its columns: shapes, sizes, split and merge, other devices."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,9 +12,6 @@ from modelpar.errors import CheckpointError, SettingsError
 from modelpar.net.alexnet import check_state
 from modelpar.net.paper import plan_of, settings_of
 from modelpar.training.optimizer import MomentumDecay
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 RECIPES = ("paper", "code2012", "clean")
 

@@ -1,7 +1,5 @@
 """Figure 4: the likeliest classes, and the nearest training images, on nets and images made so."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

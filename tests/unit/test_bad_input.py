@@ -1,12 +1,11 @@
 """Whatever is wrong: one line that says what, where and how to mend it, and nothing is touched."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +14,6 @@ from PIL import Image
 from modelpar import config, evaluate, export, host, train
 from modelpar.mesh import Mesh
 from modelpar.training import loop, start
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 MAINS: dict[str, Callable[[], Any]] = {
     "train": train.main,

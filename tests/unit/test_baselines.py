@@ -1,9 +1,8 @@
 """The nets that are no columns: their sizes, layers, weights, masks, and what they refuse."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +18,6 @@ from modelpar.net.baselines import FourLayer, Local, Torchvision, whole
 from modelpar.net.layers import AcrossMaps, Draw
 from modelpar.training.engine import plan_for
 from modelpar.training.optimizer import MomentumDecay
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def plan(net: str, *words: str, classes: int = 10, size: int = 28) -> Plan:

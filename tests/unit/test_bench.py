@@ -1,10 +1,9 @@
 """What the benchmark compares is the same net, and what it prints is what it measured."""
 
-from __future__ import annotations
-
 import json
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +14,6 @@ from modelpar.bench import anatomy, report, rounds
 from modelpar.bench.contenders import CONTENDERS, Plain, gflop
 from modelpar.errors import SettingsError
 from modelpar.net.alexnet import plan_from
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.parametrize("recipe", ["paper", "code2012", "clean"])

@@ -1,12 +1,11 @@
 """Checkpoints are whole or not there; each damage is named."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +19,6 @@ from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, find, newest, open_step, read_part, save
 from modelpar.training.engine import plan_for
 from modelpar.training.saver import Keep, Saver, prune
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ONE = Mesh(torch.device("cpu"))
 KEEP = Keep(2)

@@ -1,12 +1,11 @@
 """Runs held against each other, from metrics as they lie on a disk."""
 
-from __future__ import annotations
-
 import csv
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +13,6 @@ from modelpar import compare, config
 from modelpar.errors import DataError, SettingsError
 from modelpar.studies import gather, page, table
 from modelpar.training import runs
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def stored(folder: Path, top1: float, *words: str, steps: int = 4) -> Path:

@@ -1,10 +1,9 @@
 """Settings: what is accepted, and the one line each wrong one gets."""
 
-from __future__ import annotations
-
 import threading
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +15,6 @@ from modelpar.errors import CheckpointError, SettingsError
 from modelpar.mesh import Mesh
 from modelpar.net import paper
 from modelpar.training import runs, start
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def refused(overrides: list[str]) -> str:

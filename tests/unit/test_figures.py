@@ -1,7 +1,5 @@
 """The command that draws the paper's figures, on a run of two steps."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

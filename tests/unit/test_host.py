@@ -1,7 +1,5 @@
 """What a launcher must say and a machine must have, checked before processes meet."""
 
-from __future__ import annotations
-
 import socket
 import time
 from types import SimpleNamespace
@@ -63,8 +61,7 @@ def test_cores_are_shared_by_the_processes_of_a_host(monkeypatch: pytest.MonkeyP
 
 def test_a_compiler_that_does_not_work_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
-        message = "No working C++ compiler found\nand a page of advice"
-        raise RuntimeError(message)
+        raise RuntimeError("No working C++ compiler found\nand a page of advice")
 
     host.compiler_complaint.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda _: broken)

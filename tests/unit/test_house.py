@@ -1,7 +1,5 @@
 """Imports run only downward: train, launch, training, images, net, mesh, config, errors."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -1,13 +1,11 @@
 """Order, draws and batches: functions of seed, epoch and position, of nothing else."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,9 +16,6 @@ from modelpar.images.augment import Draws, Lens, Statistics
 from modelpar.images.loader import TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder, sample_order
 from modelpar.mesh import Mesh
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CPU = torch.device("cpu")
 
@@ -37,8 +32,7 @@ class Numbered:
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if index == self.damaged:
-            message = f"photo {index}.jpg: not a readable image"
-            raise DataError(message)
+            raise DataError(f"photo {index}.jpg: not a readable image")
         return torch.full((3, 10, 10), index, dtype=torch.uint8), index
 
 

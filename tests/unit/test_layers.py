@@ -1,7 +1,5 @@
 """Response normalization against torch's own layer and against a plain sum; gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

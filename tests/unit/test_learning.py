@@ -1,7 +1,5 @@
 """Figure 1: when the training error falls to a quarter, and how much later with tanh."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

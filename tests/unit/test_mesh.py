@@ -1,7 +1,5 @@
 """What needs no second process: generators, one process alone, what a collective refuses."""
 
-from __future__ import annotations
-
 import torch
 
 from modelpar import mesh

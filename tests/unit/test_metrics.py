@@ -1,7 +1,5 @@
 """Errors are exact counts."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,10 +1,8 @@
 """What a run shows: rows once a step, kernels of both columns as one picture."""
 
-from __future__ import annotations
-
 import io
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from modelpar.training.activity import Activity
 from modelpar.training.metrics import Errors
 from modelpar.training.monitor import Monitor, kernel_picture
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 RATES = {"conv1.weight": 0.01, "fc8.weight": 0.01, "fc8.bias": 0.02}
 

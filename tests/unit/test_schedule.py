@@ -1,7 +1,5 @@
 """The published rates over the epochs, and how they scale with the length."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

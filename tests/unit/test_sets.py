@@ -1,10 +1,10 @@
 """Each data set on small made files of its own layout, and on what the machine carries."""
 
-from __future__ import annotations
-
 import gzip
 import pickle
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +18,6 @@ from modelpar.images.order import BatchOrder
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
 from modelpar.settings import DataSettings
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 
 def settings(name: str, **how: Any) -> DataSettings:

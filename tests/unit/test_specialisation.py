@@ -1,7 +1,5 @@
 """Figure 3 in numbers, on kernels whose colour and frequency are known."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

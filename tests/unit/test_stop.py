@@ -1,7 +1,5 @@
 """A request to stop: heard once, however often it is delivered; a later one ends at once."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

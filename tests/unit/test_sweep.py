@@ -1,10 +1,10 @@
 """Sweeps: what is checked before the first job, what a job's end does to the others."""
 
-from __future__ import annotations
-
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +14,6 @@ from modelpar import agent, config, train
 from modelpar.errors import DivergedError, PeerLostError, SettingsError, StoppedError
 from modelpar.mesh import Mesh
 from modelpar.training import loop, start
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 SMALL = [
     "data=imagefolder",
@@ -224,8 +220,7 @@ def test_a_search_survives_rates_that_diverge_and_takes_itself_up(
 
     def end(settings: Any) -> float:
         if len(launched.settings) == 2:
-            message = "step 2: the loss is nan"
-            raise DivergedError(message)
+            raise DivergedError("step 2: the loss is nan")
         return math.nan if len(launched.settings) == 3 else 100 * settings.recipe.lr
 
     launched.end = end

@@ -4,8 +4,6 @@ Numbers 7 and 8 need processes: gradients at the exchange, a loss counted once a
 on both columns, in ``distributed/test_exact.py`` and ``distributed/test_training.py``.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
