@@ -20,10 +20,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from modelpar import config, ends, host, jobs, mesh
+from modelpar import config, device, distributed, ends, environment, jobs
 from modelpar.errors import PeerLostError, RunError, StoppedError
 from modelpar.jobs import Job
-from modelpar.stop import SAME
+from modelpar.shutdown import DEBOUNCE_SECONDS
 
 THREADS_GIVEN: Final = "OMP_NUM_THREADS" in os.environ
 HANDLED: Final = (
@@ -48,12 +48,12 @@ def place(settings: Any) -> tuple[Any, int]:
     """
     ranks = settings.columns * settings.replicas
     one_gpu = (
-        host.choose_device("auto", ranks) == "cpu" and host.choose_device("auto", 1) == "cuda"
+        device.choose_device("auto", ranks) == "cpu" and device.choose_device("auto", 1) == "cuda"
     )
     if settings.device == "auto" and settings.replicas == 1 and one_gpu:
         settings.columns, ranks = 1, 1
         config.check_crossing(settings)
-    settings.device = host.choose_device(settings.device, ranks)
+    settings.device = device.choose_device(settings.device, ranks)
     return settings, ranks
 
 
@@ -70,7 +70,7 @@ def launch(
     ``handled`` ends the agent.
     """
     if not THREADS_GIVEN:  # of this job alone: the next of a sweep may have other ranks
-        os.environ["OMP_NUM_THREADS"] = str(max(1, host.cores() // ranks))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, device.num_cores() // ranks))
     # A restarted pair that shares the agent's store reads stale addresses and hangs.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Inside joblib's workers the default is a context of joblib's own, which has no processes.
@@ -140,7 +140,7 @@ def _second_signal_kills() -> Generator[None]:
             now = time.monotonic()
             if number[0] in HANDLED:
                 first = first or now
-            if first and now - first > SAME:
+            if first and now - first > DEBOUNCE_SECONDS:
                 for rank in multiprocessing.active_children():
                     rank.kill()
         os.close(readable)
@@ -157,14 +157,14 @@ def _second_signal_kills() -> Generator[None]:
 def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
     """Run in each process that the agent starts."""
     settings = config.to_object(job.name, OmegaConf.create(plain))
-    host.die_with_launcher()
+    environment.exit_with_parent()
     kept = Path(run_dir) if job.keeps_runs else None
-    where, launcher = host.place(), os.environ["TORCHELASTIC_RUN_ID"]
+    where, launcher = environment.read(), os.environ["TORCHELASTIC_RUN_ID"]
     if where.attempt and ends.final(ends.recorded(kept, launcher)):
         return math.nan  # not to be tried again: the agent takes any end but 0 for a failure
     try:
-        store = mesh.meet({}, settings.comm.timeout).store
-        prepared = mesh.prepare_together(
+        store = distributed.meet({}, settings.comm.timeout).store
+        prepared = distributed.prepare_together(
             lambda: job.prepare(settings, None), store, settings.comm.timeout
         )
         with jobs.opened(settings, store) as ranks:

@@ -6,13 +6,13 @@ Runs one training step of the same net and batch by each means, in turn, and pri
 from typing import NoReturn
 
 from modelpar import launch
-from modelpar.bench import report, rounds
+from modelpar.bench import measure, report
 from modelpar.settings import BenchmarkSettings
 
 
 def benchmark(settings: BenchmarkSettings) -> None:
     """Measure; write and show what was found."""
-    report.show(rounds.measure(settings), settings)
+    report.show(measure.measure(settings), settings)
 
 
 def main() -> NoReturn:

@@ -6,16 +6,16 @@ from typing import NoReturn
 
 from modelpar import launch
 from modelpar.settings import CompareSettings
-from modelpar.studies import gather, table
+from modelpar.studies import comparison, runs
 
 
 def compare(settings: CompareSettings) -> None:
     """Print the tables; write them as CSV and, where matplotlib is installed, as a page."""
-    sets = table.group([gather.read(folder) for folder in gather.find(settings.runs)])
-    print(table.markdown(sets))  # noqa: T201
+    sets = comparison.group([runs.read(folder) for folder in runs.find(settings.runs)])
+    print(comparison.markdown(sets))  # noqa: T201
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.csv").write_text(table.as_csv(sets))
+    (out / "compare.csv").write_text(comparison.as_csv(sets))
     if find_spec("matplotlib"):
         from modelpar.studies import page  # noqa: PLC0415 - of the extra plots
 

@@ -52,6 +52,13 @@ class StoppedError(RunError):
     status = 75
 
 
+def error_from_text(text: str) -> RunError:
+    """Return the error that another rank sent as ``STATUS LINE``."""
+    status, _, line = text.partition(" ")
+    kinds = {kind.status: kind for kind in RunError.__subclasses__()}
+    return kinds.get(int(status), RunError)(line)
+
+
 def one_line(error: BaseException) -> str:
     """Return the error's text folded into one line, without trailing white space."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -7,26 +7,26 @@ from pathlib import Path
 from typing import NoReturn
 
 from modelpar import launch
+from modelpar.distributed import Mesh
 from modelpar.jobs import Job
-from modelpar.mesh import Mesh
 from modelpar.settings import EvaluateSettings
-from modelpar.training import scoring
+from modelpar.training import evaluation
 
 
-def prepare(settings: EvaluateSettings, run_dir: Path | None) -> scoring.Prepared:
+def prepare(settings: EvaluateSettings, run_dir: Path | None) -> evaluation.Prepared:
     """Open all that the evaluation needs; it writes nothing."""
     del run_dir
-    return scoring.prepare(settings)
+    return evaluation.prepare(settings)
 
 
 def work(
-    prepared: scoring.Prepared, settings: EvaluateSettings, mesh: Mesh, run_dir: Path
+    prepared: evaluation.Prepared, settings: EvaluateSettings, mesh: Mesh, run_dir: Path
 ) -> float:
     """Evaluate on this rank; rank 0 prints; return the top-1 error in %."""
     del run_dir
-    errors = scoring.score(settings, prepared, mesh)
+    errors = evaluation.evaluate_checkpoint(settings, prepared, mesh)
     if mesh.rank == 0:
-        print(scoring.describe(errors, settings.views), flush=True)  # noqa: T201
+        print(evaluation.describe(errors, settings.views), flush=True)  # noqa: T201
     return errors.top1
 
 

@@ -5,12 +5,12 @@ from typing import NoReturn
 
 from modelpar import launch
 from modelpar.settings import ExportSettings
-from modelpar.training import scoring
+from modelpar.training import evaluation
 
 
 def export(settings: ExportSettings) -> None:
     """Write the file and say so."""
-    print(scoring.export(settings.checkpoint, Path(settings.out)))  # noqa: T201
+    print(evaluation.export(settings.checkpoint, Path(settings.out)))  # noqa: T201
 
 
 def main() -> NoReturn:

@@ -12,39 +12,39 @@ from matplotlib.figure import Figure
 from modelpar import launch
 from modelpar.errors import DataError, LaunchError
 from modelpar.settings import FiguresSettings
-from modelpar.studies import gather, kernels, learning, portrait
+from modelpar.studies import curves, plots, portrait, snapshots
+from modelpar.studies.runs import find, read
 
 
 def figures(settings: FiguresSettings) -> None:
     """Look at the net and the runs; write pictures and tables, and print the short ones."""
     if not find_spec("matplotlib"):
         raise LaunchError("the figures need matplotlib: pip install modelpar[plots]")
-    from modelpar.studies import drawing  # noqa: PLC0415 - of the extra plots
 
-    runs = [gather.read(folder) for folder in gather.find(settings.runs)]
+    runs = [read(folder) for folder in find(settings.runs)]
     seen = portrait.portrait(settings) if settings.checkpoint is not None else None
-    sources = kernels.gathered(runs, seen.kernels if seen else None)
+    sources = snapshots.gathered(runs, seen.kernels if seen else None)
     learnt = [run for run in runs if run.training]
     if not (sources or learnt):
         raise DataError(f"runs={settings.runs}: none has a checkpoint or a training error yet")
     pictures: dict[str, Figure] = {}
     texts: dict[str, str] = {}
     if learnt:
-        pictures["figure1.png"] = drawing.figure1(learnt)
+        pictures["figure1.png"] = plots.figure1(learnt)
     if sources:
-        pictures["figure3.png"] = drawing.figure3(sources)
-        texts["specialisation.csv"] = kernels.as_csv(sources)
+        pictures["figure3.png"] = plots.figure3(sources)
+        texts["specialisation.csv"] = snapshots.as_csv(sources)
     if seen:
-        pictures["figure4.png"] = drawing.figure4(seen)
-        pictures["activations.png"] = drawing.activations(seen.activity)
+        pictures["figure4.png"] = plots.figure4(seen)
+        pictures["activations.png"] = plots.activations(seen.activity)
         texts["activations.csv"] = portrait.as_csv(seen.activity)
-    print(kernels.report(sources, runs))  # noqa: T201
+    print(snapshots.report(sources, runs))  # noqa: T201
     if runs:
-        print(f"\n{learning.report(runs)}")  # noqa: T201
+        print(f"\n{curves.report(runs)}")  # noqa: T201
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        picture.savefig(out / name, dpi=drawing.DPI)
+        picture.savefig(out / name, dpi=plots.DPI)
     for name, text in texts.items():
         (out / name).write_text(text)
     print(f"\n{out}: {', '.join([*pictures, *texts])}")  # noqa: T201

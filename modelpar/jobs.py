@@ -10,9 +10,10 @@ from typing import Any, Final
 
 from torch.distributed import Store
 
-from modelpar import ends, host, mesh
+from modelpar import device, distributed, ends, environment
+from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, LaunchError, PeerLostError
-from modelpar.mesh import Mesh
+from modelpar.images import loader
 
 PATIENCE: Final = 5.0  # s that a rank waits for local rank 0 to speak first
 
@@ -39,9 +40,9 @@ class Job:
 
 def opened(settings: Any, store: Store | None = None) -> AbstractContextManager[Mesh]:
     """Join the mesh that the settings ask for, on this rank's device."""
-    device = host.choose_device(settings.device, host.place().local_size)
-    host.check_precision(device, getattr(settings, "precision", ""))
-    return mesh.opened(
+    kind = device.choose_device(settings.device, environment.read().local_size)
+    device.check_precision(kind, getattr(settings, "precision", ""))
+    return distributed.process_mesh(
         settings.columns,
         settings.device,
         settings.comm.timeout,
@@ -62,14 +63,14 @@ def work(
     if ranks.rank == 0:
         with suppress(OSError):  # nobody reads it
             print(f"modelpar: {ranks.describe()}, {settings.precision}", flush=True)  # noqa: T201
-        if complaint := host.crowding(ranks.threads):
+        if complaint := device.oversubscription_warning(ranks.threads):
             ends.say(complaint)
         if attempt:
             ends.say(f"a process was lost; all were started again, for the {attempt}. time")
     try:
         objective = job.work(prepared, settings, ranks, run_dir)
         # All leave together: an agent waits without end for one that stands still after the rest.
-        mesh.gather_text("", ranks)
+        ranks.gather_text("")
         return objective  # noqa: TRY300
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
@@ -78,12 +79,14 @@ def work(
             f"{run_dir}: {error.strerror}; make room, what is saved is as it was"
         ) from None
     except RuntimeError as error:
-        if ended := host.ended_loader(error):  # torch's signal handler speaks up in any step
+        if ended := loader.worker_killed_message(
+            error
+        ):  # torch's signal handler speaks up in any step
             raise LaunchError(ended) from None
-        if not host.is_out_of_memory(error):
+        if not device.is_out_of_memory(error):
             raise
         raise LaunchError(
-            f"rank {ranks.rank}: out of memory on {host.memory(ranks.device)} at "
+            f"rank {ranks.rank}: out of memory on {device.memory(ranks.device)} at "
             f"batch_size={settings.batch_size}; give a smaller one, or more replicas"
         ) from None
 

@@ -18,7 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import modelpar
-from modelpar import agent, config, ends, host, jobs, mesh, sweep
+from modelpar import agent, config, device, distributed, ends, environment, jobs, sweep
+from modelpar.distributed import Meeting
 from modelpar.errors import (
     CheckpointError,
     DataError,
@@ -29,7 +30,6 @@ from modelpar.errors import (
     StoppedError,
 )
 from modelpar.jobs import Job
-from modelpar.mesh import Meeting
 
 HELPS: Final = ("--help", "-h", "--hydra-help", "--version")
 INFORMS: Final = (*HELPS, "--cfg", "-c", "--info", "-i")
@@ -79,23 +79,25 @@ def _torchrun_door(job: Job) -> int:
     kept: Path | None = None  # where the end is told
     met = Meeting()
     try:
-        host.die_with_launcher()
+        environment.exit_with_parent()
         if any(word.startswith(INFORMS) for word in overrides):
-            if host.speaks():
+            if environment.is_local_rank0():
                 config.run_hydra(job.name, lambda _: None)
             return 0
         _refuse_flags(job, overrides)
         settings, named = _read(job, overrides)
-        where = host.place()
-        settings.replicas = host.check_world(settings.columns, settings.replicas, where.size)
+        where = environment.read()
+        settings.replicas = environment.check_world(
+            settings.columns, settings.replicas, where.size
+        )
         _check_restarts(job, named, where)
-        met = mesh.meet(_same(settings, where), settings.comm.timeout)
+        met = distributed.meet(_same(settings, where), settings.comm.timeout)
         # Started again by torchrun, a rank finds its own run, whatever ``resume`` says.
         if met.attempt:
             if isinstance(ends.recorded(named, met.launcher), StoppedError):
                 return 0  # asked to stop, not lost: torchrun takes any end but 0 for a failure
             ends.raise_final(named, met.launcher)
-        prepared = mesh.prepare_together(
+        prepared = distributed.prepare_together(
             lambda: job.prepare(settings, None if met.attempt else named),
             met.store,
             settings.comm.timeout,
@@ -105,7 +107,7 @@ def _torchrun_door(job: Job) -> int:
             ends.forget(kept)
         with jobs.opened(settings, met.store) as ranks:
             place = str(named or _new_run_dir(job, overrides))
-            run_dir = Path(mesh.gather_text(place, ranks)[0])
+            run_dir = Path(ranks.gather_text(place)[0])
             kept = run_dir if job.keeps_runs else None
             jobs.work(job, prepared, settings, ranks, run_dir, met.attempt)
             if where.rank == 0:
@@ -150,14 +152,12 @@ def _read(job: Job, overrides: list[str]) -> tuple[Any, Path | None]:
 OWN: Final = ("device", "threads", "workers", "cache_dir", "data.root", "data.workers", "monitor")
 
 
-def _same(settings: Any, where: host.Place) -> dict[str, Any]:
+def _same(settings: Any, where: environment.Environment) -> dict[str, Any]:
     """Return what all ranks must have alike: versions, and all settings but a host's own."""
     flat = {".".join(map(str, path)): value for path, value in _leaves(asdict(settings)) if path}
     versions = {"modelpar": modelpar.__version__, "torch": torch.__version__}
-    device = {"device": host.choose_device(settings.device, where.local_size)}
-    return (
-        versions | device | {key: value for key, value in flat.items() if not key.startswith(OWN)}
-    )
+    kind = {"device": device.choose_device(settings.device, where.local_size)}
+    return versions | kind | {key: value for key, value in flat.items() if not key.startswith(OWN)}
 
 
 def _leaves(tree: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -168,7 +168,7 @@ def _leaves(tree: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
         yield from _leaves(value, *path, key)
 
 
-def _check_restarts(job: Job, named: Path | None, where: host.Place) -> None:
+def _check_restarts(job: Job, named: Path | None, where: environment.Environment) -> None:
     """Raise where torchrun would start the run again, and it would not go on."""
     if where.size == 1 or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return
@@ -196,10 +196,10 @@ def _end(error: BaseException, run_dir: Path | None, launcher: str) -> int:
     if isinstance(error, PeerLostError) and (first := ends.recorded(run_dir, launcher)):
         return first.status
     if run_dir is not None:
-        ends.record(run_dir, status, line, host.place().rank, launcher)
+        ends.record(run_dir, status, line, environment.read().rank, launcher)
     if status == 1:
         traceback.print_exception(error)
-    if not host.speaks():
+    if not environment.is_local_rank0():
         jobs.let_others_speak(error)
     ends.say(line)
     return status

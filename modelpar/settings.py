@@ -130,7 +130,7 @@ class TrainSettings:
     workers: int | None = None  # loader processes a rank; None: by data
     log_every: int = 1  # steps
     restarts: int = 0
-    on_failure: str = "go_on"  # of a job of a sweep
+    on_failure: str = "continue"  # of a job of a sweep
     cache_dir: str | None = None
 
 
@@ -153,7 +153,7 @@ class EvaluateSettings:
     threads: int | None = None
     tf32: bool = False
     workers: int | None = None
-    on_failure: str = "go_on"
+    on_failure: str = "continue"
     cache_dir: str | None = None
 
 
@@ -232,6 +232,6 @@ PRECISIONS: Final = ("float32", "bfloat16", "float64")
 WIRE_DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 DEVICES: Final = ("auto", "cpu", "cuda")
 VIEWS: Final = (1, 10)
-ON_FAILURE: Final = ("go_on", "stop")
+ON_FAILURE: Final = ("continue", "stop")
 CONTENDERS: Final = ("plain", "layers", "ddp", "tensor_parallel", "in_turn", "pair")
 HOSTS: Final = 2  # that slow_link.sh makes

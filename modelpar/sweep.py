@@ -23,11 +23,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from modelpar import agent, config, ends, host
+from modelpar import agent, config, device, ends
 from modelpar.errors import LaunchError, RunError, SettingsError, StoppedError, one_line
 from modelpar.jobs import Job
-from modelpar.stop import SIGNALS
-from modelpar.training.runs import CONFIG
+from modelpar.shutdown import SIGNALS
+from modelpar.training.run_dir import CONFIG
 
 FLAGS: Final = ("--multirun", "-m", "hydra.mode=MULTIRUN")
 ENDS: Final = Path("log/ends")  # in the sweep's directory: JOB.json of those that failed
@@ -80,9 +80,9 @@ def _plan(job: Job, overrides: list[str]) -> "Sweep":
         at_once = int(first.hydra.launcher.n_jobs)
         if at_once == 0:
             raise SettingsError("hydra.launcher.n_jobs=0: give how many jobs at once, or -1")
-        at_once = at_once if at_once > 0 else max(1, host.cores() + 1 + at_once)
+        at_once = at_once if at_once > 0 else max(1, device.num_cores() + 1 + at_once)
         launcher = "joblib" if at_once > 1 else "basic"  # one at a time is run right here
-        cores = None if agent.THREADS_GIVEN else max(1, host.cores() // at_once)
+        cores = None if agent.THREADS_GIVEN else max(1, device.num_cores() // at_once)
     folder = Path(str(first.hydra.sweep.dir)).absolute()
     config.check_run_dir(folder)
     if (folder / CONFIG).exists():

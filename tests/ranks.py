@@ -8,6 +8,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from modelpar import distributed
+
 TIMEOUT = 120.0  # s; a hang is the usual failure of a collective
 
 
@@ -31,10 +33,8 @@ def _serve(
     )
     import torch  # noqa: PLC0415 - after the number of threads is set
 
-    from modelpar import mesh  # noqa: PLC0415
-
     torch.set_num_threads(1)
-    with mesh.opened(columns, "cpu", timeout) as ranks:
+    with distributed.process_mesh(columns, "cpu", timeout) as ranks:
         while (task := pipe.recv()) is not None:
             function, arguments = task
             try:

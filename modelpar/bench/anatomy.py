@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from modelpar.net.crossing import Link
+from modelpar.net.exchange import Link
 from modelpar.net.paper import LAYERS
 
 PLACES: Final = (*LAYERS, "norms", "pools", "update", "crossings", "rest")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modelpar.bench.anatomy import PLACES
-from modelpar.bench.contenders import CONTENDERS
+from modelpar.bench.steps import CONTENDERS
 from modelpar.settings import BenchmarkSettings
 
 HEAD = (

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from modelpar import config
 from modelpar.bench import anatomy, wire
-from modelpar.bench.contenders import CONTENDERS, make, on_column, plan_of
+from modelpar.bench.steps import CONTENDERS, make, on_column, plan_of
+from modelpar.device import choose_device
+from modelpar.distributed import Mesh, process_mesh
 from modelpar.errors import LaunchError, RunError, one_line
-from modelpar.host import choose_device
-from modelpar.mesh import Mesh, opened
 from modelpar.settings import BenchmarkSettings
 from modelpar.training.engine import DTYPES
 
@@ -141,7 +141,7 @@ def _serve(
             torch.set_num_threads(threads)
             mesh_of = nullcontext(Mesh(torch.device(device)))
         else:
-            mesh_of = opened(columns, device, settings.comm.timeout, threads=threads)
+            mesh_of = process_mesh(columns, device, settings.comm.timeout, threads=threads)
         with mesh_of as mesh:
             worker = _Worker(name, precision, batch_size, settings, mesh)
             asked: tuple[str, tuple[Any, ...]] | None = ("turn", (0,))

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from modelpar.mesh import generator
+from modelpar.seeding import generator
 
 # Images that share a draw (released code: 32); of ``central`` nothing is used.
 CHUNK: Final = {"per_image": 1, "per_32": 32, "central": 1}
@@ -76,7 +76,7 @@ class Draws:
         return Draws(self.corner[positions], self.flip[positions], self.colour[positions])
 
 
-class Lens:
+class Augmentation:
     """Turns stored images into the net's input: pixels 0-255 less the mean's central window.
 
     ``size`` is the side of a crop.  ``scaled``: after the colour noise the image is divided by 1

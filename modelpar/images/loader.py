@@ -1,8 +1,11 @@
 """Batches: the same on both columns, each a function of seed, epoch and position."""
 
+import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -10,12 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from modelpar.errors import DataError, LaunchError
-from modelpar.host import ended_loader
-from modelpar.images.augment import Draws, Lens
+from modelpar.images.augment import Augmentation, Draws
 from modelpar.images.order import BatchOrder
 from modelpar.images.samples import Images
-from modelpar.mesh import digest
-from modelpar.stop import outlive
+from modelpar.seeding import digest
+from modelpar.shutdown import ignore_signals
 
 PIXELS_EVERY: Final = 100  # batches: to hash the 25 MB of one takes a few hundredths of a second
 
@@ -38,7 +40,7 @@ def _load(images: Images, device: torch.device, workers: int, **how: Any) -> Dat
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
-        worker_init_fn=outlive,
+        worker_init_fn=ignore_signals,
         **how,
     )
 
@@ -53,7 +55,7 @@ def _fetch(source: Iterator[Any]) -> tuple[Tensor, Tensor] | None:
     except DataError as error:  # torch puts the worker's traceback before the message
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if not (ended := ended_loader(error)):
+        if not (ended := worker_killed_message(error)):
             raise
         raise LaunchError(ended) from None
 
@@ -84,7 +86,7 @@ class TrainLoader:
         self,
         images: Images,
         order: BatchOrder,
-        lens: Lens,
+        lens: Augmentation,
         device: torch.device,
         *,
         crops: str,
@@ -155,3 +157,42 @@ class TestLoader:
                 stored[0].to(self.device, non_blocking=True),
                 stored[1].to(self.device, non_blocking=True),
             )
+
+
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where torch's loaders pass their batches
+PREFETCHED: Final = 2  # batches a loader process has ready: torch's default
+
+
+def check_shared_memory(workers: int, batch_bytes: int, processes: int) -> None:
+    """Raise LaunchError where the loaders' batches do not fit into /dev/shm.
+
+    A loader that finds no room there dies with a bus error.
+    """
+    needed = workers * PREFETCHED * batch_bytes * processes
+    if not needed or not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        raise LaunchError(
+            f"{SHARED_MEMORY}: {workers} loader processes for each of {processes} need "
+            f"{needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make it larger "
+            "(docker run --shm-size), or give workers=0"
+        )
+
+
+def worker_killed_message(error: Exception) -> str:
+    """Say in one line that a loader's process was ended, if that is what ``error`` says; else "".
+
+    torch says it by a RuntimeError at any place of the main thread, or of who reads the batch;
+    the connection by which a batch comes may break before.
+    """
+    told = f"{error} {error.__cause__ or ''}"
+    broken = isinstance(error, (ConnectionError, EOFError)) and "Caught" not in told  # by a worker
+    if not broken and "DataLoader worker (pid" not in told:
+        return ""
+    number = re.search(r"killed by signal: ([\w ]+)", told)
+    how = f" by signal: {number[1].strip()}" if number else ""
+    return (
+        f"a loader process was ended{how}, likely out of memory; "
+        f"give fewer workers=, or more memory, also for {SHARED_MEMORY}"
+    )

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from modelpar.errors import SettingsError
-from modelpar.mesh import generator
+from modelpar.seeding import generator
 
 
 def sample_order(seed: int, epoch: int, num_samples: int, shuffle: str) -> Tensor:

@@ -18,7 +18,7 @@ from modelpar.config import refuse_choice
 from modelpar.errors import DataError, SettingsError, one_line
 from modelpar.images.samples import ImageSet, InMemory, Resized
 from modelpar.images.statistics import locked
-from modelpar.mesh import generator
+from modelpar.seeding import generator
 from modelpar.settings import DataSettings
 
 # Differs: the paper's stored images are 256 pixels wide for crops of 224 (section 4.1); smaller

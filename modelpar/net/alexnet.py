@@ -3,19 +3,17 @@
 Read the two ``forward`` side by side: they differ where the columns talk, and nowhere else.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modelpar.errors import CheckpointError
-from modelpar.mesh import generator
 from modelpar.net import paper
-from modelpar.net.crossing import Convolution, Departed, Linear, Link, depart, product, summed
-from modelpar.net.layers import Activation, Draw, Dropout, norm, pool
-from modelpar.net.paper import COLUMNS, Plan, Recipe
+from modelpar.net.exchange import Convolution, Departed, Linear, Link, depart, product, summed
+from modelpar.net.layers import Activation, Dropout, DropoutSeed, norm, pool
+from modelpar.net.plan import Plan, Recipe, plan_from
+from modelpar.net.weights import load_initial
 
 
 class Blocks(nn.Module):
@@ -115,7 +113,7 @@ class Blocks(nn.Module):
         """Activate and drop the units (N, C)."""
         return self.drop7(self.activate("fc7", units))
 
-    def fix_dropout(self, draw: Draw | None) -> None:
+    def fix_dropout(self, draw: DropoutSeed | None) -> None:
         """Make the next forward's masks a function of ``draw``; None: torch's generator."""
         self.drop4.draw = self.drop6.draw = self.drop7.draw = draw
 
@@ -155,89 +153,6 @@ def _linear(plan: Plan, name: str, columns: int, *, bias: bool = True) -> nn.Lin
     return nn.Linear(inputs, outputs, bias=bias, device="meta")  # _fill brings the values
 
 
-def initial_weights(
-    plan: Plan, seed: int | None, names: Iterable[str] | None = None
-) -> dict[str, Tensor]:
-    """Draw the whole net's initial weights, float32: normal, biases constant (section 5).
-
-    A function of seed and layer alone, which ``split`` slices: so one process and two start
-    equal.  Without a seed torch's global generator is used.
-    """
-    state: dict[str, Tensor] = {}
-    for name in plan.layers if names is None else names:
-        row = plan.layers[name]
-        inputs = plan.inputs(name)
-        if name == "fc8" or name in plan.crossing_at:
-            inputs *= plan.columns
-        outputs = plan.outputs(name) * (1 if name == "fc8" else plan.columns)
-        shape = (outputs, inputs) + (row.kernel, row.kernel) * (row.kernel > 0)
-        source = None if seed is None else generator(seed, "init", name)
-        weight = torch.empty(shape, dtype=torch.float32, device="cpu")
-        state[f"{name}.weight"] = weight.normal_(0, plan.std(name), generator=source)
-        state[f"{name}.bias"] = torch.full((outputs,), row.bias, device="cpu")
-    return state
-
-
-def own_part(key: str, value: Tensor, column: int) -> Tensor | None:
-    """Return the part of the whole net's ``value`` that ``column`` owns; None: it owns none.
-
-    Outputs are halved, but fc8's inputs; its bias is column 0's.
-    """
-    if key == "fc8.bias":
-        return value if column == 0 else None
-    return value.chunk(COLUMNS, dim=1 if key == "fc8.weight" else 0)[column]
-
-
-def place_of(key: str, shape: Sequence[int], columns: int, column: int) -> dict[str, list[int]]:
-    """Say where a part of ``shape`` lies in the whole net's tensor: its shape, the first index."""
-    whole, first = list(shape), [0] * len(shape)
-    if columns > 1 and key != "fc8.bias":
-        axis = 1 if key == "fc8.weight" else 0
-        whole[axis] *= columns
-        first[axis] = column * shape[axis]
-    return {"whole": whole, "first": first}
-
-
-def part_of(state: Mapping[str, Tensor], column: int) -> dict[str, Tensor]:
-    """Return one column's state dict, views of the whole net's ``state``."""
-    parts = {key: own_part(key, value, column) for key, value in state.items()}
-    return {key: part for key, part in parts.items() if part is not None}
-
-
-def split(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return both columns' state dicts, views of the whole net's ``state``."""
-    return [part_of(state, column) for column in range(COLUMNS)]
-
-
-def merge(columns: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the whole net's state dict from both columns'; the inverse of ``split``."""
-    return {
-        key: value
-        if key == "fc8.bias"
-        else torch.cat([column[key] for column in columns], dim=1 if key == "fc8.weight" else 0)
-        for key, value in columns[0].items()
-    }
-
-
-def _fill(net: nn.Module, plan: Plan, seed: int | None, column: int | None) -> None:
-    """Give ``net`` its share of the initial weights, on torch's default device."""
-    device = torch.get_default_device()
-    for name in plan.layers:  # one whole layer in memory at a time
-        for key, value in initial_weights(plan, seed, [name]).items():
-            part = value if column is None else own_part(key, value, column)
-            if part is not None:
-                own = part.to(device).clone(memory_format=torch.contiguous_format)
-                setattr(net.get_submodule(name), key.partition(".")[2], nn.Parameter(own))
-
-
-def plan_from(
-    recipe: str | Recipe, num_classes: int, image_size: int, switches: dict[str, Any]
-) -> Plan:
-    """Return the plan of a recipe by name; raises SettingsError."""
-    rules = Recipe.named(recipe) if isinstance(recipe, str) else recipe
-    return Plan(rules, num_classes=num_classes, image_size=image_size, **switches)
-
-
 class AlexNet(nn.Module):
     """The whole net on one device; its two columns are the groups of its convolutions.
 
@@ -257,7 +172,7 @@ class AlexNet(nn.Module):
         self.fc7 = _linear(plan, "fc7", plan.columns)
         self.fc8 = _linear(plan, "fc8", plan.columns)
         self.blocks = Blocks(plan)
-        _fill(self, plan, seed, column=None)
+        load_initial(self, plan, seed, column=None)
 
     @classmethod
     def from_recipe(
@@ -305,7 +220,7 @@ class AlexNet(nn.Module):
         )
         return torch.cat([functional.linear(*half) for half in halves], dim=1)
 
-    def fix_dropout(self, draw: Draw | None) -> None:
+    def fix_dropout(self, draw: DropoutSeed | None) -> None:
         """Make the next forward's masks a function of ``draw``; None: torch's generator."""
         self.blocks.fix_dropout(draw)
 
@@ -331,7 +246,7 @@ class Column(nn.Module):
         self.fc7 = _linear(plan, "fc7", 1)
         self.fc8 = _linear(plan, "fc8", 1, bias=link.column == 0)
         self.blocks = Blocks(plan, link.column)
-        _fill(self, plan, seed, link.column)
+        load_initial(self, plan, seed, link.column)
 
     @classmethod
     def from_recipe(
@@ -396,26 +311,6 @@ class Column(nn.Module):
         multiply = Linear() if isinstance(layer, nn.Linear) else convolution
         return product(departed, layer.weight, layer.get_parameter("bias"), multiply)
 
-    def fix_dropout(self, draw: Draw | None) -> None:
+    def fix_dropout(self, draw: DropoutSeed | None) -> None:
         """Make the next forward's masks a function of ``draw``; None: torch's generator."""
         self.blocks.fix_dropout(draw)
-
-
-def check_state(
-    net: nn.Module, state: Mapping[str, Tensor], source: str, *, learnt: bool = False
-) -> None:
-    """Raise CheckpointError that names the first tensor of ``state`` that does not fit ``net``.
-
-    ``learnt``: ``state`` has a tensor for each parameter, and nothing else.
-    """
-    own = dict(net.named_parameters()) if learnt else net.state_dict()
-    for key in sorted(own.keys() | state.keys()):
-        if key not in state:
-            raise CheckpointError(f"{source}: {key} is missing")
-        if key not in own:
-            raise CheckpointError(f"{source}: {key} is none of this net's tensors")
-        if own[key].shape != state[key].shape:
-            raise CheckpointError(
-                f"{source}: {key} is {tuple(state[key].shape)}, this net's is "
-                f"{tuple(own[key].shape)}; give the classes and image size it was trained with"
-            )

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
-from modelpar.mesh import generator
 from modelpar.net import paper
-from modelpar.net.paper import Plan
+from modelpar.net.plan import Plan
+from modelpar.seeding import generator
 
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "relu": functional.relu,  # section 3.1
@@ -129,7 +129,7 @@ class Activation(nn.Module):
 
 
 @dataclass(frozen=True)
-class Draw:
+class DropoutSeed:
     """What fixes a step's dropout: masks are a function of this and the layer, not of the rank.
 
     ``rows`` are this replica's images within the ``total`` images of the global batch.
@@ -155,7 +155,7 @@ class Dropout(nn.Module):
         self.units = units
         self.own = own
         self.share = share
-        self.draw: Draw | None = None
+        self.draw: DropoutSeed | None = None
 
     def forward(self, units: Tensor) -> Tensor:
         """Return ``units`` (N, C), masked or scaled."""
@@ -185,9 +185,9 @@ def norm(plan: Plan, layer: str, columns: int) -> nn.Module:
     maps = plan.layers[layer].outputs
     if plan.norm == "batch":
         return BatchNorm(maps * columns)
-    if plan.norm == "within":
+    if plan.norm == "within_channel":
         return WithinMap()
-    if plan.norm == "none" or (plan.norm == "first" and layer == "conv2"):
+    if plan.norm == "none" or (plan.norm == "first_only" and layer == "conv2"):
         return nn.Identity()
     across = AcrossMaps(maps, plan.recipe.alpha)
     within = layer == "conv2" and plan.recipe.norms == "across_and_within"
@@ -223,7 +223,7 @@ class BatchNorm(nn.Module):
 
 def pool(kind: str) -> nn.Module:
     """Return the pooling layer of that kind, see ``paper.Plan``; outputs are rounded up."""
-    if kind == "tiled":
+    if kind == "non_overlapping":
         return nn.MaxPool2d(2, stride=2, ceil_mode=True)
     if kind == "average":
         return nn.AvgPool2d(3, stride=2, ceil_mode=True)

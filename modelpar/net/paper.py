@@ -5,14 +5,10 @@ Networks", NIPS 2012; "section" and "table" mean its own.  Code: the authors' so
 Computer History Museum released it; "run N" is the training its ``layer-params-N.cfg`` logs.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Final, Literal, get_args, get_type_hints
-
-from modelpar import config
-from modelpar.errors import SettingsError
+from typing import Any, Final
 
 
 @dataclass(frozen=True)
@@ -92,10 +88,10 @@ NETS: Final = MappingProxyType(
     {
         "two_columns": LAYERS,  # run 145
         "one_column": _net(conv5=256, fc6=4096, fc7=4096),  # run 145-half: one column alone
-        "apart": _net(conv2=160, fc6=4096),  # run 150: wider, since the columns do not meet
+        "no_crossing": _net(conv2=160, fc6=4096),  # run 150: wider, since the columns do not meet
         "conv6": _with_conv6(),  # run 146
-        "no_conv3": _net("conv3"),  # section 7: without one of the middle layers
-        "no_conv4": _net("conv4"),
+        "drop_conv3": _net("conv3"),  # section 7: without one of the middle layers
+        "drop_conv4": _net("conv4"),
     }
 )
 
@@ -121,9 +117,9 @@ BASELINES: Final[Mapping[str, Mapping[str, tuple[Any, ...]]]] = MappingProxyType
 CROSSINGS: Final = ("conv3", "fc6", "fc7")  # the layers that read both columns; fc8 always does
 OWN_CROSSINGS: Final = MappingProxyType(  # of the nets whose columns meet elsewhere
     {
-        "apart": (),  # run 150
+        "no_crossing": (),  # run 150
         "conv6": ("conv3", "conv6", "fc6", "fc7"),  # run 146
-        "no_conv3": ("conv4", "fc6", "fc7"),  # what then reads pool 2
+        "drop_conv3": ("conv4", "fc6", "fc7"),  # what then reads pool 2
     }
 )
 PAPER_STD: Final = 0.01  # section 5: every layer
@@ -208,224 +204,3 @@ PUBLISHED: Final = MappingProxyType(
         "clean, one view": Published(42.34, 19.58, "ILSVRC-2012 validation", 1, "run 170"),
     }
 )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The training rules: one named switch for each place where paper and code differ.
-
-    ``conf/recipe/*.yaml`` says which recipe takes which side; the numbers are in this module.
-    The first value of each switch is the paper's, the second the code's (of ``norm2_input`` run
-    166's, of ``conv1_padding`` the first is torchvision's); others are neither's.
-    Of ``weight_std`` to ``norms`` and of ``conv1_padding`` ``BASELINES`` have their own.
-    """
-
-    name: str
-    weight_std: Literal["same", "wider_conv3_5"]
-    norm_alpha: Literal["per_term", "per_window"]
-    norm1_input: Literal["rectified", "linear"]
-    norm2_input: Literal["rectified", "linear"]
-    norms: Literal["across", "across_and_within"]
-    rates: Literal["equal", "double_bias"]
-    schedule: Literal["plateau", "run145", "run170", "run167", "constant", "cifar", "every_30"]
-    decay: Literal["all", "weights"]
-    colour_noise: Literal["added", "added_and_scaled", "none"]
-    crops: Literal["per_image", "per_32", "central"]
-    shuffle: Literal["every_epoch", "once"]
-    conv1_padding: Literal["around", "bottom_right"]
-    lr: float = RATE  # first learning rate of the weights
-    momentum: float = MOMENTUM
-    weight_decay: float = WEIGHT_DECAY
-
-    def __post_init__(self) -> None:
-        for key, kind in get_type_hints(Recipe).items():
-            value = getattr(self, key)
-            choices = get_args(kind)
-            if choices and value not in choices:
-                config.refuse_choice(f"recipe.{key}", value, choices)
-            if kind is float and not (math.isfinite(value) and value >= 0):
-                raise SettingsError(f"recipe.{key}={value}: give a finite number, 0 or more")
-
-    @classmethod
-    def named(cls, name: str) -> "Recipe":
-        """Return ``paper``, ``code2012`` or ``clean``; raises SettingsError for another name."""
-        return cls(**config.load_group("recipe", name))
-
-    @property
-    def alpha(self) -> float:
-        """Alpha as torch counts it, over the whole window: 5e-4 (paper) or 1e-4 (code)."""
-        return NORM_ALPHA * (NORM_SIZE if self.norm_alpha == "per_term" else 1)
-
-
-def _as_typed(value: object) -> str:
-    """Return a switch's value as a command line has it."""
-    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
-
-
-def _same_size(size: int, row: Layer) -> int:
-    return (size + 2 * row.padding - row.kernel) // row.stride + 1
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that fixes a net's shape and arithmetic: a recipe, the data's sizes, switches.
-
-    ``image_size`` is the side of a crop in pixels.  ``crossing_at`` names the layers that read
-    both columns; fc8 always sums both.  ``pool``: ``overlapping`` is 3 x 3 with stride 2 (section
-    3.4), ``tiled`` 2 x 2 with stride 2 (run 147), ``average`` the mean over 3 x 3 with stride 2.
-    ``net`` is one of ``NETS`` or of ``BASELINES``, which do not take every switch.  ``norm``:
-    ``response`` is the recipe's, ``first`` without what stands after conv2 (run 167), ``within``
-    inside each map, ``batch`` without scale and shift.  ``dropout`` is the share of fc6's and
-    fc7's units, ``conv4_dropout`` that of conv4's (run 177).
-    """
-
-    recipe: Recipe
-    num_classes: int = NUM_CLASSES
-    image_size: int = IMAGE_SIZE
-    net: Literal[
-        "two_columns",
-        "one_column",
-        "apart",
-        "conv6",
-        "no_conv3",
-        "no_conv4",
-        "four_layer",
-        "torchvision",
-    ] = "two_columns"
-    norm: Literal["response", "first", "within", "batch", "none"] = "response"
-    activation: Literal["relu", "tanh", "sigmoid", "elu"] = "relu"
-    pool: Literal["overlapping", "tiled", "average"] = "overlapping"
-    dropout: float = DROPOUT
-    conv4_dropout: float = 0.0
-    crossing_at: tuple[str, ...] = CROSSINGS
-
-    def __post_init__(self) -> None:
-        for key, kind in get_type_hints(Plan).items():
-            choices = get_args(kind)
-            if isinstance(getattr(self, key), str) and getattr(self, key) not in choices:
-                config.refuse_choice(f"model.{key}", getattr(self, key), choices)
-        if self.num_classes < 1:
-            raise SettingsError(f"model.num_classes={self.num_classes}: give 1 or more")
-        least = MIN_IMAGE_SIZES.get(self.net, MIN_IMAGE_SIZE)
-        if self.image_size < least:
-            raise SettingsError(f"model.image_size={self.image_size}: give {least} pixels or more")
-        for key in ("dropout", "conv4_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                raise SettingsError(
-                    f"model.{key}={getattr(self, key)}: give the share dropped, 0 to below 1"
-                )
-        self._refuse_foreign()
-        if self.conv4_dropout and "conv4" not in self.layers and self.net in NETS:
-            raise SettingsError(
-                f"model.conv4_dropout={self.conv4_dropout}: net={self.net} has no conv4"
-            )
-        crossable = [name for name in self.layers if name not in {"conv1", "fc8"}]
-        for name in self.crossing_at if self.net in NETS else ():
-            if name not in crossable:
-                config.refuse_choice("model.crossing_at", name, crossable)
-
-    def _refuse_foreign(self) -> None:
-        """Raise SettingsError for a switch that the net does not have."""
-        for key, choices in BASELINES.get(self.net, {}).items():
-            value = getattr(self, key)
-            if value not in choices:
-                taken = " or ".join(_as_typed(choice) for choice in choices)
-                raise SettingsError(
-                    f"model.{key}={_as_typed(value)}: model.net={self.net} takes only {taken}; "
-                    f"leave model.{key} out"
-                )
-
-    @property
-    def layers(self) -> Mapping[str, Layer]:
-        """The net's layers in order, as one column holds them; torchvision's are its own."""
-        if self.net == "four_layer":
-            return FOUR_LAYERS[self.norm]
-        return NETS.get(self.net, {})
-
-    @property
-    def columns(self) -> int:
-        """How many columns the whole net has."""
-        return 1 if self.net in {"one_column", *BASELINES} else COLUMNS
-
-    @property
-    def decays(self) -> dict[str, float]:
-        """What multiplies the recipe's weight decay in each layer."""
-        return {name: row.decay for name, row in self.layers.items()}
-
-    @property
-    def by_image(self) -> bool:
-        """Whether up to fc6 each image is computed for itself, so that a batch may be cut."""
-        return self.norm != "batch" and self.conv4_dropout == 0
-
-    @property
-    def middle(self) -> tuple[str, ...]:
-        """The layers between conv2 and conv5, which neither normalize nor pool."""
-        return tuple(name for name in ("conv3", "conv4") if name in self.layers)
-
-    def std(self, layer: str) -> float:
-        """Return the standard deviation of ``layer``'s initial weights."""
-        code = self.recipe.weight_std == "wider_conv3_5"
-        return self.layers[layer].code_std if code else PAPER_STD
-
-    @property
-    def conv1_padding(self) -> tuple[int, int, int, int]:
-        """Zero columns left and right, zero rows above and below the image."""
-        if self.recipe.conv1_padding == "around":
-            return (2, 2, 2, 2)  # torchvision's AlexNet
-        row = LAYERS["conv1"]  # the code rounds the output's side up: 224 -> 55 (layer.py)
-        missing = -(self.image_size - row.kernel) % row.stride
-        return (0, missing, 0, missing)
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """The sides of the maps of pools 1, 2 and 5 in pixels: 27, 13, 6 at 224."""
-        left, right, _, _ = self.conv1_padding
-        one = self.pooled(_same_size(self.image_size + left + right, LAYERS["conv1"]))
-        less = 2 if self.pool == "tiled" else 0  # trap 14: conv2 pads by 1 then, conv5 by 0
-        two = self.pooled(one - less)
-        return one, two, self.pooled(two - less)
-
-    @property
-    def last_size(self) -> int:
-        """The side of the maps that fc6 reads."""
-        return self.sizes[-1]
-
-    def pooled(self, size: int) -> int:
-        """Return the side of a map of side ``size`` after pooling, rounded up as the code did."""
-        window = 2 if self.pool == "tiled" else 3
-        return -(-(size - window) // 2) + 1
-
-    def padding(self, layer: str) -> int:
-        """Return a convolution's zero padding; run 147 took one off conv2 and conv5."""
-        return self.layers[layer].padding - (self.pool == "tiled" and layer in {"conv2", "conv5"})
-
-    def inputs(self, layer: str) -> int:
-        """Return how many maps or units of one column ``layer`` reads (conv1: the image's 3)."""
-        names = list(self.layers)
-        if layer == "conv1":
-            return 3
-        previous = self.layers[names[names.index(layer) - 1]].outputs
-        return previous * (self.last_size**2 if layer == "fc6" else 1)
-
-    def outputs(self, layer: str) -> int:
-        """Return the kernels or units of one column; for fc8 all classes."""
-        return self.num_classes if layer == "fc8" else self.layers[layer].outputs
-
-
-def settings_of(plan: Plan) -> dict[str, Any]:
-    """Return the plan as plain values, as manifests and exported files record it."""
-    values = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    values["recipe"] = {field.name: getattr(plan.recipe, field.name) for field in fields(Recipe)}
-    values["crossing_at"] = list(plan.crossing_at)
-    return values
-
-
-def plan_of(values: dict[str, Any]) -> Plan:
-    """Return the plan that ``settings_of`` wrote down; raises SettingsError where it does not."""
-    values = dict(values)
-    try:
-        values["recipe"] = Recipe(**values["recipe"])
-        values["crossing_at"] = tuple(values["crossing_at"])
-        return Plan(**values)
-    except (KeyError, TypeError) as error:
-        raise SettingsError(f"not a description of a net: {error}") from None

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from modelpar import config
 from modelpar.errors import SettingsError
-from modelpar.studies.gather import SIZES, Run, told
+from modelpar.studies.runs import SIZES, Run, told
 
 NET: Final = (
     "recipe.",

@@ -9,8 +9,8 @@ from typing import Final
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from modelpar.studies import table
-from modelpar.studies.table import Group
+from modelpar.studies import comparison
+from modelpar.studies.comparison import Group
 
 SMOOTH: Final = 40  # a curve's points are means over this part of its length
 STYLE: Final = """
@@ -27,10 +27,10 @@ svg { background: #fff; height: auto; max-width: 100% }
 
 def page(sets: dict[str, list[Group]]) -> str:
     """Return the page."""
-    parts = [f"<p>{table.APART}</p>"] if len(sets) > 1 else []
+    parts = [f"<p>{comparison.APART}</p>"] if len(sets) > 1 else []
     for data, groups in sets.items():
         parts += [f"<h2>{escape(data)}</h2>", _table(groups), curves(groups)]
-    lines = [*table.left_out(sets), table.BESIDE]
+    lines = [*comparison.left_out(sets), comparison.BESIDE]
     body = "\n".join([*parts, *(f"<p>{escape(line)}</p>" for line in lines)])
     named = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head = f"{named}<title>modelpar: runs compared</title><style>{STYLE}</style>"
@@ -41,7 +41,10 @@ def _table(groups: Sequence[Group]) -> str:
     def line(cells: Sequence[str], kind: str) -> str:
         return "<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in cells) + "</tr>"
 
-    lines = [line(table.HEAD, "th"), *(line(cells, "td") for cells in table.rows(groups))]
+    lines = [
+        line(comparison.HEAD, "th"),
+        *(line(cells, "td") for cells in comparison.rows(groups)),
+    ]
     return f"<div><table>{''.join(lines)}</table></div>"
 
 

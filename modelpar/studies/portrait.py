@@ -9,14 +9,14 @@ from typing import Final
 import torch
 from torch import nn
 
-from modelpar import host
-from modelpar.images.augment import Lens
-from modelpar.mesh import Mesh
+from modelpar import device
+from modelpar.analysis.activations import MEASURES, ActivationStats, Activity
+from modelpar.analysis.neighbours import Figure4, chosen, figure4, look, spread
+from modelpar.distributed import Mesh
+from modelpar.images.augment import Augmentation
 from modelpar.settings import EvaluateSettings, FiguresSettings
-from modelpar.studies.kernels import Kernels
-from modelpar.training import scoring
-from modelpar.training.activity import MEASURES, Activity, Watched
-from modelpar.training.answers import Figure4, chosen, figure4, look, spread
+from modelpar.studies.snapshots import Kernels
+from modelpar.training import evaluation
 from modelpar.training.checkpoint import Checkpoint
 
 HEAD: Final = ("layer", "column", *MEASURES)
@@ -42,19 +42,21 @@ def portrait(settings: FiguresSettings) -> Portrait:
         data=settings.data,
         columns=1,
         batch_size=settings.batch_size,
-        device=host.choose_device(settings.device, 1),
+        device=device.choose_device(settings.device, 1),
         workers=settings.workers,
         cache_dir=settings.cache_dir,
     )
-    prepared = scoring.prepare(asked)
+    prepared = evaluation.prepare(asked)
     trained, images = prepared.trained, prepared.images
     mesh = Mesh(torch.device(asked.device))
-    host.set_up(mesh.device, tf32=False)
-    net = scoring.loaded(asked, trained, mesh)
-    lens = Lens(prepared.statistics, trained.plan.image_size, scaled=False, device=mesh.device)
+    device.set_up(mesh.device, tf32=False)
+    net = evaluation.loaded(asked, trained, mesh)
+    lens = Augmentation(
+        prepared.statistics, trained.plan.image_size, scaled=False, device=mesh.device
+    )
     places = spread(len(images.test), settings.batch_size)
     batch = torch.stack([images.test[place][0] for place in places]).to(mesh.device)
-    with Watched(net, trained.plan.columns, mesh, len(batch)) as watched:
+    with ActivationStats(net, trained.plan.columns, mesh, len(batch)) as watched:
         look(net, lens.centre(batch))
     rows = chosen(len(images.train), settings.training_images, trained.seed)
     how = (settings.batch_size, prepared.workers)

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from modelpar import __version__
+from modelpar.distributed import Mesh, first_complaint
 from modelpar.errors import CheckpointError, one_line
-from modelpar.mesh import Mesh, first_complaint
-from modelpar.net.alexnet import merge, part_of, place_of
 from modelpar.net.paper import COLUMNS
+from modelpar.net.weights import column_state, location, merge
 
 FORMAT: Final = 2
 MANIFEST: Final = "manifest.json"
@@ -131,7 +131,7 @@ class _Saving:
                 key: {
                     "dtype": str(value.dtype).removeprefix("torch."),
                     "shape": list(value.shape),
-                    **place_of(key, value.shape, self.mesh.columns, self.mesh.column),
+                    **location(key, value.shape, self.mesh.columns, self.mesh.column),
                 }
                 for key, value in tensors.items()
             }
@@ -351,7 +351,7 @@ def read_part(source: Checkpoint, kind: Kind, column: int | None) -> dict[str, T
         whole = part(0)
         if column is None:
             return whole
-        return part_of(whole, column)
+        return column_state(whole, column)
     if column is not None:
         return part(column)
     return merge([part(owner) for owner in range(COLUMNS)])

@@ -3,22 +3,22 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import get_total_norm
 
-from modelpar.images.augment import Lens
+from modelpar.distributed import Mesh, comm_errors
+from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch
-from modelpar.mesh import Mesh, peer_named
 from modelpar.net.alexnet import AlexNet, Column
-from modelpar.net.baselines import FourLayer, Torchvision, whole
-from modelpar.net.crossing import Link
-from modelpar.net.layers import Draw
-from modelpar.net.paper import BASELINES, OWN_CROSSINGS, Plan, Recipe
-from modelpar.settings import CrossingSettings, ModelSettings
+from modelpar.net.exchange import Link
+from modelpar.net.four_layer import FourLayer, Torchvision, whole_net
+from modelpar.net.layers import DropoutSeed
+from modelpar.net.plan import Plan
+from modelpar.settings import CrossingSettings
 from modelpar.training.metrics import ErrorCount, Errors
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
@@ -30,25 +30,6 @@ DTYPES: Final = {
     "float64": torch.float64,
 }
 Net = AlexNet | Column | FourLayer | Torchvision
-
-
-# -- the net on its devices ----------------------------------------------------------------------
-
-
-def plan_for(recipe: Recipe, model: ModelSettings, num_classes: int, image_size: int) -> Plan:
-    """Return the net that recipe, switches and data ask for; raises SettingsError."""
-    own = BASELINES.get(model.net or "", {})
-    chosen: dict[str, Any] = {key: choices[0] for key, choices in own.items()}
-    chosen |= {
-        key: getattr(model, key)
-        for key in ("net", "norm", "activation", "pool", "dropout", "conv4_dropout")
-        if getattr(model, key) is not None
-    }
-    if model.crossing_at is not None:
-        chosen["crossing_at"] = tuple(model.crossing_at)
-    elif model.net and model.net in OWN_CROSSINGS:
-        chosen["crossing_at"] = OWN_CROSSINGS[model.net]
-    return Plan(recipe, num_classes=num_classes, image_size=image_size, **chosen)
 
 
 def build(
@@ -65,7 +46,7 @@ def build(
     Weights are float32, or float64; for bfloat16 whoever trains or evaluates the net rounds them.
     """
     if mesh.pair is None:
-        net: Net = whole(plan, seed)
+        net: Net = whole_net(plan, seed)
     else:
         wire = DTYPES[crossing.dtype or precision]
         link = Link.between(
@@ -104,7 +85,7 @@ class Learner:
             if isinstance(self.net, (AlexNet, Column)):
                 self.net.blocks.compile()
             self.optimizer.compile()
-        self.replicated = self.mesh.replicate(self.net)
+        self.replicated = self.mesh.data_parallel(self.net)
         self.answers = torch.empty(0)  # the last step's logits (N, classes), with its dropout
 
     def step(self, batch: Batch, step: int, rates: dict[str, float]) -> Tensor:
@@ -128,7 +109,7 @@ class Learner:
 
     def gradients(self, batch: Batch, step: int) -> Tensor:
         """Do forward and backward; return the loss.  Weights stay as they are."""
-        with peer_named("gradients"):  # DistributedDataParallel sums them, and agrees on how
+        with comm_errors("gradients"):  # DistributedDataParallel sums them, and agrees on how
             logits = self.logits(batch, step, self.replicated)
             loss = functional.cross_entropy(logits.to(_wide(self.precision)), batch.labels)
             self.answers = logits.detach()
@@ -140,7 +121,9 @@ class Learner:
         first = self.mesh.replica * self.batch_size
         rows = slice(first, first + self.batch_size)
         self.net.train()
-        self.net.fix_dropout(Draw(self.seed, step, rows, self.mesh.replicas * self.batch_size))
+        self.net.fix_dropout(
+            DropoutSeed(self.seed, step, rows, self.mesh.replicas * self.batch_size)
+        )
         return (net or self.net)(batch.images)
 
     def finite(self, loss: Tensor) -> bool:
@@ -174,7 +157,7 @@ def evaluate(
     net: Net,
     mesh: Mesh,
     batches: Iterable[tuple[Tensor, Tensor]],
-    lens: Lens,
+    lens: Augmentation,
     *,
     views: int = 1,
     precision: str = "float32",
@@ -198,4 +181,4 @@ def evaluate(
             each = [log_probabilities(view) for view in lens.views(stored)]
             answers = torch.stack(each).logsumexp(0) - math.log(len(each))
         count.add(answers, labels)
-    return count.result(mesh.peers, mesh.device)
+    return count.result(mesh.replica_group, mesh.device)

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from modelpar.mesh import sum_over
+from modelpar.distributed import all_reduce_sum
 
 TOP: Final = 5
 
 
-def places(scores: Tensor, labels: Tensor) -> Tensor:
+def rank_of_label(scores: Tensor, labels: Tensor) -> Tensor:
     """Return how many classes stand before each of N labels, by ``scores`` (N, classes).
 
     Of equals the one with the lower number comes first, as if all were sorted.  One that is not a
@@ -48,15 +48,15 @@ class ErrorCount:
         An answer is right within k if fewer than k classes are more probable, see ``places``; one
         that is not a number is wrong.
         """
-        place = places(log_probabilities, labels)
+        place = rank_of_label(log_probabilities, labels)
         right = [int((place < 1).sum()), int((place < TOP).sum()), len(labels)]
         self.counts += torch.tensor(right, dtype=torch.int64)
         self.loss += functional.nll_loss(log_probabilities.double(), labels, reduction="sum").cpu()
 
     def result(self, group: ProcessGroup | None, device: torch.device) -> Errors:
         """Return the errors over all that ``group`` counted; a collective of it (None: own)."""
-        one, five, samples = sum_over(self.counts.to(device), group).tolist()
-        loss = sum_over(self.loss.to(device), group).item()
+        one, five, samples = all_reduce_sum(self.counts.to(device), group).tolist()
+        loss = all_reduce_sum(self.loss.to(device), group).item()
         return Errors(
             top1=100 * (samples - one) / samples,
             top5=100 * (samples - five) / samples,

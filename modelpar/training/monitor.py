@@ -17,13 +17,13 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from modelpar.analysis.activations import MEASURES, Activity
+from modelpar.analysis.kernels import difference, specialisation
+from modelpar.analysis.neighbours import Figure4, nearest_picture
 from modelpar.images.loader import Batch
-from modelpar.net.crossing import Link
+from modelpar.net.exchange import Link
 from modelpar.net.paper import COLUMNS
-from modelpar.training.activity import MEASURES, Activity
-from modelpar.training.answers import Figure4, nearest_picture
 from modelpar.training.metrics import Errors
-from modelpar.training.specialisation import difference, specialisation
 
 METRICS: Final = "metrics.jsonl"
 KERNELS: Final = "conv1.png"
@@ -137,7 +137,7 @@ class Monitor:
         found = specialisation(kernels, columns)
         for column, own in enumerate(found):
             for key, value in (
-                ("off_grey", float(own.off_grey.mean())),
+                ("off_grey", float(own.colour_share.mean())),
                 ("frequency", float(own.frequency.mean())),
                 ("colour_kernels", own.colour),
             ):
@@ -163,7 +163,7 @@ class Monitor:
             return
         self.images("figure4/nearest", nearest_picture(found.likenesses), step)
         if find_spec("matplotlib"):
-            from modelpar.training.bars import bars  # noqa: PLC0415 - of the extra plots
+            from modelpar.analysis.bars import bars  # noqa: PLC0415 - of the extra plots
 
             self.board.add_figure("figure4/likeliest", bars(found.answers, classes), step)
 

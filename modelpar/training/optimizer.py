@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from modelpar.net.paper import Recipe
+from modelpar.net.plan import Recipe
 
 
 class MomentumDecay(Optimizer):

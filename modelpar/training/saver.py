@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError
-from modelpar.mesh import Mesh, wait_for
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Kind
 
@@ -19,7 +19,7 @@ CLOSING: Final = 10.0  # s that a run which ends badly waits for a save under wa
 
 
 @dataclass(frozen=True)
-class Keep:
+class Retention:
     """What pruning leaves: the ``last`` steps, each ``every``-th (0: none), the ``best``."""
 
     last: int = 2
@@ -27,13 +27,13 @@ class Keep:
     best: bool = True
 
 
-class Saver:
+class Checkpointer:
     """Saves from a copy, in a thread, while the training goes on; one save at a time.
 
     Every process starts and ends its saves in the same order.
     """
 
-    def __init__(self, folder: Path, mesh: Mesh, keep: Keep) -> None:
+    def __init__(self, folder: Path, mesh: Mesh, keep: Retention) -> None:
         self.folder = folder
         self.mesh = mesh
         self.keep = keep
@@ -78,7 +78,7 @@ class Saver:
         Raises what the save raised, CheckpointError on every process alike; PeerLostError where a
         process stands still, not where its disk does.
         """
-        wait_for(self._over, self.mesh)
+        self.mesh.wait_until_all(self._over)
         return self._taken()
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Saver:
         return saved
 
 
-def prune(folder: Path, keep: Keep, saved: Path | None = None) -> None:
+def prune(folder: Path, keep: Retention, saved: Path | None = None) -> None:
     """Remove the steps that ``keep`` does not name: first out of sight by a rename, then gone.
 
     The one just ``saved`` stays, whatever newer ones somebody has put beside it.

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from modelpar.net import paper
-from modelpar.net.paper import Recipe
+from modelpar.net.plan import Recipe
 
 # Differs: section 5 gives no number for "stopped improving"; here it is five epochs without a new
 # best error, and the test images stand in for its validation images.

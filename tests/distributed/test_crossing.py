@@ -4,8 +4,8 @@ import pytest
 import torch
 from ranks import Ranks
 
-from modelpar.mesh import Mesh
-from modelpar.net.crossing import (
+from modelpar.distributed import Mesh
+from modelpar.net.exchange import (
     Convolution,
     Crossing,
     Linear,

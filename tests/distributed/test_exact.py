@@ -10,9 +10,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional
 
 from modelpar import AlexNet, merge, split
+from modelpar.distributed import Mesh
 from modelpar.images.loader import Batch
-from modelpar.mesh import Mesh
-from modelpar.net.alexnet import plan_from
+from modelpar.net.plan import plan_from
 from modelpar.settings import CrossingSettings
 from modelpar.training.engine import DTYPES, Learner, build
 from modelpar.training.optimizer import MomentumDecay
@@ -138,12 +138,17 @@ def test_pair_equals_whole_net(pair: Ranks, recipe: str, *, overlap: bool) -> No
         {"crossing_at": ("conv4", "fc6", "fc7")},
         {"crossing_at": ()},
         {"norm": "none", "activation": "tanh"},
-        {"pool": "tiled"},
+        {"pool": "non_overlapping"},
         {"pool": "average", "dropout": 0.2},
         {"net": "conv6", "norm": "batch", "crossing_at": ("conv3", "conv6", "fc6", "fc7")},
-        {"net": "no_conv3", "norm": "within", "conv4_dropout": 0.2, "crossing_at": ("conv4",)},
-        {"net": "apart", "norm": "first", "crossing_at": ()},
-        {"net": "no_conv4", "activation": "sigmoid"},
+        {
+            "net": "drop_conv3",
+            "norm": "within_channel",
+            "conv4_dropout": 0.2,
+            "crossing_at": ("conv4",),
+        },
+        {"net": "no_crossing", "norm": "first_only", "crossing_at": ()},
+        {"net": "drop_conv4", "activation": "sigmoid"},
     ],
     ids=str,
 )

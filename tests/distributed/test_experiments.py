@@ -9,8 +9,8 @@ import torch
 from ranks import Ranks
 
 from modelpar import config
-from modelpar.mesh import Mesh
-from modelpar.training import loop, start
+from modelpar.distributed import Mesh
+from modelpar.training import prepare, trainer
 from modelpar.training.checkpoint import newest
 
 NAMES = sorted(path.stem for path in (config.conf_dir() / "experiment").glob("*.yaml"))
@@ -29,7 +29,7 @@ def words_of(name: str) -> list[str]:
 
 def trained(mesh: Mesh, name: str, run_dir: str) -> float:
     settings = config.read("train", words_of(name))
-    return loop.train(settings, start.prepare(settings), mesh, Path(run_dir))
+    return trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_each_takes_two_steps(pair: Ranks, tmp_path: Path, name: str) -> None:
 def statistics(mesh: Mesh, run_dir: str, steps: int) -> None:
     words = [*words_of("batch_norm"), f"steps={steps}"]
     settings = config.read("train", words)
-    loop.train(settings, start.prepare(settings), mesh, Path(run_dir))
+    trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 def test_running_means_are_kept_and_taken_up(pair: Ranks, tmp_path: Path) -> None:

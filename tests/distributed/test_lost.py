@@ -12,12 +12,12 @@ import torch
 from ranks import Ranks
 from torch import nn
 
+from modelpar.distributed import Mesh
 from modelpar.errors import PeerLostError
 from modelpar.images.loader import Batch
-from modelpar.mesh import Mesh
 from modelpar.training import checkpoint
 from modelpar.training.engine import Learner
-from modelpar.training.saver import Keep, Saver
+from modelpar.training.saver import Checkpointer, Retention
 
 TIMEOUT = 4.0  # s: comm.timeout here
 
@@ -89,7 +89,7 @@ def test_a_replica_that_is_killed_is_lost(replicas: Ranks, steps: int, operation
 
 def saved(mesh: Mesh, folder: str, step: int, how: str) -> tuple[str, float]:
     """Save, and wait for it; return what came of it, and how long it took in s."""
-    saver, save = Saver(Path(folder), mesh, Keep()), checkpoint.save
+    saver, save = Checkpointer(Path(folder), mesh, Retention()), checkpoint.save
     parts = {"weights": {"fc": torch.ones(2)}, "velocities": {"fc": torch.ones(2)}}
 
     def slow(*arguments: Any) -> Path:
@@ -122,5 +122,5 @@ def test_who_stands_still_in_a_save_is_lost_and_who_is_slow_is_not(
     assert said == "None"
     assert other.endswith("step-00000002")
     said, took = first(replicas, saved, str(tmp_path), 3, "stopped")
-    assert said.startswith("tell: the other process is gone or silent (")
+    assert said.startswith("gather: the other process is gone or silent (")
     assert took < 2 * TIMEOUT

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
-from modelpar import host, mesh
+from modelpar import distributed, environment
+from modelpar.distributed import Mesh, all_reduce_sum, exchange
 from modelpar.errors import DataError, LaunchError, RunError
-from modelpar.mesh import Mesh, sum_over, swap, tell
 
 
 def free_port() -> int:
@@ -25,16 +25,16 @@ def met(ranks: Mesh, port: int, seed_of_rank_1: int = 0) -> tuple[str, float]:
     """Meet at ``port``; return the complaint, and how long it took in s."""
     before = dict(os.environ)
     os.environ["MASTER_PORT"] = str(port)
-    host.MEETING = 5.0  # type: ignore[misc]
+    environment.MEETING = 5.0  # type: ignore[misc]
     began = time.monotonic()
     try:
-        met = mesh.meet({"torch": "2.99", "seed": ranks.rank * seed_of_rank_1}, timeout=5)
+        met = distributed.meet({"torch": "2.99", "seed": ranks.rank * seed_of_rank_1}, timeout=5)
     except LaunchError as error:
         return str(error), time.monotonic() - began
     finally:
         os.environ.clear()
         os.environ.update(before)
-        host.MEETING = 25.0  # type: ignore[misc]
+        environment.MEETING = 25.0  # type: ignore[misc]
     assert met.store is not None
     return "", time.monotonic() - began
 
@@ -104,10 +104,10 @@ def prepared(ranks: Mesh, port: int, how: str, which: int = 1) -> tuple[str, flo
 
     began = time.monotonic()
     try:
-        store = mesh.meet({}, timeout=30).store
+        store = distributed.meet({}, timeout=30).store
         if odd and how == "silent":
             return "", 0.0
-        return mesh.prepare_together(prepare, store, 1.0), time.monotonic() - began
+        return distributed.prepare_together(prepare, store, 1.0), time.monotonic() - began
     except RunError as error:
         return f"{error.status}: {error}", time.monotonic() - began
     finally:
@@ -141,22 +141,24 @@ def called(ranks: Mesh, how: str) -> str:
     """Do a collective that rank 1 does another way; return what that raises."""
     assert ranks.pair is not None
     twin = dist.new_group(backend="gloo")
-    mesh._CHECKS[ranks.pair.group_name] = mesh._Check(twin)  # type: ignore[arg-type]
+    distributed._CHECKS[ranks.pair.group_name] = distributed._Check(twin)  # type: ignore[arg-type]
     odd = ranks.rank == 1
     try:
-        sum_over(torch.ones(4), ranks.pair)  # the first of both
+        all_reduce_sum(torch.ones(4), ranks.pair)  # the first of both
         if how == "operation" and odd:
-            swap(torch.ones(4), ranks.pair)
+            exchange(torch.ones(4), ranks.pair)
         elif how == "shape":
-            sum_over(torch.ones(2, 2) if odd else torch.ones(4), ranks.pair)
+            all_reduce_sum(torch.ones(2, 2) if odd else torch.ones(4), ranks.pair)
         elif how == "dtype":
-            sum_over(torch.ones(4, dtype=torch.float64 if odd else torch.float32), ranks.pair)
+            all_reduce_sum(
+                torch.ones(4, dtype=torch.float64 if odd else torch.float32), ranks.pair
+            )
         else:
-            sum_over(torch.ones(4), ranks.pair)
+            all_reduce_sum(torch.ones(4), ranks.pair)
     except RuntimeError as error:
         return str(error)
     finally:
-        mesh._CHECKS.clear()
+        distributed._CHECKS.clear()
     return ""
 
 
@@ -181,7 +183,7 @@ def test_calls_that_agree_go_on(pair: Ranks) -> None:
 
 
 def counted(ranks: Mesh) -> Any:
-    return tell((ranks.rank,), ranks)
+    return ranks.gather_ints((ranks.rank,))
 
 
 def test_all_are_told_in_rank_order(two_pairs: Ranks) -> None:
@@ -193,7 +195,7 @@ def attempted(ranks: Mesh, port: int) -> tuple[int, str]:
     before = dict(os.environ)
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_RESTART_COUNT=str(ranks.rank))
     try:
-        met = mesh.meet({"lr": math.nan}, timeout=5)
+        met = distributed.meet({"lr": math.nan}, timeout=5)
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -12,12 +12,13 @@ from ranks import Ranks
 from safetensors.torch import load_file
 
 from modelpar import Recipe, config
+from modelpar.distributed import Mesh
 from modelpar.errors import SettingsError
 from modelpar.images.loader import Batch
-from modelpar.mesh import Mesh
-from modelpar.training import loop, scoring, start
+from modelpar.net.plan import plan_for
+from modelpar.training import evaluation, prepare, trainer
 from modelpar.training.checkpoint import newest, read_conv1, read_part
-from modelpar.training.engine import DTYPES, Learner, build, plan_for
+from modelpar.training.engine import DTYPES, Learner, build
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
 
@@ -74,7 +75,7 @@ def words(images: Path, net: str, *more: str) -> list[str]:
 
 def trained(settings: list[str], run_dir: Path) -> None:
     read = config.read("train", settings)
-    loop.train(read, start.prepare(read), ALONE, run_dir)
+    trainer.train(read, prepare.prepare(read), ALONE, run_dir)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_a_run_goes_on_exactly_and_is_evaluated_and_exported(
     assert read_conv1(once).shape == (64, 3, *((5, 5) if net == "four_layer" else (11, 11)))
 
     file = tmp_path / "net.safetensors"
-    assert f"{len(state)} tensors" in scoring.export(str(tmp_path / "once"), file)
+    assert f"{len(state)} tensors" in evaluation.export(str(tmp_path / "once"), file)
     exported = load_file(file)
     assert all(torch.equal(value, exported[key]) for key, value in state.items())
     if net == "torchvision":
@@ -111,14 +112,14 @@ def test_a_run_goes_on_exactly_and_is_evaluated_and_exported(
     last = [row for row in rows if row["kind"] == "test"][-1]
     for place in (tmp_path / "once", file):
         settings = config.read("evaluate", [f"checkpoint={place}", "columns=1"])
-        errors = scoring.score(settings, scoring.prepare(settings), ALONE)
+        errors = evaluation.evaluate_checkpoint(settings, evaluation.prepare(settings), ALONE)
         assert errors.top1 == last["top1"]
         assert errors.loss == pytest.approx(last["loss"], rel=1e-5)
     with pytest.raises(SettingsError, match="its net has one column; give columns=1"):
-        scoring.prepare(config.read("evaluate", [f"checkpoint={file}"]))
+        evaluation.prepare(config.read("evaluate", [f"checkpoint={file}"]))
 
 
 @pytest.mark.parametrize("net", SIZES)
 def test_one_column_is_not_split(images: Path, net: str) -> None:
     with pytest.raises(SettingsError, match=f"model.net={net}: has one column; give columns=1"):
-        start.prepare(config.read("train", [*words(images, net), "columns=2"]))
+        prepare.prepare(config.read("train", [*words(images, net), "columns=2"]))

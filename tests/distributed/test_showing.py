@@ -11,11 +11,11 @@ from ranks import Ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modelpar import config
-from modelpar.images.augment import Lens
-from modelpar.mesh import Mesh
-from modelpar.training import loop, start
-from modelpar.training.activity import Watched
-from modelpar.training.answers import chosen, figure4, look
+from modelpar.analysis.activations import ActivationStats
+from modelpar.analysis.neighbours import chosen, figure4, look
+from modelpar.distributed import Mesh
+from modelpar.images.augment import Augmentation
+from modelpar.training import prepare, trainer
 from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.engine import build
 
@@ -39,11 +39,11 @@ def words_of(images: Path, *more: str) -> list[str]:
 def seen(mesh: Mesh, words: list[str]) -> dict[str, Any]:
     """Activations and distances of a net that has learnt nothing, in float64."""
     settings = config.read("train", words)
-    found = start.prepare(settings)
+    found = prepare.prepare(settings)
     net = build(found.plan, mesh, "float64", settings.crossing, seed=3)
-    lens = Lens(found.statistics, 64, scaled=False, device="cpu")
+    lens = Augmentation(found.statistics, 64, scaled=False, device="cpu")
     batch = torch.stack([found.images.test[place][0] for place in range(7)])
-    with Watched(net, found.plan.columns, mesh, images=5) as watched:
+    with ActivationStats(net, found.plan.columns, mesh, images=5) as watched:
         look(net, lens.centre(batch))
     rows = chosen(len(found.images.train), 20, seed=3)
     answers = figure4(net, mesh, found.images, lens, rows, 6, 0)
@@ -54,9 +54,9 @@ def seen(mesh: Mesh, words: list[str]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("net", ["two_columns", "apart"])
+@pytest.mark.parametrize("net", ["two_columns", "no_crossing"])
 def test_the_pair_shows_what_the_whole_shows(pair: Ranks, images: Path, net: str) -> None:
-    crossing = ["model.crossing_at=[]"] if net == "apart" else []
+    crossing = ["model.crossing_at=[]"] if net == "no_crossing" else []
     words = words_of(images, f"model.net={net}", *crossing)
     whole = seen(ALONE, words)
     first, second = pair.run(seen, words)
@@ -76,7 +76,7 @@ def trained(mesh: Mesh, words: list[str], run_dir: str, shows: list[bool]) -> fl
     settings = config.read("train", words)
     settings.replicas = mesh.replicas
     settings.monitor.tensorboard = shows[mesh.rank]
-    return loop.train(settings, start.prepare(settings), mesh, Path(run_dir))
+    return trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

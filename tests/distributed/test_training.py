@@ -11,12 +11,12 @@ import torch
 from ranks import Ranks
 
 from modelpar import config
+from modelpar.distributed import Mesh
 from modelpar.errors import DivergedError
-from modelpar.images.augment import Lens
+from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.mesh import Mesh
-from modelpar.training import loop, start
+from modelpar.training import prepare, trainer
 from modelpar.training.checkpoint import newest, read_part, signed
 from modelpar.training.engine import Learner
 
@@ -38,7 +38,7 @@ def overrides(images: Path, *more: str) -> list[str]:
 def trained(mesh: Mesh, words: list[str], run_dir: str) -> float:
     settings = config.read("train", words)
     settings.replicas = mesh.replicas
-    return loop.train(settings, start.prepare(settings), mesh, Path(run_dir))
+    return trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -124,8 +124,8 @@ def test_an_evaluation_that_was_lost_stands_there_once(images: Path, tmp_path: P
 
 def digests(mesh: Mesh, words: list[str]) -> list[str]:
     settings = config.read("train", words)
-    found = start.prepare(settings)
-    lens = Lens(found.statistics, 64, scaled=True, device="cpu")
+    found = prepare.prepare(settings)
+    lens = Augmentation(found.statistics, 64, scaled=True, device="cpu")
     order = BatchOrder(len(found.images.train), 4, 0, replica=mesh.replica, replicas=mesh.replicas)
     loader = TrainLoader(found.images.train, order, lens, mesh.device, crops="per_32")
     return [

@@ -9,15 +9,15 @@ import pytest
 import torch
 from ranks import Ranks
 
-from modelpar import config, stop
+from modelpar import config, shutdown
+from modelpar.distributed import Mesh
 from modelpar.errors import DivergedError, RunError
-from modelpar.images.augment import Lens
+from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.mesh import Mesh
-from modelpar.training import loop, start, watch
+from modelpar.training import consistency, prepare, trainer
 from modelpar.training.checkpoint import newest, read_part
-from modelpar.training.watch import Watch
+from modelpar.training.consistency import StepCheck
 
 QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
 
@@ -28,7 +28,7 @@ def batch(digest: int = 7) -> Batch:
 
 def told(mesh: Mesh, wrong: int) -> str:
     """Exchange one message in which rank ``wrong`` has another batch; return what that raises."""
-    own = Watch(mesh, stop.Request())
+    own = StepCheck(mesh, shutdown.Request())
     try:
         own.agree(5, batch(8 if mesh.rank == wrong else 7), {})
     except RunError as error:
@@ -53,7 +53,7 @@ def test_equal_batches_and_replicas_of_other_batches_go_on(pair: Ranks, two_pair
 def read(mesh: Mesh, words: list[str], change: str) -> list[int]:
     """Return the digests of an epoch's batches; rank 1's set differs by ``change``."""
     settings = config.read("train", words)
-    found = start.prepare(settings)
+    found = prepare.prepare(settings)
     images: Any = found.images.train
 
     class Changed:
@@ -69,7 +69,7 @@ def read(mesh: Mesh, words: list[str], change: str) -> list[int]:
 
     seed = 1 if mesh.rank == 1 and change == "order" else 0
     order = BatchOrder(len(images), 8, seed)
-    lens = Lens(found.statistics, 64, scaled=True, device=mesh.device)
+    lens = Augmentation(found.statistics, 64, scaled=True, device=mesh.device)
     loader = TrainLoader(Changed(), order, lens, mesh.device, crops="per_image")  # type: ignore[arg-type]
     return [one.digest for one in loader.epoch(0, 0, 0.1)]
 
@@ -98,11 +98,11 @@ def words_of(images: Path, *more: str) -> list[str]:
 
 def replicas(mesh: Mesh, change: float, rank: int) -> tuple[int, str]:
     """Exchange a message of replicas with their own batches; ``rank`` has other weights."""
-    request = stop.Request()
-    own = Watch(mesh, request)
+    request = shutdown.Request()
+    own = StepCheck(mesh, request)
     weights = {"fc8.weight": torch.ones(3) * mesh.column + change * (mesh.rank == rank)}
     try:
-        return own.agree(watch.WEIGHTS_EVERY, batch(mesh.replica), weights).asked, ""
+        return own.agree(consistency.WEIGHTS_EVERY, batch(mesh.replica), weights).asked, ""
     except DivergedError as error:
         return 0, str(error)
 
@@ -114,10 +114,10 @@ def test_replicas_that_differ_stop_all(two_pairs: Ranks) -> None:
 
 
 def asked(mesh: Mesh, rank: int) -> tuple[int, int]:
-    with stop.heeded() as request:
+    with shutdown.signals_noted() as request:
         if mesh.rank == rank:
             os.kill(os.getpid(), signal.SIGUSR1)
-        own = Watch(mesh, request)
+        own = StepCheck(mesh, request)
         return own.agree(1, batch(), {}).asked, own.asked()
 
 
@@ -128,14 +128,14 @@ def test_one_process_that_is_asked_stops_all(pair: Ranks, two_pairs: Ranks) -> N
 
 
 def test_one_process_alone_needs_no_message() -> None:
-    own = Watch(Mesh(torch.device("cpu")), stop.Request())
+    own = StepCheck(Mesh(torch.device("cpu")), shutdown.Request())
     assert own.agree(1, batch(), {}) == (0, False, True)
     assert own.agree(1, batch(), {}, failed=True, finite=False) == (0, True, False)
     assert own.asked() == 0
 
 
 def failed(mesh: Mesh, rank: int) -> bool:
-    own = Watch(mesh, stop.Request())
+    own = StepCheck(mesh, shutdown.Request())
     return own.agree(1, batch(), {}, failed=mesh.rank == rank).failed
 
 
@@ -150,35 +150,35 @@ def test_a_batch_of_another_step_is_another_batch(pair: Ranks) -> None:
 
 
 def out_of_step(mesh: Mesh) -> None:
-    own = Watch(mesh, stop.Request())
+    own = StepCheck(mesh, shutdown.Request())
     own.agree(1 + mesh.rank, batch(), {})
 
 
 def interrupted(mesh: Mesh, words: list[str], run_dir: str, step: int, where: str) -> str:
     """Train, and be asked to stop in ``step``, or in the evaluation after it: rank 1 alone."""
     settings = config.read("train", words)
-    agree, asked, at = Watch.agree, Watch.asked, [0]
+    agree, asked, at = StepCheck.agree, StepCheck.asked, [0]
 
     def ask(here: str) -> None:
         if mesh.rank == 1 and (here, at[0]) == (where, step + 1):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def in_step(self: Watch, number: int, *arguments: Any, **more: Any) -> Any:
+    def in_step(self: StepCheck, number: int, *arguments: Any, **more: Any) -> Any:
         at[0] = number
         ask("step")
         return agree(self, number, *arguments, **more)
 
-    def in_evaluation(self: Watch) -> int:
+    def in_evaluation(self: StepCheck) -> int:
         ask("evaluation")
         return asked(self)
 
-    Watch.agree, Watch.asked = in_step, in_evaluation  # type: ignore[method-assign]
+    StepCheck.agree, StepCheck.asked = in_step, in_evaluation  # type: ignore[method-assign]
     try:
-        loop.train(settings, start.prepare(settings), mesh, Path(run_dir))
+        trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
     except RunError as error:
         return f"{error.status}: {error}"
     finally:
-        Watch.agree, Watch.asked = agree, asked  # type: ignore[method-assign]
+        StepCheck.agree, StepCheck.asked = agree, asked  # type: ignore[method-assign]
     return "not stopped"
 
 

@@ -21,7 +21,7 @@ CONTROL = 64  # B a step
 RANK = f"""
 import json, sys, torch
 from torch.nn import functional
-from modelpar import Column, Link, mesh
+from modelpar import Column, Link, distributed
 torch.set_num_threads(1)
 
 def sent():
@@ -30,16 +30,16 @@ def sent():
         if name.strip() == sys.argv[1]:
             return int(numbers.split()[8])
 
-with mesh.opened(2, "cpu", 60) as ranks:
+with distributed.process_mesh(2, "cpu", 60) as ranks:
     link = Link.between(ranks.pair)
     net = Column.from_recipe("code2012", link, seed=0)
     images, labels = torch.randn({BATCH}, 3, 224, 224), torch.arange({BATCH})
     for step in range({STEPS} + 1):
-        mesh.gather_text(str(), ranks)  # both have reached this step, and its bytes are over
+        ranks.gather_text("")  # both have reached this step, and its bytes are over
         if step == 1:
             before, counted = sent(), link.bytes_sent
         functional.cross_entropy(net(images), labels).backward()
-    mesh.gather_text(str(), ranks)
+    ranks.gather_text("")
     print(json.dumps([sent() - before, link.bytes_sent - counted]))
 """
 

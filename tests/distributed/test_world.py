@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
-from modelpar.mesh import Mesh, first_complaint, gather_text, sum_over, swap
+from modelpar.distributed import Mesh, all_reduce_sum, exchange, first_complaint
 
 
 def place(mesh: Mesh) -> tuple[int, int, int, str]:
@@ -34,7 +34,7 @@ def test_the_first_complaint_is_everyones(two_pairs: Ranks) -> None:
 
 
 def told(mesh: Mesh) -> list[str]:
-    return gather_text(f"runs/größe-{mesh.rank}" if mesh.rank != 2 else "", mesh)
+    return mesh.gather_text(f"runs/größe-{mesh.rank}" if mesh.rank != 2 else "")
 
 
 def test_all_learn_what_each_says(two_pairs: Ranks) -> None:
@@ -42,7 +42,7 @@ def test_all_learn_what_each_says(two_pairs: Ranks) -> None:
 
 
 def patience(mesh: Mesh) -> list[float]:
-    groups = [dist.group.WORLD, mesh.pair, mesh.peers]
+    groups = [dist.group.WORLD, mesh.pair, mesh.replica_group]
     return [
         group._get_backend(torch.device("cpu")).options._timeout.total_seconds()  # type: ignore[union-attr]
         for group in groups
@@ -67,8 +67,8 @@ def test_freed_memory_stays_with_the_process(pair: Ranks) -> None:
 
 
 def sums(mesh: Mesh) -> tuple[float, float]:
-    one = sum_over(torch.tensor([float(10**mesh.rank)]), mesh.pair)
-    two = sum_over(torch.tensor([float(10**mesh.rank)]), mesh.peers)
+    one = all_reduce_sum(torch.tensor([float(10**mesh.rank)]), mesh.pair)
+    two = all_reduce_sum(torch.tensor([float(10**mesh.rank)]), mesh.replica_group)
     return float(one), float(two)
 
 
@@ -80,7 +80,7 @@ def refusals(mesh: Mesh) -> list[str]:
     assert mesh.pair is not None
     found = []
     for tensor in (torch.zeros(4, 3).t(), torch.zeros(2, dtype=torch.complex64)):
-        for call in (swap, sum_over):
+        for call in (exchange, all_reduce_sum):
             try:
                 call(tensor, mesh.pair)
             except ValueError as error:

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from modelpar import AlexNet, merge
-from modelpar.images.augment import Lens, Statistics
-from modelpar.stop import SAME
+from modelpar.images.augment import Augmentation, Statistics
+from modelpar.shutdown import DEBOUNCE_SECONDS
 from modelpar.training.checkpoint import find, newest, read_part, read_statistics
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -201,7 +201,7 @@ def test_export_is_one_file_that_the_whole_net_loads(tmp_path: Path, trained: Pa
     columns = [read_part(found, "weights", column) for column in (0, 1)]  # type: ignore[arg-type]
     assert all(torch.equal(value, state[key]) for key, value in merge(columns).items())
     statistics = Statistics(**read_statistics(found))  # type: ignore[arg-type]
-    lens = Lens(statistics, 64, scaled=False, device="cpu")
+    lens = Augmentation(statistics, 64, scaled=False, device="cpu")
     assert net.eval()(lens.centre(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))).shape == (1, 14)
     line = fine(ours(tmp_path, f"checkpoint={out}", main="evaluate")).splitlines()[-1]
     assert f"top-1 error {rows(trained, 'test')[0]['top1']:.4f} %" in line
@@ -389,7 +389,7 @@ def test_a_second_signal_ends_ranks_that_hear_none(tmp_path: Path) -> None:
     still = max(child for child in children(process.pid) if spawned(child))
     os.kill(still, signal.SIGSTOP)  # its peer is blocked then, and Python hears no signal
     process.terminate()
-    time.sleep(SAME + 1)
+    time.sleep(DEBOUNCE_SECONDS + 1)
     began = time.monotonic()
     process.terminate()
     process.wait(30)

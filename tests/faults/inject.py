@@ -25,6 +25,8 @@ from typing import Any, Self
 import torch
 from PIL import Image
 
+from modelpar.training import checkpoint
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from collections.abc import Callable
@@ -33,7 +35,6 @@ from typing import TextIO
 from unit.test_bad_input import DATA, WORDS
 
 from modelpar.errors import CheckpointError
-from modelpar.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 30, 5  # three epochs of ten steps, an evaluation after each

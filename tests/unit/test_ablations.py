@@ -8,10 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modelpar import AlexNet, Column, Link, config
-from modelpar.net.baselines import whole
-from modelpar.net.paper import Plan, Recipe
+from modelpar.net.four_layer import whole_net
+from modelpar.net.plan import Plan, Recipe, plan_for
 from modelpar.settings import TrainSettings
-from modelpar.training.engine import plan_for
 
 NAMES = sorted(path.stem for path in (config.conf_dir() / "experiment").glob("*.yaml"))
 PAPERS = 60_965_224  # parameters of the paper's net
@@ -103,7 +102,7 @@ def test_each_builds_the_net_it_names(name: str) -> None:
     size = settings.model.image_size or 224
     plan = plan_for(recipe, settings.model, classes, size)
     with FakeTensorMode():
-        net = whole(plan)
+        net = whole_net(plan)
         images = torch.empty(2, 3, size, size)
         assert net(images).shape == (2, classes)
         sizes = {key: value.numel() for key, value in net.state_dict().items()}
@@ -159,7 +158,7 @@ def test_a_net_meets_where_its_experiment_says(name: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ("model.net=no_conv4", "model.conv4_dropout=0.2"),
+        ("model.net=drop_conv4", "model.conv4_dropout=0.2"),
         ("model.net=one_column", "columns=1", "model.crossing_at=[conv9]"),
     ],
 )
@@ -182,8 +181,13 @@ def test_a_mean_is_taken_of_rectified_values() -> None:
     "words",
     [
         ["model.net=conv6", "model.norm=batch", "model.activation=elu", "model.pool=average"],
-        ["model.net=no_conv3", "model.crossing_at=[conv4,fc7]", "model.dropout=0.3"],
-        ["model.net=one_column", "columns=1", "model.norm=within", "model.pool=tiled"],
+        ["model.net=drop_conv3", "model.crossing_at=[conv4,fc7]", "model.dropout=0.3"],
+        [
+            "model.net=one_column",
+            "columns=1",
+            "model.norm=within_channel",
+            "model.pool=non_overlapping",
+        ],
     ],
     ids=str,
 )

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from modelpar import AlexNet
-from modelpar.mesh import Mesh
-from modelpar.training.activity import Watched
+from modelpar.analysis.activations import ActivationStats
+from modelpar.distributed import Mesh
 
 ALONE = Mesh(torch.device("cpu"))
 
@@ -21,7 +21,7 @@ def test_it_counts_what_torch_counts_and_changes_nothing() -> None:
     net.fc7.weight[5] = 0  # a unit that is dead
     net.fc7.bias[5] = -1
     plain = net(images)
-    with Watched(net, 2, ALONE, images=6) as seen:
+    with ActivationStats(net, 2, ALONE, images=6) as seen:
         assert torch.equal(net(images), plain)
     assert torch.equal(net(images), plain)  # gone
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in net.modules())
@@ -52,10 +52,10 @@ def flat(net: AlexNet, images: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_the_first_images_of_each_batch_are_enough() -> None:
     net, images = net_of(), 60 * torch.randn(6, 3, 64, 64)
-    with Watched(net, 2, ALONE, images=2) as some:
+    with ActivationStats(net, 2, ALONE, images=2) as some:
         net(images[:3])
         net(images[3:])
-    with Watched(net, 2, ALONE, images=4) as all_of_them:
+    with ActivationStats(net, 2, ALONE, images=4) as all_of_them:
         net(images[[0, 1, 3, 4]])
     for one, other in zip(some.result(), all_of_them.result(), strict=True):
         assert one.mean == pytest.approx(other.mean, rel=1e-5)
@@ -65,7 +65,7 @@ def test_the_first_images_of_each_batch_are_enough() -> None:
 @torch.no_grad()
 def test_one_column_and_another_activation() -> None:
     net, images = net_of("tanh", net="one_column"), 60 * torch.randn(2, 3, 64, 64)
-    with Watched(net, 1, ALONE, images=2) as seen:
+    with ActivationStats(net, 1, ALONE, images=2) as seen:
         net(images)
     rows = seen.result()
     assert [row.column for row in rows] == [0] * 7 + [None]

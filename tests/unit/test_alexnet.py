@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from modelpar import AlexNet, Column, Link, Plan, Recipe, merge, split
 from modelpar.errors import CheckpointError, SettingsError
-from modelpar.net.alexnet import check_state
-from modelpar.net.paper import plan_of, settings_of
+from modelpar.net.plan import plan_of, settings_of
+from modelpar.net.weights import check_state
 from modelpar.training.optimizer import MomentumDecay
 
 RECIPES = ("paper", "code2012", "clean")
@@ -72,7 +72,7 @@ def test_a_seed_fixes_the_weights_and_torchs_generator_does_without() -> None:
 
 
 @pytest.mark.parametrize("size", [64, 65, 66, 67, 96, 128, 200, 224, 227, 256])
-@pytest.mark.parametrize("pool", ["overlapping", "tiled", "average"])
+@pytest.mark.parametrize("pool", ["overlapping", "non_overlapping", "average"])
 def test_other_image_sizes_work(size: int, pool: str) -> None:
     net = AlexNet.from_recipe("code2012", 7, size, pool=pool).eval()
     assert net(torch.zeros(1, 3, size, size)).shape == (1, 7)
@@ -93,7 +93,7 @@ def test_double_works() -> None:
         ({"norm": "group"}, "norm"),
         ({"net": "three_columns"}, "net"),
         ({"conv4_dropout": -0.1}, "conv4_dropout"),
-        ({"net": "no_conv3"}, "crossing_at"),  # it has no conv3 to read both
+        ({"net": "drop_conv3"}, "crossing_at"),  # it has no conv3 to read both
         ({"activation": "gelu"}, "activation"),
         ({"crossing_at": ("conv9",)}, "crossing_at"),
     ],

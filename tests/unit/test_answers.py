@@ -5,11 +5,8 @@ import torch
 from torch import nn
 
 from modelpar import AlexNet
-from modelpar.images.augment import Lens, Statistics
-from modelpar.images.samples import ImageSet, InMemory
-from modelpar.mesh import Mesh
-from modelpar.training.activity import activations_of
-from modelpar.training.answers import (
+from modelpar.analysis.activations import activations_of
+from modelpar.analysis.neighbours import (
     chosen,
     different,
     figure4,
@@ -18,6 +15,9 @@ from modelpar.training.answers import (
     nearest_picture,
     spread,
 )
+from modelpar.distributed import Mesh
+from modelpar.images.augment import Augmentation, Statistics
+from modelpar.images.samples import ImageSet, InMemory
 
 ALONE = Mesh(torch.device("cpu"))
 
@@ -55,9 +55,9 @@ def made(shades: list[int], tests: list[int]) -> ImageSet:
     )
 
 
-def lens(size: int) -> Lens:
+def lens(size: int) -> Augmentation:
     nothing = Statistics(torch.zeros(3, size, size), torch.zeros(3), torch.eye(3))
-    return Lens(nothing, size, scaled=False, device="cpu")
+    return Augmentation(nothing, size, scaled=False, device="cpu")
 
 
 def test_the_same_image_is_nearest_at_distance_0_and_shown_once() -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from modelpar import config, evaluate, export, host, train
-from modelpar.mesh import Mesh
-from modelpar.training import loop, start
+from modelpar import config, evaluate, export, train
+from modelpar.distributed import Mesh
+from modelpar.training import prepare, trainer
 
 MAINS: dict[str, Callable[[], Any]] = {
     "train": train.main,
@@ -42,7 +42,7 @@ def made(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         words = [*SMALL, "columns=1", "steps=2", "checkpoint_every=1"]
         settings = config.read("train", words)
-        loop.train(settings, start.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
+        trainer.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
     finally:
         os.chdir(before)
     return place
@@ -240,7 +240,7 @@ def test_odd_images_are_rgb_all_the_same(place: Path, mode: str) -> None:
         path, form, **({"exif": b"Exif\0\0broken"} if form == "JPEG" else {})
     )
     settings = config.read("train", [*SMALL, "cache_dir=../cache"])
-    found = start.prepare(settings).images.train
+    found = prepare.prepare(settings).images.train
     number = next(n for n in range(len(found)) if found.source(n)[0].endswith("dark/3.png"))  # type: ignore[attr-defined]
     image, _ = found[number]
     assert image.shape == (3, 73, 73)
@@ -273,12 +273,12 @@ def test_a_damaged_checkpoint_changes_no_weight(place: Path, name: str) -> None:
     settings = config.read("train", [*SMALL, "columns=1", "steps=3"])
     before = contents(place)
     with pytest.raises(Exception, match=name.replace(".", r"\.")) as error:
-        loop.train(settings, start.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
+        trainer.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
     assert type(error.value).__name__ == "CheckpointError"
     assert "move step-00000002 away, and the run goes on from step-00000001" in str(error.value)
     assert contents(place) == before
     shutil.move(place / STEP, place / "damaged")
-    loop.train(settings, start.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
+    trainer.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_a_wrong_launch(
     environment: dict[str, str],
     said: str,
 ) -> None:
-    monkeypatch.setattr(host, "MEETING", 1.0)
+    monkeypatch.setattr(environment, "MEETING", 1.0)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     before = contents(place)

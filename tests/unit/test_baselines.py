@@ -13,10 +13,9 @@ from torch.nn import functional
 
 from modelpar import AlexNet, Plan, Recipe, config
 from modelpar.errors import SettingsError
-from modelpar.net import paper
-from modelpar.net.baselines import FourLayer, Local, Torchvision, whole
-from modelpar.net.layers import AcrossMaps, Draw
-from modelpar.training.engine import plan_for
+from modelpar.net.four_layer import FourLayer, Local, Torchvision, whole_net
+from modelpar.net.layers import AcrossMaps, DropoutSeed
+from modelpar.net.plan import plan_for, plan_of, settings_of
 from modelpar.training.optimizer import MomentumDecay
 
 
@@ -102,7 +101,7 @@ def test_the_four_layers_are_those_of_the_files(norm: str, maps: int, size: int)
         "local4": places * (32 * 3 * 3 * maps + 32),
         "fc10": 10 * places * 32 + 10,
     }
-    net = whole(plan("four_layer", f"model.norm={norm}", size=size), seed=0)
+    net = whole_net(plan("four_layer", f"model.norm={norm}", size=size), seed=0)
     assert isinstance(net, FourLayer)
     found = {
         name: sum(weight.numel() for weight in layer.parameters())
@@ -115,13 +114,13 @@ def test_the_four_layers_are_those_of_the_files(norm: str, maps: int, size: int)
 
 @pytest.mark.parametrize("size", [6, 7, 32])
 def test_the_least_image_still_fills_the_second_pool(size: int) -> None:
-    net = whole(plan("four_layer", size=size), seed=0)
+    net = whole_net(plan("four_layer", size=size), seed=0)
     assert net(torch.randn(1, 3, size, size)).shape == (1, 10)
     assert net.plan.pooled(6) == 3
 
 
 def test_the_four_layers_start_as_in_the_files() -> None:
-    net, moved = kept_and_moved(lambda: whole(plan("four_layer"), seed=0))
+    net, moved = kept_and_moved(lambda: whole_net(plan("four_layer"), seed=0))
     assert not moved
     for name, std in {
         "conv1": 1e-4,
@@ -133,13 +132,13 @@ def test_the_four_layers_start_as_in_the_files() -> None:
         layer = net.get_submodule(name)
         assert float(layer.weight.detach().std()) == pytest.approx(std, rel=0.05)
         assert not layer.bias.any()
-    again = whole(plan("four_layer"), seed=0).state_dict()
+    again = whole_net(plan("four_layer"), seed=0).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in net.state_dict().items())
-    assert not torch.equal(net.conv2.weight, whole(plan("four_layer"), seed=1).conv2.weight)
+    assert not torch.equal(net.conv2.weight, whole_net(plan("four_layer"), seed=1).conv2.weight)
 
 
 def test_its_norm_is_torchs_over_nine_maps() -> None:
-    net = whole(plan("four_layer"), seed=0).double()
+    net = whole_net(plan("four_layer"), seed=0).double()
     maps = (torch.randn(2, 64, 5, 5, dtype=torch.float64) * 60).requires_grad_()
     torchs = nn.LocalResponseNorm(9, alpha=0.001, beta=0.75, k=1.0)
     weight = torch.randn(2, 64, 5, 5, dtype=torch.float64)
@@ -156,7 +155,9 @@ def test_its_norm_is_torchs_over_nine_maps() -> None:
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_a_rising_function_may_come_after_the_pool(activation: str) -> None:
     """The first file rectifies conv1 and pools, the second pools and rectifies."""
-    net = whole(plan("four_layer", f"model.activation={activation}", "model.norm=none"), seed=0)
+    net = whole_net(
+        plan("four_layer", f"model.activation={activation}", "model.norm=none"), seed=0
+    )
     maps = torch.randn(2, 64, 28, 28)
     activate = net.activations["conv1"]
     assert torch.equal(activate(net.pool(maps)), net.pool(activate(maps)))
@@ -166,7 +167,7 @@ def test_a_rising_function_may_come_after_the_pool(activation: str) -> None:
 def test_each_layer_decays_as_in_its_file(norm: str, fc10: float) -> None:
     words = [f"model.norm={norm}", "recipe.weight_decay=0.004"]
     chosen = plan("four_layer", *words)
-    net = whole(chosen, seed=0)
+    net = whole_net(chosen, seed=0)
     optimizer = MomentumDecay(net, chosen.recipe, factors=chosen.decays)
     found = {group["name"]: group["decay"] for group in optimizer.param_groups}
     assert {key: value for key, value in found.items() if value} == pytest.approx(
@@ -179,7 +180,7 @@ def test_each_layer_decays_as_in_its_file(norm: str, fc10: float) -> None:
 
 def test_torchvisions_is_its_own_class_with_its_own_weights() -> None:
     chosen = plan("torchvision", classes=1000, size=224)
-    net, moved = kept_and_moved(lambda: whole(chosen, seed=0))
+    net, moved = kept_and_moved(lambda: whole_net(chosen, seed=0))
     assert not moved
     assert isinstance(net, torchvision.models.AlexNet)
     theirs = torchvision.models.AlexNet()
@@ -192,9 +193,9 @@ def test_torchvisions_is_its_own_class_with_its_own_weights() -> None:
 
 def test_torchvisions_weights_are_a_function_of_the_seed() -> None:
     chosen = plan("torchvision", size=64)
-    nets = [whole(chosen, seed).state_dict() for seed in (0, 0, 1)]
+    nets = [whole_net(chosen, seed).state_dict() for seed in (0, 0, 1)]
     torch.manual_seed(5)
-    nets.append(whole(chosen, None).state_dict())
+    nets.append(whole_net(chosen, None).state_dict())
     torch.manual_seed(5)
     nets.append(torchvision.models.AlexNet(10).state_dict())
     same = [
@@ -204,28 +205,28 @@ def test_torchvisions_weights_are_a_function_of_the_seed() -> None:
     assert same == [True, False, True]
 
 
-def masked(net: Torchvision, draw: Draw | None, units: torch.Tensor) -> torch.Tensor:
+def masked(net: Torchvision, draw: DropoutSeed | None, units: torch.Tensor) -> torch.Tensor:
     net.fix_dropout(draw)
     return net.classifier[0](units)
 
 
 def test_torchvisions_masks_are_drawn_whole_and_scaled() -> None:
-    net = whole(plan("torchvision", size=64), seed=0).train()
+    net = whole_net(plan("torchvision", size=64), seed=0).train()
     assert isinstance(net, Torchvision)
     units = torch.ones(8, 9216)
-    all_rows, moved = kept_and_moved(lambda: masked(net, Draw(0, 3, slice(0, 8), 8), units))
+    all_rows, moved = kept_and_moved(lambda: masked(net, DropoutSeed(0, 3, slice(0, 8), 8), units))
     assert not moved
     torch.manual_seed(99)
-    assert torch.equal(all_rows, masked(net, Draw(0, 3, slice(0, 8), 8), units))
-    assert torch.equal(all_rows[4:], masked(net, Draw(0, 3, slice(4, 8), 8), units[4:]))
-    assert not torch.equal(all_rows, masked(net, Draw(0, 4, slice(0, 8), 8), units))
+    assert torch.equal(all_rows, masked(net, DropoutSeed(0, 3, slice(0, 8), 8), units))
+    assert torch.equal(all_rows[4:], masked(net, DropoutSeed(0, 3, slice(4, 8), 8), units[4:]))
+    assert not torch.equal(all_rows, masked(net, DropoutSeed(0, 4, slice(0, 8), 8), units))
     assert set(all_rows.unique().tolist()) == {0.0, 2.0}
     assert not torch.equal(all_rows[:, :4096], net.classifier[3](units[:, :4096]))
     assert torch.equal(masked(net.eval(), None, units), units)
 
 
 def test_torchvisions_dropout_may_be_left_out() -> None:
-    net = whole(plan("torchvision", "model.dropout=0", size=64), seed=0).train()
+    net = whole_net(plan("torchvision", "model.dropout=0", size=64), seed=0).train()
     units = torch.randn(2, 9216)
     assert torch.equal(net.classifier[0](units), units)
 
@@ -234,13 +235,13 @@ def test_torchvisions_dropout_may_be_left_out() -> None:
 
 
 def test_any_other_net_is_alexnet() -> None:
-    assert isinstance(whole(plan("one_column", size=64), seed=0), AlexNet)
+    assert isinstance(whole_net(plan("one_column", size=64), seed=0), AlexNet)
 
 
 @pytest.mark.parametrize("net", ["four_layer", "torchvision"])
 def test_a_plan_is_what_its_description_says(net: str) -> None:
     chosen = plan(net, size=64)
-    assert paper.plan_of(paper.settings_of(chosen)) == chosen
+    assert plan_of(settings_of(chosen)) == chosen
     assert chosen.columns == 1
     assert chosen.crossing_at == ()
 
@@ -248,7 +249,7 @@ def test_a_plan_is_what_its_description_says(net: str) -> None:
 @pytest.mark.parametrize("net", ["four_layer", "torchvision"])
 def test_it_computes_in_bfloat16(net: str) -> None:
     chosen = plan(net, size=64)
-    built = whole(chosen, seed=0).eval()
+    built = whole_net(chosen, seed=0).eval()
     images = torch.randn(2, 3, 64, 64) * 60
     exact = built(images)
     half = built.to(torch.bfloat16, memory_format=torch.channels_last)(images)
@@ -265,11 +266,15 @@ def test_it_computes_in_bfloat16(net: str) -> None:
             "model.dropout=0.5: model.net=four_layer takes only 0.0",
         ),
         ("four_layer", "model.conv4_dropout=0.2", "model.conv4_dropout=0.2: model.net=four_layer"),
-        ("four_layer", "model.norm=first", "takes only response or none; leave model.norm out"),
         (
             "four_layer",
-            "model.pool=tiled",
-            "model.pool=tiled: model.net=four_layer takes only over",
+            "model.norm=first_only",
+            "takes only response or none; leave model.norm out",
+        ),
+        (
+            "four_layer",
+            "model.pool=non_overlapping",
+            "model.pool=non_overlapping: model.net=four_layer takes only over",
         ),
         (
             "four_layer",

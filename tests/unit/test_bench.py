@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from modelpar import AlexNet, config
-from modelpar import settings as schema
-from modelpar.bench import anatomy, report, rounds
-from modelpar.bench.contenders import CONTENDERS, Plain, gflop
+from modelpar import AlexNet, config, settings
+from modelpar.bench import anatomy, measure, report
+from modelpar.bench.steps import CONTENDERS, Plain, gflop
 from modelpar.errors import SettingsError
-from modelpar.net.alexnet import plan_from
+from modelpar.net.plan import plan_from
 
 
 @pytest.mark.parametrize("recipe", ["paper", "code2012", "clean"])
@@ -35,7 +34,7 @@ def test_the_work_of_a_step_is_counted() -> None:
 
 
 def test_settings_and_contenders_name_the_same() -> None:
-    assert tuple(CONTENDERS) == schema.CONTENDERS
+    assert tuple(CONTENDERS) == settings.CONTENDERS
 
 
 @pytest.mark.parametrize(
@@ -68,9 +67,9 @@ class World:
         self.name, self.precision = name, "float32"
 
 
-def case(name: str, rate: float | None, *seconds: float) -> rounds.Case:
+def case(name: str, rate: float | None, *seconds: float) -> measure.Case:
     turns = [[{"seconds": [one, one, 9 * one]}, {"seconds": [one / 2] * 3}] for one in seconds]
-    return rounds.Case(World(name), rate, turns)  # type: ignore[arg-type]
+    return measure.Case(World(name), rate, turns)  # type: ignore[arg-type]
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -79,9 +78,9 @@ def test_ratios_are_taken_round_by_round() -> None:
     slow.world = ours.world
     cases = [plain, ddp, ours, slow]
     assert ours.seconds() == [1.0, 2.0]  # the slower process, the median step
-    assert rounds._ratios(ours, cases)["plain float32"] == {"median": 4, "low": 4, "high": 4}
-    assert rounds._ratios(ours, cases)["ddp"]["median"] == 3
-    found = rounds._ratios(slow, cases)
+    assert measure._ratios(ours, cases)["plain float32"] == {"median": 4, "low": 4, "high": 4}
+    assert measure._ratios(ours, cases)["ddp"]["median"] == 3
+    found = measure._ratios(slow, cases)
     assert found["full rate"] == {"median": 0.375, "low": 0.25, "high": 0.5}
     assert found["plain"] == {"median": 1.5, "low": 1.0, "high": 2.0}  # needs no wire
     assert "ddp" not in found  # not at that rate
@@ -137,7 +136,7 @@ def test_tables_and_picture_are_made_of_the_result(tmp_path: Path) -> None:
     slow = {**row, "link_mbit": 100.0, "ratios": {"full rate": {**spread, "median": 0.9}}}
     spans = [{"from": 0.0, "to": 1.0, "place": "conv1"}, {"from": 0.5, "to": 2, "place": "travel"}]
     result = {
-        "machine": rounds.machine(),
+        "machine": measure.machine(),
         "settings": {
             "image_size": 64,
             "num_classes": 10,

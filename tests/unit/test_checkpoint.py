@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from modelpar import AlexNet, Recipe, config, split
+from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError
-from modelpar.mesh import Mesh
-from modelpar.net.alexnet import place_of
-from modelpar.net.baselines import whole
+from modelpar.net.four_layer import whole_net
+from modelpar.net.plan import plan_for
+from modelpar.net.weights import location
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, find, newest, open_step, read_part, save
-from modelpar.training.engine import plan_for
-from modelpar.training.saver import Keep, Saver, prune
+from modelpar.training.saver import Checkpointer, Retention, prune
 
 ONE = Mesh(torch.device("cpu"))
-KEEP = Keep(2)
+KEEP = Retention(2)
 
 
 def state(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -36,7 +36,9 @@ SMALL = {
 }
 
 
-def write(run_dir: Path, step: int, keep: Keep = KEEP, weights: Any = None, **told: Any) -> Path:
+def write(
+    run_dir: Path, step: int, keep: Retention = KEEP, weights: Any = None, **told: Any
+) -> Path:
     weights = SMALL if weights is None else weights
     parts: Any = {"weights": weights, "velocities": weights}
     manifest = {"step": step, **told}
@@ -63,11 +65,11 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
 
 
 def test_the_whole_net_is_read_as_columns(tmp_path: Path) -> None:
-    whole = state()
-    write(tmp_path, 1, weights=whole)
+    whole_net = state()
+    write(tmp_path, 1, weights=whole_net)
     found = newest(tmp_path)
     assert found is not None
-    for column, expected in enumerate(split(whole)):
+    for column, expected in enumerate(split(whole_net)):
         read = read_part(found, "weights", column)
         assert read.keys() == expected.keys()
         assert all(torch.equal(read[key], expected[key]) for key in expected)
@@ -84,14 +86,14 @@ def test_each_nth_and_the_best_are_kept_too(tmp_path: Path) -> None:
     errors = {1: 50.0, 2: 20.0, 5: 30.0, 6: 10.0}  # 6 was tested at 5
     for step in range(1, 10):
         tested = step if step != 6 else 5
-        write(tmp_path, step, Keep(2, 4, best=True), top1=errors.get(step), tested=tested)
+        write(tmp_path, step, Retention(2, 4, best=True), top1=errors.get(step), tested=tested)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [f"step-0000000{step}" for step in (2, 4, 8, 9)]
 
 
 def test_a_saver_writes_what_was_there_when_it_started(tmp_path: Path) -> None:
     weights = {key: value.clone() for key, value in SMALL.items()}
-    saver = Saver(tmp_path / "checkpoints", ONE, KEEP)
+    saver = Checkpointer(tmp_path / "checkpoints", ONE, KEEP)
     saver.start({"weights": weights, "velocities": weights}, {"mean": torch.ones(1)}, {"step": 3})
     for value in weights.values():
         value.zero_()
@@ -106,7 +108,7 @@ def test_a_saver_writes_what_was_there_when_it_started(tmp_path: Path) -> None:
 
 def test_a_save_that_fails_is_raised_later_and_once(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
-    saver = Saver(tmp_path / "checkpoints", ONE, KEEP)
+    saver = Checkpointer(tmp_path / "checkpoints", ONE, KEEP)
     saver.start({"weights": SMALL, "velocities": SMALL}, {"mean": torch.ones(1)}, {"step": 3})
     saver.close()
     assert saver.failed()
@@ -146,7 +148,7 @@ def test_a_folder_under_another_steps_name_is_refused(tmp_path: Path) -> None:
 def test_what_was_just_saved_stays_whatever_lies_beside_it(tmp_path: Path) -> None:
     for step in (7, 8):
         write(tmp_path, step)
-    saver = Saver(tmp_path / "checkpoints", ONE, KEEP)
+    saver = Checkpointer(tmp_path / "checkpoints", ONE, KEEP)
     parts: Any = {"weights": SMALL, "velocities": SMALL}
     saver.start(parts, {"mean": torch.ones(1)}, {"step": 3})
     assert saver.end() == tmp_path / "checkpoints" / "step-00000003"
@@ -242,16 +244,16 @@ def test_a_manifest_says_what_lies_where(tmp_path: Path) -> None:
 
 
 def test_parts_lie_where_they_are_said_to() -> None:
-    whole = state()
-    for column, parts in enumerate(split(whole)):
+    whole_net = state()
+    for column, parts in enumerate(split(whole_net)):
         for key, part in parts.items():
-            place = place_of(key, part.shape, 2, column)
-            assert place["whole"] == list(whole[key].shape)
+            place = location(key, part.shape, 2, column)
+            assert place["whole"] == list(whole_net[key].shape)
             where = tuple(
                 slice(first, first + size)
                 for first, size in zip(place["first"], part.shape, strict=True)
             )
-            assert torch.equal(whole[key][where], part), key
+            assert torch.equal(whole_net[key][where], part), key
 
 
 @pytest.mark.parametrize("name", ["net.pt", "net.ckpt", "dcp"])
@@ -328,7 +330,7 @@ def test_find_takes_a_run_a_step_or_a_file(tmp_path: Path) -> None:
 def test_the_picture_is_of_the_first_convolution_of_any_net(tmp_path: Path, net: str) -> None:
     settings = config.read("train", [f"model.net={net}"])
     recipe = Recipe(**asdict(settings.recipe))
-    weights = whole(plan_for(recipe, settings.model, 3, 64), seed=0).state_dict()
+    weights = whole_net(plan_for(recipe, settings.model, 3, 64), seed=0).state_dict()
     write(tmp_path, 1, weights=weights)
     found = newest(tmp_path)
     assert found is not None

@@ -11,14 +11,14 @@ import pytest
 
 from modelpar import compare, config
 from modelpar.errors import DataError, SettingsError
-from modelpar.studies import gather, page, table
-from modelpar.training import runs
+from modelpar.studies import comparison, page, runs
+from modelpar.training import run_dir
 
 
 def stored(folder: Path, top1: float, *words: str, steps: int = 4) -> Path:
     """Write a run as a training leaves it; its test error falls to ``top1``."""
     settings = config.read("train", [f"steps={steps}", *words])
-    runs.write(folder, asdict(settings))
+    run_dir.write(folder, asdict(settings))
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         rows.append({"kind": "train", "step": step, "epoch": 0, "loss": 3 - step / steps})
@@ -43,8 +43,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def cells(folder: Path, *patterns: str) -> list[dict[str, str]]:
-    sets = table.group([gather.read(run) for run in gather.find(patterns)])
-    (folder / "out.csv").write_text(table.as_csv(sets))
+    sets = comparison.group([runs.read(run) for run in runs.find(patterns)])
+    (folder / "out.csv").write_text(comparison.as_csv(sets))
     with (folder / "out.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -66,11 +66,11 @@ def test_data_sets_stand_apart(place: Path) -> None:
     found = cells(place, "*", "b/0")
     assert [row["data"] for row in found] == ["photos, 64 pixels"] * 2 + ["synthetic, 224 pixels"]
     assert not found[-1]["difference, top-1"]  # its control was run on other images
-    text = table.markdown(table.group([gather.read(run) for run in gather.find(["*"])]))
-    assert table.APART in text
-    one = table.markdown(table.group([gather.read(run) for run in gather.find(["a"])]))
-    assert table.APART not in one
-    assert table.BESIDE in one
+    text = comparison.markdown(comparison.group([runs.read(run) for run in runs.find(["*"])]))
+    assert comparison.APART in text
+    one = comparison.markdown(comparison.group([runs.read(run) for run in runs.find(["a"])]))
+    assert comparison.APART not in one
+    assert comparison.BESIDE in one
 
 
 def test_a_control_of_its_own_images_gives_the_published_difference(place: Path) -> None:
@@ -136,8 +136,8 @@ def test_what_has_not_ended_is_in_no_mean(place: Path) -> None:
     rows[-1]["views"] = 1  # of ten that were asked for
     (row,) = cells(place, "a", "d", "e")
     assert (row["seeds"], row["top-1 error, %"]) == ("2", "11.00 ± 1.41")
-    sets = table.group([gather.read(run) for run in gather.find(["a", "d", "e"])])
-    assert table.left_out(sets) == [
+    sets = comparison.group([runs.read(run) for run in runs.find(["a", "d", "e"])])
+    assert comparison.left_out(sets) == [
         "e: seed 1 once more, it is left out",
         "d: has not come to its end, it is left out",
     ]
@@ -174,22 +174,22 @@ def test_curves_are_means_over_seeds() -> None:
 @pytest.mark.parametrize("pattern", ["nowhere", "x*", "a/0/metrics.jsonl"])
 def test_a_pattern_without_runs_is_refused(place: Path, pattern: str) -> None:
     with pytest.raises(SettingsError, match="no run there"):
-        gather.find([pattern])
-    assert gather.find(["a"]) == [gather.Path("a/0"), gather.Path("a/1")]
+        runs.find([pattern])
+    assert runs.find(["a"]) == [runs.Path("a/0"), runs.Path("a/1")]
     del place
 
 
 def test_a_cut_last_line_is_no_damage(place: Path) -> None:
     whole = (place / "a/0/metrics.jsonl").read_text()
     (place / "a/0/metrics.jsonl").write_text(whole + '{"kind": "train", "st')
-    assert gather.read(place / "a/0").tests[-1] == (4, 10.0, 5.0)
+    assert runs.read(place / "a/0").tests[-1] == (4, 10.0, 5.0)
     (place / "a/1/metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": null}\n')
     with pytest.raises(DataError, match="a/1: not a run that can be read"):
-        gather.read(place / "a/1")
+        runs.read(place / "a/1")
 
 
 def test_a_run_counts_once_by_whatever_name(place: Path) -> None:
-    assert len(gather.find(["a", "a/0", str(place / "a"), "./a"])) == 2
+    assert len(runs.find(["a", "a/0", str(place / "a"), "./a"])) == 2
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(
@@ -207,4 +207,4 @@ def test_a_folder_that_cannot_be_made_is_one_line(
 def test_a_damaged_run_is_named(place: Path, name: str) -> None:
     (place / "a/0" / name).write_text("{ no\n")
     with pytest.raises(DataError, match="a/0: not a run that can be read"):
-        gather.read(place / "a/0")
+        runs.read(place / "a/0")

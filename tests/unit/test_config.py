@@ -10,16 +10,17 @@ import torch
 from filelock import FileLock
 from omegaconf import OmegaConf
 
-from modelpar import Recipe, agent, config, host
+from modelpar import Recipe, agent, config, device
+from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, SettingsError
-from modelpar.mesh import Mesh
 from modelpar.net import paper
-from modelpar.training import runs, start
+from modelpar.training import prepare
+from modelpar.training import run_dir as run_dirs
 
 
 def refused(overrides: list[str]) -> str:
     with pytest.raises(SettingsError) as error:
-        start.prepare(config.read("train", overrides))
+        prepare.prepare(config.read("train", overrides))
     line = str(error.value)
     assert "\n" not in line
     assert error.value.status == 2
@@ -166,14 +167,16 @@ def test_a_value_given_wins_over_the_datas_own() -> None:
 
 def begun(run_dir: Path, *overrides: str) -> dict[str, Any]:
     settings = asdict(config.read("train", list(overrides)))
-    runs.write(run_dir, settings)
+    run_dirs.write(run_dir, settings)
     return settings
 
 
 def test_the_same_run_may_go_on_with_more_epochs(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     begun(run_dir, "seed=1")
-    runs.check_same(run_dir, asdict(config.read("train", ["seed=1", "epochs=9"])), "auto")
+    run_dirs.check_compatible(
+        run_dir, asdict(config.read("train", ["seed=1", "epochs=9"])), "auto"
+    )
     assert OmegaConf.load(run_dir / "config.yaml").seed == 1
 
 
@@ -194,19 +197,19 @@ def test_another_run_is_refused_by_the_first_difference(
     begun(tmp_path / "run", "seed=1")
     settings = asdict(config.read("train", ["seed=1", override]))
     with pytest.raises(SettingsError, match=named):
-        runs.check_same(tmp_path / "run", settings, "auto")
+        run_dirs.check_compatible(tmp_path / "run", settings, "auto")
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(SettingsError, match="thesis"):
-        runs.check_same(tmp_path, {}, "auto")
+        run_dirs.check_compatible(tmp_path, {}, "auto")
 
 
 def test_resume_never_refuses_a_used_folder(tmp_path: Path) -> None:
     settings = begun(tmp_path / "run")
     with pytest.raises(SettingsError, match="resume=never"):
-        runs.check_same(tmp_path / "run", settings, "never")
+        run_dirs.check_compatible(tmp_path / "run", settings, "never")
 
 
 def test_a_run_dir_below_a_file_is_refused(tmp_path: Path) -> None:
@@ -217,31 +220,31 @@ def test_a_run_dir_below_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_directory_is_one_runs_at_a_time(tmp_path: Path) -> None:
     alone = Mesh(torch.device("cpu"), timeout=0.4)
-    with runs.held(tmp_path / "run", alone):
+    with run_dirs.locked(tmp_path / "run", alone):
         with (
             pytest.raises(CheckpointError, match="another run is at work there"),
-            runs.held(tmp_path / "run", alone),
+            run_dirs.locked(tmp_path / "run", alone),
         ):
             pytest.fail("two at once")
-        runs.begin(tmp_path / "run", {"seed": 1}, alone)
-    with runs.held(tmp_path / "run", alone):
+        run_dirs.write_config(tmp_path / "run", {"seed": 1}, alone)
+    with run_dirs.locked(tmp_path / "run", alone):
         assert OmegaConf.load(tmp_path / "run" / "config.yaml").seed == 1
 
 
 def test_a_change_of_the_trajectory_is_told(tmp_path: Path) -> None:
     settings = begun(tmp_path / "run", "epochs=3")
-    assert runs.changes(tmp_path / "run", settings) == []
+    assert run_dirs.trajectory_changes(tmp_path / "run", settings) == []
     longer = asdict(config.read("train", ["epochs=4", "log_every=7"]))
-    assert runs.changes(tmp_path / "run", longer) == ["epochs=4, not 3"]
+    assert run_dirs.trajectory_changes(tmp_path / "run", longer) == ["epochs=4, not 3"]
 
 
 def test_a_lock_that_outlives_its_run_is_waited_for(tmp_path: Path) -> None:
     alone = Mesh(torch.device("cpu"))
     (tmp_path / "run" / "log").mkdir(parents=True)
-    held = FileLock(tmp_path / "run" / runs.LOCK, thread_local=False)
+    held = FileLock(tmp_path / "run" / run_dirs.LOCK, thread_local=False)
     held.acquire()
     threading.Timer(0.5, held.release).start()
-    with runs.held(tmp_path / "run", alone):
+    with run_dirs.locked(tmp_path / "run", alone):
         assert not held.is_locked
 
 
@@ -252,11 +255,11 @@ def test_no_secret_of_the_environment_is_written_down(
     monkeypatch.setenv(name, "tellnobody")
     settings = asdict(config.read("train", [f"data.root=/mnt/${{oc.env:{name}}}/images"]))
     assert "tellnobody" in settings["data"]["root"]
-    runs.write(tmp_path, settings)
+    run_dirs.write(tmp_path, settings)
     text = (tmp_path / "config.yaml").read_text()
     assert "tellnobody" not in text
     assert f"root: /mnt/${{oc.env:{name}}}/images" in text
-    runs.check_same(tmp_path, settings, "auto")  # and the run goes on
+    run_dirs.check_compatible(tmp_path, settings, "auto")  # and the run goes on
 
 
 def test_a_dtype_of_the_crossings_needs_some(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +267,6 @@ def test_a_dtype_of_the_crossings_needs_some(monkeypatch: pytest.MonkeyPatch) ->
         config.read("train", ["columns=1", "crossing.dtype=float16"])
     config.read("train", ["columns=1", "crossing.dtype=float32"])  # as it is anyway
     settings = config.read("train", ["crossing.dtype=float16"])
-    monkeypatch.setattr(host, "choose_device", lambda _, ranks: "cuda" if ranks == 1 else "cpu")
+    monkeypatch.setattr(device, "choose_device", lambda _, ranks: "cuda" if ranks == 1 else "cpu")
     with pytest.raises(SettingsError, match="nothing crosses"):  # one GPU: the whole net
         agent.place(settings)

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from modelpar import config, figures
-from modelpar.mesh import Mesh
+from modelpar.distributed import Mesh
 from modelpar.studies import portrait
-from modelpar.training import loop, start
+from modelpar.training import prepare, trainer
 
 SMALL = [
     "data=imagefolder",
@@ -41,7 +41,7 @@ def place(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chdir(place)
     try:
         settings = config.read("train", [*SMALL, "steps=2"])
-        loop.train(settings, start.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
+        trainer.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
     finally:
         os.chdir(before)
     return place

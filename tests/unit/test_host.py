@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modelpar import host
+from modelpar import device, environment
 from modelpar.errors import LaunchError, SettingsError
+from modelpar.images import loader
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,7 @@ from modelpar.errors import LaunchError, SettingsError
     [(2, 1, 2, 1), (2, 1, 4, 2), (2, 2, 4, 2), (1, 1, 3, 3)],
 )
 def test_worlds_that_fit(columns: int, replicas: int, size: int, made: int) -> None:
-    assert host.check_world(columns, replicas, size) == made
+    assert environment.check_world(columns, replicas, size) == made
 
 
 @pytest.mark.parametrize(
@@ -24,25 +25,25 @@ def test_worlds_that_fit(columns: int, replicas: int, size: int, made: int) -> N
 )
 def test_worlds_that_do_not(columns: int, replicas: int, size: int) -> None:
     with pytest.raises(LaunchError, match=f"--nproc-per-node {columns * replicas}"):
-        host.check_world(columns, replicas, size)
+        environment.check_world(columns, replicas, size)
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert host.choose_device("auto", 2) == "cpu"
-    assert host.choose_device("auto", 1) == "cuda"
+    assert device.choose_device("auto", 2) == "cpu"
+    assert device.choose_device("auto", 1) == "cuda"
     with pytest.raises(SettingsError, match="1 GPUs for 2 processes"):
-        host.choose_device("cuda", 2)
+        device.choose_device("cuda", 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert host.choose_device("auto", 2) == "cuda"
+    assert device.choose_device("auto", 2) == "cuda"
 
 
 def test_a_rank_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(LaunchError, match="WORLD_SIZE=two"):
-        host.place()
+        environment.read()
 
 
 def test_cores_are_shared_by_the_processes_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,11 +51,11 @@ def test_cores_are_shared_by_the_processes_of_a_host(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun's own default says nothing
     try:
-        assert host.share_cores(2) == torch.get_num_threads() == 3
-        assert host.share_cores(8) == 1
-        assert host.share_cores(2, threads=5) == torch.get_num_threads() == 5
+        assert device.set_threads(2) == torch.get_num_threads() == 3
+        assert device.set_threads(8) == 1
+        assert device.set_threads(2, threads=5) == torch.get_num_threads() == 5
         monkeypatch.setenv("OMP_NUM_THREADS", "4")
-        assert host.share_cores(2) == 4
+        assert device.set_threads(2) == 4
     finally:
         torch.set_num_threads(before)
 
@@ -63,10 +64,10 @@ def test_a_compiler_that_does_not_work_says_why(monkeypatch: pytest.MonkeyPatch)
     def broken(*_: object) -> None:
         raise RuntimeError("No working C++ compiler found\nand a page of advice")
 
-    host.compiler_complaint.cache_clear()
+    device.compile_error.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda _: broken)
-    assert host.compiler_complaint(torch.device("cpu")).startswith("No working C++ compiler found")
-    host.compiler_complaint.cache_clear()
+    assert device.compile_error(torch.device("cpu")).startswith("No working C++ compiler found")
+    device.compile_error.cache_clear()
 
 
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -91,7 +92,7 @@ LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_
 def test_a_launchers_mistake_is_one_line(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str | None, said: str
 ) -> None:
-    monkeypatch.setattr(host, "MEETING", 1.0)
+    monkeypatch.setattr(environment, "MEETING", 1.0)
     for key, good in LAUNCHED.items():
         monkeypatch.setenv(key, good)
     if value is None:
@@ -100,7 +101,7 @@ def test_a_launchers_mistake_is_one_line(
         monkeypatch.setenv(name, value)
     began = time.monotonic()
     with pytest.raises(LaunchError) as error:
-        host.check_network(host.place(), 1.0)
+        environment.check_network(environment.read(), 1.0)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
     assert time.monotonic() - began < 25  # however long names take to be looked up
@@ -110,7 +111,7 @@ def test_who_listens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
-        host.check_network(host.Place(1, 2), 1.0)
+        environment.check_network(environment.Environment(1, 2), 1.0)
 
 
 def test_loaders_that_do_not_fit_into_shared_memory_are_refused(
@@ -118,38 +119,41 @@ def test_loaders_that_do_not_fit_into_shared_memory_are_refused(
 ) -> None:
     usage = SimpleNamespace(free=64_000_000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    host.check_shared_memory(2, 1_000_000, 2)
-    host.check_shared_memory(0, 10**9, 2)
+    loader.check_shared_memory(2, 1_000_000, 2)
+    loader.check_shared_memory(0, 10**9, 2)
     with pytest.raises(LaunchError, match="need 100 MB, 64 MB are free"):
-        host.check_shared_memory(2, 12_500_000, 2)
+        loader.check_shared_memory(2, 12_500_000, 2)
 
 
 def test_more_threads_than_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
     for key, value in LAUNCHED.items():
         monkeypatch.setenv(key, value)
-    assert not host.crowding(2)
-    assert "2 processes of 3 threads on 4 cores" in host.crowding(3)
+    assert not device.oversubscription_warning(2)
+    assert (
+        "2 processes with 3 threads each oversubscribe 4 cores"
+        in device.oversubscription_warning(3)
+    )
 
 
 def test_out_of_memory_is_known() -> None:
-    assert host.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not host.is_out_of_memory(RuntimeError("shapes differ"))
+    assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not device.is_out_of_memory(RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60, dtype=torch.uint8)
-    assert host.is_out_of_memory(error.value)
-    assert host.memory(torch.device("cpu")) == "this host (cpu)"
+    assert device.is_out_of_memory(error.value)
+    assert device.memory(torch.device("cpu")) == "this host (cpu)"
 
 
 def test_a_rank_whose_launcher_is_gone_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not host.orphaned()
+    assert not environment.orphaned()
     monkeypatch.setattr("os.getppid", lambda: 1)
-    assert not host.orphaned()  # no torchrun: the first process of a container may start it
+    assert not environment.orphaned()  # no torchrun: the first process of a container may start it
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
-    assert host.orphaned()
+    assert environment.orphaned()
     with pytest.raises(LaunchError, match="the launcher is gone"):
-        host.die_with_launcher()
+        environment.exit_with_parent()
     monkeypatch.setattr("multiprocessing.parent_process", lambda: SimpleNamespace(pid=7))
-    assert host.orphaned()
+    assert environment.orphaned()
     monkeypatch.setattr("os.getppid", lambda: 7)
-    assert not host.orphaned()
+    assert not environment.orphaned()

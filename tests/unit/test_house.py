@@ -10,38 +10,39 @@ import modelpar
 PACKAGE = Path(modelpar.__file__).parent
 # From the ground up; a module may import what stands before it.
 FLOORS = [
-    ["errors", "settings"],
-    ["stop"],
-    ["config", "host"],
-    ["mesh"],
+    ["errors", "seeding"],
+    ["shutdown", "settings", "environment", "files"],
+    ["config", "device"],
+    ["distributed"],
     ["net.paper"],
-    ["net.crossing", "net.layers"],
+    ["net.plan"],
+    ["net.exchange", "net.layers", "net.weights"],
     ["net.alexnet"],
-    ["net.baselines"],
+    ["net.four_layer"],
     ["images.order", "images.augment"],
     ["images.samples"],
     ["images.statistics"],
     ["images.sets"],
     ["images.loader"],
-    ["training.schedule", "training.optimizer", "training.metrics", "training.specialisation"],
-    ["training.activity"],
-    ["training.answers"],
-    ["training.bars"],
-    ["training.monitor", "training.checkpoint", "training.runs", "training.watch"],
+    ["training.schedule", "training.optimizer", "training.metrics", "analysis.kernels"],
+    ["analysis.activations"],
+    ["analysis.neighbours"],
+    ["analysis.bars"],
+    ["training.monitor", "training.checkpoint", "training.run_dir", "training.consistency"],
     ["training.saver"],
     ["training.engine"],
-    ["training.diagnosis", "training.start"],
-    ["training.loop"],
-    ["training.scoring"],
-    ["studies.gather"],
+    ["training.nonfinite", "training.prepare"],
+    ["training.trainer"],
+    ["training.evaluation"],
+    ["studies.runs"],
     ["studies.experiments"],
-    ["studies.table"],
-    ["studies.page", "studies.learning", "studies.kernels"],
+    ["studies.comparison"],
+    ["studies.page", "studies.curves", "studies.snapshots"],
     ["studies.portrait"],
-    ["studies.drawing"],
-    ["bench.wire", "bench.anatomy", "bench.contenders"],
+    ["studies.plots"],
+    ["bench.wire", "bench.anatomy", "bench.steps"],
     ["bench.worlds", "bench.picture"],
-    ["bench.rounds", "bench.report"],
+    ["bench.measure", "bench.report"],
     ["ends"],
     ["jobs"],
     ["agent"],
@@ -124,31 +125,23 @@ def test_the_environment_is_read_at_the_doors_alone() -> None:
         "launch",
         "sweep",
         "agent",
-        "host",
-        "mesh",
+        "environment",
+        "device",
+        "distributed",
         "config",
         "bench.worlds",
     }  # it launches, too
 
 
-def test_collectives_are_called_in_mesh_alone() -> None:
-    """Others may name torch.distributed for a type, which is gone when the program runs."""
+def test_only_distributed_calls_collectives() -> None:
+    """Other modules may import the names of torch.distributed's types."""
+    types = {"torch.distributed.ProcessGroup", "torch.distributed.Store"}
     for module in MODULES:
-        inside = ast.dump(
-            ast.Module(body=[n for n in tree(module).body if not guarded(n)], type_ignores=[])
-        )
-        uses = "torch.distributed'" in inside or "name='distributed'" in inside
-        assert uses == (module == "mesh"), module
-
-
-def guarded(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.If)
-        and isinstance(node.test, ast.Name)
-        and node.test.id == "TYPE_CHECKING"
-    )
+        uses = {name for name in names(module) if name.startswith("torch.distributed")}
+        direct = {name for name in uses if name.count(".") <= 2} - types
+        assert bool(direct) == (module == "distributed"), (module, direct)
 
 
 def test_settings_and_numbers_need_no_torch() -> None:
-    for module in ("settings", "config", "errors", "net.paper"):
+    for module in ("settings", "config", "errors", "net.paper", "net.plan"):
         assert not [name for name in names(module) if name.partition(".")[0].startswith("torch")]

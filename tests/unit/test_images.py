@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modelpar import host, jobs
+from modelpar import jobs
+from modelpar.distributed import Mesh
 from modelpar.errors import DataError, LaunchError, SettingsError
-from modelpar.images.augment import Draws, Lens, Statistics
+from modelpar.images import loader as loaders
+from modelpar.images.augment import Augmentation, Draws, Statistics
 from modelpar.images.loader import TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder, sample_order
-from modelpar.mesh import Mesh
 
 CPU = torch.device("cpu")
 
@@ -36,8 +37,8 @@ class Numbered:
         return torch.full((3, 10, 10), index, dtype=torch.uint8), index
 
 
-def lens() -> Lens:
-    return Lens(
+def lens() -> Augmentation:
+    return Augmentation(
         Statistics(torch.zeros(3, 10, 10), torch.ones(3), torch.eye(3)),
         8,
         scaled=False,
@@ -144,11 +145,13 @@ def test_a_worker_that_is_killed_is_told_with_its_signal() -> None:
     unexpected = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
     unexpected.__cause__ = killed
     for error in (killed, unexpected):
-        said = host.ended_loader(error)
+        said = loaders.worker_killed_message(error)
         assert said.startswith("a loader process was ended by signal: Killed, likely out of")
-    assert host.ended_loader(ConnectionResetError(104, "Connection reset by peer"))
+    assert loaders.worker_killed_message(ConnectionResetError(104, "Connection reset by peer"))
     for other in (RuntimeError, EOFError):  # a worker's own, not its end
-        assert not host.ended_loader(other("Caught one in DataLoader worker process 0.\nno"))
+        assert not loaders.worker_killed_message(
+            other("Caught one in DataLoader worker process 0.\nno")
+        )
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
@@ -182,7 +185,9 @@ def test_central_crops_are_what_a_test_sees() -> None:
 
 def test_training_view_is_the_crop_flipped_less_the_central_mean() -> None:
     mean = torch.randn(3, 10, 10)
-    view = Lens(Statistics(mean, torch.ones(3), torch.eye(3)), 8, scaled=True, device="cpu")
+    view = Augmentation(
+        Statistics(mean, torch.ones(3), torch.eye(3)), 8, scaled=True, device="cpu"
+    )
     image = torch.randint(0, 256, (2, 3, 10, 10), dtype=torch.uint8)
     draws = Draws(torch.tensor([[0, 2], [1, 0]]), torch.tensor([True, False]), torch.zeros(2, 3))
     seen = view.training(image, draws, 0.0)

@@ -90,7 +90,12 @@ def test_within_map_is_the_sum_over_25_pixels() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "size", "expected"),
-    [("overlapping", 55, 27), ("overlapping", 13, 6), ("tiled", 55, 28), ("average", 27, 13)],
+    [
+        ("overlapping", 55, 27),
+        ("overlapping", 13, 6),
+        ("non_overlapping", 55, 28),
+        ("average", 27, 13),
+    ],
 )
 def test_pools_round_up(kind: str, size: int, expected: int) -> None:
     assert pool(kind)(torch.zeros(1, 1, size, size)).shape[-1] == expected
@@ -136,10 +141,10 @@ def test_activations_are_torchs_layers(name: str, layer: nn.Module) -> None:
     [
         ("response", "conv1", [AcrossMaps]),
         ("response", "conv2", [AcrossMaps, WithinMap]),
-        ("first", "conv1", [AcrossMaps]),
-        ("first", "conv2", [nn.Identity]),
-        ("within", "conv1", [WithinMap]),
-        ("within", "conv2", [WithinMap]),
+        ("first_only", "conv1", [AcrossMaps]),
+        ("first_only", "conv2", [nn.Identity]),
+        ("within_channel", "conv1", [WithinMap]),
+        ("within_channel", "conv2", [WithinMap]),
         ("batch", "conv1", [BatchNorm]),
         ("none", "conv2", [nn.Identity]),
     ],

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from modelpar.studies.gather import Run
-from modelpar.studies.learning import curve, races, reached, report
+from modelpar.studies.curves import curve, races, reached, report
+from modelpar.studies.runs import Run
 
 
 def run_of(errors: list[float], name: str = "run", **model: Any) -> Run:
@@ -48,8 +48,8 @@ def test_tanh_is_held_against_relu_of_the_same_net() -> None:
         run_of([50, 25], activation="relu"),  # 1.5
         run_of([90, 80, 75, 50, 0], activation="tanh"),  # 4.0
         run_of([90, 0], activation="tanh", norm="none"),  # of another net
-        run_of([90, 80], net="apart"),  # not there yet
-        run_of([90, 80], net="apart", activation="tanh"),
+        run_of([90, 80], net="no_crossing"),  # not there yet
+        run_of([90, 80], net="no_crossing", activation="tanh"),
     ]
     (race,) = races(runs)
     assert (race.relu, race.tanh) == ((1.25, 0.01), (4.0, 0.01))

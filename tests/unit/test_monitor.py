@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from modelpar.training.activity import Activity
+from modelpar.analysis.activations import Activity
 from modelpar.training.metrics import Errors
 from modelpar.training.monitor import Monitor, kernel_picture
 

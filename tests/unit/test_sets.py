@@ -13,7 +13,6 @@ from torchvision import datasets
 
 from modelpar.errors import DataError, SettingsError
 from modelpar.images import sets
-from modelpar.images import statistics as kept_statistics
 from modelpar.images.order import BatchOrder
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
@@ -289,7 +288,9 @@ def test_statistics_are_those_of_the_training_images_and_kept(
     )
     assert torch.allclose(rebuilt, covariance, rtol=1e-4, atol=1e-2)
     assert measured.std[0] > measured.std[1] > measured.std[2]
-    monkeypatch.setattr(kept_statistics, "_measure", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(
+        "modelpar.images.statistics._measure", lambda *_: pytest.fail("measured twice")
+    )
     again = statistics(found, tmp_path)
     assert torch.equal(again.mean, measured.mean)
     (kept,) = (tmp_path / "statistics").glob("*.safetensors")

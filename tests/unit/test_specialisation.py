@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from modelpar.training.specialisation import (
+from modelpar.analysis.kernels import (
     COLOUR,
     RANDOM,
+    colour_share,
     difference,
     frequency,
-    off_grey,
     specialisation,
 )
 
@@ -30,7 +30,7 @@ def coloured(pattern: torch.Tensor, red: float, green: float, blue: float) -> to
 @pytest.mark.parametrize("waves", [1, 2, 5])
 def test_a_grey_grating_has_no_colour_and_its_own_frequency(waves: int) -> None:
     kernels = coloured(grating(waves), 1, 1, 1)
-    assert float(off_grey(kernels)) == pytest.approx(0, abs=1e-9)
+    assert float(colour_share(kernels)) == pytest.approx(0, abs=1e-9)
     assert float(frequency(kernels)) == pytest.approx(waves / 11, abs=1e-6)
     slanted = coloured(grating(waves, "slanted"), 1, 1, 1)
     assert float(frequency(slanted)) == pytest.approx(math.sqrt(2) * waves / 11, abs=1e-6)
@@ -38,15 +38,15 @@ def test_a_grey_grating_has_no_colour_and_its_own_frequency(waves: int) -> None:
 
 def test_red_less_green_is_colour_alone() -> None:
     blob = coloured(torch.ones(11, 11), 1, -1, 0)
-    assert float(off_grey(blob)) == pytest.approx(1)
+    assert float(colour_share(blob)) == pytest.approx(1)
     assert float(frequency(blob)) == pytest.approx(0, abs=1e-9)  # what is constant counts
     red = coloured(grating(2), 1, 0, 0)
-    assert float(off_grey(red)) == pytest.approx(2 / 3)
+    assert float(colour_share(red)) == pytest.approx(2 / 3)
 
 
 def test_random_weights_are_where_nothing_is_learnt() -> None:
     kernels = 0.01 * torch.randn(2000, 3, 11, 11)
-    share = off_grey(kernels)
+    share = colour_share(kernels)
     assert float(share.mean()) == pytest.approx(RANDOM, abs=0.005)
     assert float(share.std()) == pytest.approx(0.035, abs=0.003)  # as COLOUR's comment says
     assert float((share > COLOUR).double().mean()) < 0.02
@@ -54,7 +54,7 @@ def test_random_weights_are_where_nothing_is_learnt() -> None:
 
 
 def test_a_kernel_of_zeros_is_neither() -> None:
-    assert float(off_grey(torch.zeros(1, 3, 11, 11))) == 0
+    assert float(colour_share(torch.zeros(1, 3, 11, 11))) == 0
     assert float(frequency(torch.zeros(1, 3, 11, 11))) == 0
 
 
@@ -72,5 +72,5 @@ def test_columns_are_told_apart() -> None:
 
 def test_one_column_has_no_other() -> None:
     (only,) = specialisation(torch.randn(64, 3, 5, 5), columns=1)
-    assert len(only.off_grey) == 64
+    assert len(only.colour_share) == 64
     assert difference([only]) is None

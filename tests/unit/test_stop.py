@@ -8,13 +8,13 @@ import threading
 
 import pytest
 
-from modelpar import stop
+from modelpar import shutdown
 
 LATE = """
 import os, signal, time
-from modelpar import stop
-stop.SAME = 0.2
-with stop.heeded() as request:
+from modelpar import shutdown
+shutdown.DEBOUNCE_SECONDS = 0.2
+with shutdown.signals_noted() as request:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)  # the same request
     assert request.signal == signal.SIGTERM
@@ -24,14 +24,14 @@ with stop.heeded() as request:
 """
 
 
-@pytest.mark.parametrize("number", stop.SIGNALS)
+@pytest.mark.parametrize("number", shutdown.SIGNALS)
 def test_a_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> None:
-    before = [signal.getsignal(one) for one in stop.SIGNALS]
-    with stop.heeded() as request:
+    before = [signal.getsignal(one) for one in shutdown.SIGNALS]
+    with shutdown.signals_noted() as request:
         assert request.signal == 0
         os.kill(os.getpid(), number)
         assert request.signal == number
-    assert [signal.getsignal(one) for one in stop.SIGNALS] == before
+    assert [signal.getsignal(one) for one in shutdown.SIGNALS] == before
 
 
 def test_a_later_signal_ends_at_once() -> None:
@@ -43,7 +43,7 @@ def test_outside_the_main_thread_nothing_is_touched() -> None:
     heard: list[int] = []
 
     def work() -> None:
-        with stop.heeded() as request:
+        with shutdown.signals_noted() as request:
             heard.append(request.signal)
 
     thread = threading.Thread(target=work)

@@ -11,9 +11,9 @@ import torch
 from omegaconf import OmegaConf
 
 from modelpar import agent, config, train
+from modelpar.distributed import Mesh
 from modelpar.errors import DivergedError, PeerLostError, SettingsError, StoppedError
-from modelpar.mesh import Mesh
-from modelpar.training import loop, start
+from modelpar.training import prepare, trainer
 
 SMALL = [
     "data=imagefolder",
@@ -91,7 +91,7 @@ WRONG = [
     ("batchsize=8,16", "batchsize: no such setting; did you mean batch_size?"),
     ("+new=1,2", "new: no such setting"),
     ("seed=0,[", "seed=0,["),
-    ("on_failure=halt", "on_failure=halt: give one of go_on, stop"),
+    ("on_failure=halt", "on_failure=halt: give one of continue, stop"),
     ("hydra/launcher=jobli", "hydra/launcher=jobli: did you mean joblib?"),
     ("hydra/sweeper=optun", "hydra/sweeper=optun: did you mean optuna?"),
     ("run_dir=a,b", "run_dir: several values"),
@@ -195,10 +195,10 @@ def test_a_finished_job_starts_nothing(
     place: Path, launched: Launched, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = config.read("train", [*SMALL, "data.root=images", "columns=1"])
-    prepared = start.prepare(settings)
+    prepared = prepare.prepare(settings)
     alone, run_dir = Mesh(torch.device("cpu")), place / "sweep" / "0"
-    top1 = loop.train(settings, prepared, alone, run_dir)
-    assert start.last_error(prepared, start.find_start(settings, prepared, run_dir)) == top1
+    top1 = trainer.train(settings, prepared, alone, run_dir)
+    assert prepare.last_error(prepared, prepare.resume_point(settings, prepared, run_dir)) == top1
     assert swept("columns=1", "seed=0,1") == 0
     assert [settings.seed for settings in launched.settings] == [1]
     finished = f"modelpar: job 0 (seed=0): finished, top-1 {top1:.2f} %"

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from modelpar import AlexNet, Plan, Recipe
-from modelpar.images.augment import Draws, Lens, Statistics, principal_colours
-from modelpar.mesh import Mesh
+from modelpar.distributed import Mesh
+from modelpar.images.augment import Augmentation, Draws, Statistics, principal_colours
 from modelpar.net import paper
-from modelpar.net.layers import AcrossMaps, Draw, WithinMap
+from modelpar.net.layers import AcrossMaps, DropoutSeed, WithinMap
 from modelpar.training.engine import evaluate
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
@@ -145,7 +145,7 @@ def test_6_a_mask_is_a_function_of_seed_step_and_layer() -> None:
     ones = torch.ones(8, 4096)
 
     def masks(seed: int, step: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        net.fix_dropout(Draw(seed, step, rows, 8))
+        net.fix_dropout(DropoutSeed(seed, step, rows, 8))
         return six(ones[rows]), seven(ones[rows])
 
     first = masks(0, 5, slice(0, 8))
@@ -219,13 +219,13 @@ def test_10_biases(recipe: str) -> None:
     assert rates["conv2.weight"] == 0.01
 
 
-def imagenet_lens(*, scaled: bool) -> Lens:
+def imagenet_lens(*, scaled: bool) -> Augmentation:
     colours = Statistics(
         torch.zeros(3, 8, 8),
         torch.tensor(paper.IMAGENET_COLOUR_STD),
         torch.tensor(paper.IMAGENET_COLOUR_AXES),
     )
-    return Lens(colours, 8, scaled=scaled, device="cpu")
+    return Augmentation(colours, 8, scaled=scaled, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,9 @@ class _Constant(nn.Module):
 
 def test_12_ten_views_average_probabilities() -> None:
     mean = torch.arange(3 * 64.0).view(3, 8, 8)
-    lens = Lens(Statistics(mean, torch.ones(3), torch.eye(3)), 6, scaled=True, device="cpu")
+    lens = Augmentation(
+        Statistics(mean, torch.ones(3), torch.eye(3)), 6, scaled=True, device="cpu"
+    )
     image = torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 8, 8)
     views = list(lens.views(image))
     assert len(views) == 10
@@ -296,7 +298,7 @@ def test_13_the_one_column_control_keeps_the_pairs_width() -> None:
 
 
 def test_14_tiled_pooling_keeps_fc6() -> None:
-    net = AlexNet.from_recipe("code2012", pool="tiled", seed=0)
+    net = AlexNet.from_recipe("code2012", pool="non_overlapping", seed=0)
     sizes: list[int] = []
     for name in ("conv1", "conv2", "conv3", "conv5"):
         net.get_submodule(name).register_forward_hook(lambda *a: sizes.append(a[2].shape[-1]))

@@ -17,7 +17,7 @@ RANDOM: Final = 1 - 1 / COLOURS  # share off the grey axis of weights that have 
 COLOUR: Final = 0.75
 
 
-def off_grey(kernels: Tensor) -> Tensor:
+def colour_share(kernels: Tensor) -> Tensor:
     """Return the share of each kernel's energy off the grey axis: (C, 3, K, K) -> (C,).
 
     1 less the squared length of each pixel's projection on (1, 1, 1) / sqrt(3), over all pixels,
@@ -47,18 +47,18 @@ def frequency(kernels: Tensor) -> Tensor:
 class Specialisation:
     """Of each of a column's kernels: share off the grey axis, frequency in cycles a pixel."""
 
-    off_grey: Tensor
+    colour_share: Tensor
     frequency: Tensor
 
     @property
     def colour(self) -> int:
         """How many kernels have more than ``COLOUR`` of their energy off the grey axis."""
-        return int((self.off_grey > COLOUR).sum())
+        return int((self.colour_share > COLOUR).sum())
 
 
 def specialisation(kernels: Tensor, columns: int) -> list[Specialisation]:
     """Return what the kernels (C, 3, K, K) of each column are."""
-    return [Specialisation(off_grey(own), frequency(own)) for own in kernels.chunk(columns)]
+    return [Specialisation(colour_share(own), frequency(own)) for own in kernels.chunk(columns)]
 
 
 def difference(columns: list[Specialisation]) -> tuple[float, float] | None:
@@ -68,6 +68,6 @@ def difference(columns: list[Specialisation]) -> tuple[float, float] | None:
     """
     if len(columns) == 1:
         return None
-    one, other = (column.off_grey for column in columns)
+    one, other = (column.colour_share for column in columns)
     error = hypot(*(float(own.std()) / sqrt(len(own)) for own in (one, other)))
     return float(one.mean() - other.mean()), error

@@ -15,14 +15,16 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from modelpar.host import compiler_complaint
+from modelpar.device import compile_error
+from modelpar.distributed import Mesh
 from modelpar.images.loader import Batch
-from modelpar.mesh import Mesh, generator
 from modelpar.net import paper
 from modelpar.net.alexnet import AlexNet, Column
-from modelpar.net.paper import COLUMNS, LAYERS, Plan, Recipe
+from modelpar.net.paper import COLUMNS, LAYERS
+from modelpar.net.plan import Plan, Recipe, plan_for
+from modelpar.seeding import generator
 from modelpar.settings import BenchmarkSettings, CrossingSettings, ModelSettings
-from modelpar.training.engine import DTYPES, Learner, build, plan_for
+from modelpar.training.engine import DTYPES, Learner, build
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
 
@@ -184,7 +186,7 @@ def make(
     )
     optimizer = MomentumDecay(net, plan.recipe, DTYPES[precision])
     schedule = Schedule(plan.recipe, 1)
-    compiles = settings.compile and not compiler_complaint(mesh.device)
+    compiles = settings.compile and not compile_error(mesh.device)
     learner = Learner(
         net, mesh, optimizer, schedule, batch_size, settings.seed, precision, compiled=compiles
     )
@@ -200,7 +202,7 @@ def _parallelized(plan: Plan, settings: BenchmarkSettings, mesh: Mesh) -> AlexNe
     net = AlexNet(plan, settings.seed).to(mesh.device)
     if settings.channels_last:
         net.to(memory_format=torch.channels_last)
-    if settings.compile and not compiler_complaint(mesh.device):
+    if settings.compile and not compile_error(mesh.device):
         net.blocks.compile()
     # fc6 leaves each process half of its units: dropout sees those.
     net.blocks.drop6 = nn.Dropout(plan.dropout)  # pyright: ignore[reportAttributeAccessIssue]

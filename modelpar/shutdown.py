@@ -14,21 +14,23 @@ from typing import Any, Final
 from modelpar.errors import PeerLostError
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME: Final = 5.0  # s in which further signals are the same request: a terminal, scancel and
+DEBOUNCE_SECONDS: Final = (
+    5.0  # s in which further signals are the same request: a terminal, scancel and
+)
 # torchrun each deliver to the whole group, so that a process gets it twice
 
 
-def outlive(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Let a loader's ``worker`` live through what a whole group is sent: its rank ends it."""
     del worker
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     # A handler does not learn who sent a signal; who waits for one does.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_rank, daemon=True).start()
+    threading.Thread(target=_exit_with_rank, daemon=True).start()
 
 
-def _end_with_rank() -> None:
+def _exit_with_rank() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -47,13 +49,13 @@ class Request:
         now = time.monotonic()
         if not self.signal:
             self.signal, self.when = number, now
-        elif now - self.when > SAME:
+        elif now - self.when > DEBOUNCE_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
 @contextmanager
-def heeded() -> Generator[Request]:
+def signals_noted() -> Generator[Request]:
     """Collect signals instead of dying of them; outside the main thread there are none."""
     request = Request()
     if threading.current_thread() is not threading.main_thread():

@@ -13,28 +13,28 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from modelpar import config
+from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, SettingsError, one_line
-from modelpar.images.augment import Lens, Statistics
+from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.loader import TestLoader
 from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
-from modelpar.mesh import Mesh
-from modelpar.net.alexnet import check_state, part_of
-from modelpar.net.baselines import whole
-from modelpar.net.paper import Plan, plan_of, settings_of
+from modelpar.net.four_layer import whole_net
+from modelpar.net.plan import Plan, plan_of, settings_of
+from modelpar.net.weights import check_state, column_state
 from modelpar.settings import DataSettings, EvaluateSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, read_tensors
 from modelpar.training.engine import DTYPES, Net, build, evaluate
 from modelpar.training.metrics import Errors
 
-TOLD: Final = ("step", "seed", "images_a_step")
+RUN_KEYS: Final = ("step", "seed", "images_a_step")
 METADATA: Final = "modelpar"  # key of the exported file's metadata: plan and data as JSON
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedNet:
     """Weights, and what their run's manifest or their file's metadata tell of them."""
 
     source: Checkpoint | Path
@@ -48,13 +48,13 @@ class Trained:
         """Return a column's weights, or the whole net's for None; raises CheckpointError."""
         if isinstance(self.source, Checkpoint):
             return checkpoint.read_part(self.source, "weights", column)
-        whole = read_tensors(self.source)
+        whole_net = read_tensors(self.source)
         if column is None:
-            return whole
-        return part_of(whole, column)
+            return whole_net
+        return column_state(whole_net, column)
 
 
-def find(path: str) -> Trained:
+def find(path: str) -> TrainedNet:
     """Resolve RUN_DIR, STEP_DIR or FILE.safetensors; raises CheckpointError."""
     source = checkpoint.find(path)
     try:
@@ -64,8 +64,8 @@ def find(path: str) -> Trained:
             with safetensors.safe_open(source, framework="pt") as file:
                 told = json.loads((file.metadata() or {})[METADATA])
         plan, data = plan_of(told["plan"]), _data_of(told["data"])
-        numbers = [int(told[key]) for key in TOLD]
-        return Trained(source, plan, data, *numbers)
+        numbers = [int(told[key]) for key in RUN_KEYS]
+        return TrainedNet(source, plan, data, *numbers)
     except (KeyError, TypeError, ValueError, SafetensorError, SettingsError) as error:
         raise CheckpointError(
             f"checkpoint={path}: does not say what net it holds ({one_line(error)})"
@@ -83,7 +83,7 @@ def _data_of(values: dict[str, Any]) -> DataSettings:
 class Prepared:
     """What an evaluation needs before its processes meet."""
 
-    trained: Trained
+    trained: TrainedNet
     images: ImageSet
     statistics: Statistics
     workers: int
@@ -117,7 +117,7 @@ def prepare(settings: EvaluateSettings) -> Prepared:
     return Prepared(trained, images, stats, workers)
 
 
-def loaded(settings: EvaluateSettings, trained: Trained, mesh: Mesh) -> Net:
+def loaded(settings: EvaluateSettings, trained: TrainedNet, mesh: Mesh) -> Net:
     """Return this process's part of the trained net; raises CheckpointError."""
     net = build(
         trained.plan,
@@ -134,7 +134,7 @@ def loaded(settings: EvaluateSettings, trained: Trained, mesh: Mesh) -> Net:
     return net
 
 
-def score(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
+def evaluate_checkpoint(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
     """Return the exact errors over every test image once; a collective of the whole mesh."""
     trained = prepared.trained
     net = loaded(settings, trained, mesh)
@@ -146,7 +146,9 @@ def score(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
         replicas=mesh.replicas,
         workers=prepared.workers,
     )
-    lens = Lens(prepared.statistics, trained.plan.image_size, scaled=False, device=mesh.device)
+    lens = Augmentation(
+        prepared.statistics, trained.plan.image_size, scaled=False, device=mesh.device
+    )
     return evaluate(net, mesh, batches, lens, views=settings.views, precision=settings.precision)
 
 
@@ -166,11 +168,11 @@ def export(path: str, out: Path) -> str:
     """
     trained = find(path)
     weights = trained.weights(None)
-    check_state(whole(trained.plan, seed=0), weights, path)
+    check_state(whole_net(trained.plan, seed=0), weights, path)
     told = {
         "plan": settings_of(trained.plan),
         "data": config.without_secrets(asdict(trained.data)),
-        **{key: getattr(trained, key) for key in TOLD},
+        **{key: getattr(trained, key) for key in RUN_KEYS},
     }
     unfinished = out.with_name(f".{out.name}.part")
     try:

@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from modelpar.mesh import swap
+from modelpar.distributed import exchange
 
 Transport = Callable[[Tensor], tuple[Tensor, Callable[[], None]]]
 
@@ -64,7 +64,7 @@ class Link:
         chunks: int = 1,
     ) -> "Link":
         """Return the link of a process group of two."""
-        transport = partial(swap, pair=pair)
+        transport = partial(exchange, pair=pair)
         return cls(transport, pair.rank(), dtype=dtype, overlap=overlap, chunks=chunks)
 
     @property

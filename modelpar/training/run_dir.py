@@ -13,21 +13,21 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from modelpar.config import without_secrets
+from modelpar.distributed import Mesh, first_complaint
 from modelpar.errors import CheckpointError, SettingsError, one_line
-from modelpar.mesh import Mesh, first_complaint
 
 CONFIG: Final = "config.yaml"
 # What makes two starts the same run: these give the same trajectory; the rest may change.
-SAME: Final = ("data.name", "data.image_size", "recipe", "model", "seed", "precision")
+FIXED: Final = ("data.name", "data.image_size", "recipe", "model", "seed", "precision")
 # What may change all the same, and changes the trajectory: said when a run goes on.
-MAY_CHANGE: Final = ("epochs", "data.epochs", "data.evaluate_every", "crossing.dtype", "tf32")
+ALLOWED: Final = ("epochs", "data.epochs", "data.evaluate_every", "crossing.dtype", "tf32")
 HARMLESS: Final = frozenset({"log"})  # what Hydra and an earlier end leave behind
 LOCK: Final = "log/lock"
 SHARED_WITHIN: Final = 10.0  # s that a disk of several hosts may take to show a new file
 FREED_WITHIN: Final = 10.0  # s that the lock of a run which was killed may outlive it
 
 
-def check_same(run_dir: Path, settings: Mapping[str, Any], resume: str) -> None:
+def check_compatible(run_dir: Path, settings: Mapping[str, Any], resume: str) -> None:
     """Raise SettingsError where ``run_dir`` holds another run, or any and ``resume`` is never."""
     try:
         found = {path.name for path in run_dir.iterdir()} - HARMLESS
@@ -54,7 +54,7 @@ def check_same(run_dir: Path, settings: Mapping[str, Any], resume: str) -> None:
             f"{run_dir / CONFIG}: cannot be read ({one_line(error)}); give a new folder"
         ) from None
     now = OmegaConf.create(dict(settings))
-    for key in SAME:
+    for key in FIXED:
         old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
         if old != new:
             raise SettingsError(
@@ -79,7 +79,7 @@ def _first_difference(key: str, old: Any, new: Any) -> str:
 
 
 @contextmanager
-def held(run_dir: Path, mesh: Mesh) -> Generator[None]:
+def locked(run_dir: Path, mesh: Mesh) -> Generator[None]:
     """Make the run directory and hold it for this run alone, before anything in it is read.
 
     A collective of the whole mesh.  Raises CheckpointError, on every process alike, where another
@@ -104,7 +104,7 @@ def held(run_dir: Path, mesh: Mesh) -> Generator[None]:
         lock.release()
 
 
-def begin(run_dir: Path, settings: Mapping[str, Any], mesh: Mesh) -> None:
+def write_config(run_dir: Path, settings: Mapping[str, Any], mesh: Mesh) -> None:
     """Write the run's resolved settings down, and see that all processes find them there.
 
     A collective of the whole mesh.  Raises CheckpointError, on every process alike.
@@ -124,12 +124,12 @@ def begin(run_dir: Path, settings: Mapping[str, Any], mesh: Mesh) -> None:
         raise CheckpointError(complaint)
 
 
-def changes(run_dir: Path, settings: Mapping[str, Any]) -> list[str]:
+def trajectory_changes(run_dir: Path, settings: Mapping[str, Any]) -> list[str]:
     """Return what a run goes on with that it may, and that gives it another trajectory."""
     if not (run_dir / CONFIG).is_file():
         return []
     before, now = OmegaConf.load(run_dir / CONFIG), OmegaConf.create(dict(settings))
-    both = {key: [OmegaConf.select(one, key) for one in (before, now)] for key in MAY_CHANGE}
+    both = {key: [OmegaConf.select(one, key) for one in (before, now)] for key in ALLOWED}
     return [f"{key}={new}, not {old}" for key, (old, new) in both.items() if old != new]
 
 

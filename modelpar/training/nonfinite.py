@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelpar.images.loader import Batch
-from modelpar.mesh import gather_text
 from modelpar.training.engine import Learner
 
 COPIES: Final = ("clone", "_to_copy", "contiguous")
 
 
-def name_culprit(learner: Learner, batch: Batch, step: int, loss: Tensor) -> str:
+def first_nonfinite(learner: Learner, batch: Batch, step: int, loss: Tensor) -> str:
     """Say which layer is the first that is not finite in this step, whose update was not made.
 
     Forward in the order of the layers, over both columns; then, where only gradients are not
@@ -23,7 +22,7 @@ def name_culprit(learner: Learner, batch: Batch, step: int, loss: Tensor) -> str
     forward = _forward(learner, batch, step)  # all take part, whatever each has found
     own = _weights(learner.net) or forward or _backward(learner.net)
     where = f" in column {learner.mesh.column}" if learner.mesh.columns > 1 else ""
-    told = gather_text(f"{own}{where}" if own else "", learner.mesh)
+    told = learner.mesh.gather_text(f"{own}{where}" if own else "")
     found = min(filter(None, told), default="99 the loss")
     return f"the loss is {loss.item():.4g}, first {found.partition(' ')[2]}"
 

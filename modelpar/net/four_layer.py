@@ -11,14 +11,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modelpar.mesh import generator
 from modelpar.net import paper
 from modelpar.net.alexnet import AlexNet
-from modelpar.net.layers import AcrossMaps, Activation, Draw, Dropout, pool
-from modelpar.net.paper import Plan
+from modelpar.net.layers import AcrossMaps, Activation, Dropout, DropoutSeed, pool
+from modelpar.net.plan import Plan
+from modelpar.seeding import generator
 
 
-def whole(plan: Plan, seed: int | None = None) -> "AlexNet | FourLayer | Torchvision":
+def whole_net(plan: Plan, seed: int | None = None) -> "AlexNet | FourLayer | Torchvision":
     """Return the whole net of ``plan`` on one device; without a seed torch's generator is used.
 
     Input (N, 3, S, S), pixels 0-255 less the mean; output (N, classes) logits.
@@ -98,7 +98,7 @@ class FourLayer(nn.Module):
         x = active["local4"](self.local4(x))  # (N, 32, 7, 7)
         return self.fc10(x.flatten(1))
 
-    def fix_dropout(self, draw: Draw | None) -> None:
+    def fix_dropout(self, draw: DropoutSeed | None) -> None:
         """Do nothing: there is none."""
 
 
@@ -159,7 +159,7 @@ class Torchvision(torchvision.models.AlexNet):
         scale = 255 * x.new_tensor(paper.TORCHVISION_STD)[:, None, None]
         return super().forward(_as_weight(x / scale, self.features.get_parameter("0.weight")))
 
-    def fix_dropout(self, draw: Draw | None) -> None:
+    def fix_dropout(self, draw: DropoutSeed | None) -> None:
         """Make the next forward's masks a function of ``draw``; None: torch's generator."""
         for layer in self.classifier:
             if isinstance(layer, ScaledDropout):

@@ -3,17 +3,17 @@
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from modelpar import config, host
+from modelpar import config, environment
 from modelpar.errors import CheckpointError, DataError, SettingsError
+from modelpar.images import loader
 from modelpar.images.augment import Statistics
 from modelpar.images.order import BatchOrder
 from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
-from modelpar.net.paper import Plan, Recipe, settings_of
+from modelpar.net.plan import Plan, Recipe, plan_for, settings_of
 from modelpar.settings import DataSettings, ModelSettings, TrainSettings
 from modelpar.training import checkpoint
-from modelpar.training.engine import plan_for
 
 
 def chosen_data(data: DataSettings, model: ModelSettings) -> DataSettings:
@@ -56,8 +56,8 @@ def prepare(settings: TrainSettings) -> Prepared:
             "model.norm=batch: each replica would normalize by itself; give replicas=1"
         )
     workers = data.workers if settings.workers is None else settings.workers
-    launched = host.place()
-    host.check_shared_memory(
+    launched = environment.read()
+    loader.check_shared_memory(
         workers,
         settings.batch_size * 3 * images.stored_size**2,
         launched.local_size if launched.size > 1 else settings.columns * settings.replicas,
@@ -65,7 +65,7 @@ def prepare(settings: TrainSettings) -> Prepared:
     return Prepared(images, statistics(images, cache, workers), plan, steps)
 
 
-def find_start(
+def resume_point(
     settings: TrainSettings, prepared: Prepared, run_dir: Path | None
 ) -> checkpoint.Checkpoint | None:
     """Return what the run goes on from: its newest checkpoint, or the one ``resume`` names.

@@ -9,17 +9,11 @@ from typing import Final
 
 from torch import Tensor
 
-from modelpar.net.paper import plan_of
-from modelpar.studies.gather import Run
-from modelpar.studies.table import grid, spread
+from modelpar.analysis.kernels import COLOUR, RANDOM, Specialisation, difference, specialisation
+from modelpar.net.plan import plan_of
+from modelpar.studies.comparison import grid, spread
+from modelpar.studies.runs import Run
 from modelpar.training import checkpoint
-from modelpar.training.specialisation import (
-    COLOUR,
-    RANDOM,
-    Specialisation,
-    difference,
-    specialisation,
-)
 
 HEAD: Final = (
     "run", "seed", "step", "off grey, column 0", "off grey, column 1", "difference",
@@ -86,7 +80,7 @@ def rows(sources: Sequence[Kernels]) -> list[list[str]]:
     cells: list[list[str]] = []
     for one in sources:
         found = one.found
-        grey = [spread(own.off_grey.tolist()) for own in found]
+        grey = [spread(own.colour_share.tolist()) for own in found]
         cycles = [spread(own.frequency.tolist()) for own in found]
         apart = difference(found)
         cells.append(
@@ -138,9 +132,9 @@ def as_csv(sources: Sequence[Kernels]) -> str:
         for column, own in enumerate(one.found):
             numbers = [
                 f"{float(value):.4f}"
-                for values in (own.off_grey, own.frequency)
+                for values in (own.colour_share, own.frequency)
                 for value in (values.mean(), values.std())
             ]
-            where = [one.name, one.seed, one.step, column, len(own.off_grey)]
+            where = [one.name, one.seed, one.step, column, len(own.colour_share)]
             writer.writerow([*where, *numbers[:2], own.colour, *numbers[2:]])
     return text.getvalue()

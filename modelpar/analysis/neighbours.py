@@ -14,11 +14,12 @@ from torch.nn import functional
 from torch.utils.data import Subset
 from torchvision.utils import make_grid
 
-from modelpar.images.augment import Lens
+from modelpar.analysis.activations import activations_of
+from modelpar.distributed import Mesh, all_reduce_sum
+from modelpar.images.augment import Augmentation
 from modelpar.images.loader import TestLoader
 from modelpar.images.samples import Images, ImageSet
-from modelpar.mesh import Mesh, generator, sum_over
-from modelpar.training.activity import activations_of
+from modelpar.seeding import generator
 
 SHOWN: Final = 8  # figure 4: test images with their likeliest classes
 LIKELIEST: Final = 5  # figure 4
@@ -102,7 +103,7 @@ def likeliest(images: Sequence[Tensor], labels: Sequence[int], logits: Tensor) -
 
 
 def squared_distances(
-    net: nn.Module, queries: Tensor, batches: Iterable[tuple[Tensor, Any]], lens: Lens
+    net: nn.Module, queries: Tensor, batches: Iterable[tuple[Tensor, Any]], lens: Augmentation
 ) -> Tensor:
     """Return squared Euclidean distances (Q, M) of hidden units, one batch in memory at a time.
 
@@ -149,7 +150,7 @@ def figure4(
     net: nn.Module,
     mesh: Mesh,
     images: ImageSet,
-    lens: Lens,
+    lens: Augmentation,
     rows: Sequence[int],
     batch_size: int,
     workers: int,
@@ -165,7 +166,7 @@ def figure4(
     half = len(spread(len(images.test), SHOWN))
     looked_at: Any = Subset(images.train, rows)  # pyright: ignore[reportArgumentType] - indexed is enough
     batches = TestLoader(looked_at, batch_size, mesh.device, workers=workers)
-    squared = sum_over(squared_distances(net, units[half:], batches, lens), mesh.pair).cpu()
+    squared = all_reduce_sum(squared_distances(net, units[half:], batches, lens), mesh.pair).cpu()
     if mesh.column:
         return None
     near = [different(images.train, rows, row) for row in squared]

@@ -5,12 +5,11 @@ returns wrong numbers, without an error, for tensors that are not contiguous; wi
 the processes also tell each other what they are about to do, and stop where it differs.
 """
 
-import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,13 +22,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from modelpar import host
-from modelpar.errors import LaunchError, PeerLostError, one_line
+from modelpar import environment
+from modelpar.device import choose_device, set_threads, set_up
+from modelpar.errors import LaunchError, PeerLostError, RunError, error_from_text, one_line
 
 AXES: Final = ("replica", "column")
 TEXT_BYTES: Final = 4096
 CALL_BYTES: Final = 128  # of a collective's name, shape and number
-TOLD_WITHIN: Final = 5 * host.RETRY  # s in which those that wait read why another failed
+TOLD_WITHIN: Final = 5 * environment.RETRY  # s in which those that wait read why another failed
 DISK_PATIENCE: Final = 10  # times ``comm.timeout``
 SLICES: Final = 8  # of ``comm.timeout``: who waits for something else shows that it lives
 CARRIED: Final = (
@@ -40,25 +40,6 @@ CARRIED: Final = (
     torch.int64,
     torch.uint8,
 )
-
-
-def generator(seed: int, *keys: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator that is a pure function of ``seed`` and ``keys``, on ``device``.
-
-    The keys say what is drawn (a layer, an epoch, a step), never which rank draws it: that is
-    what makes one process and two follow the same trajectory.
-    """
-    digest = hashlib.blake2b(repr((seed, *keys)).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def digest(tensors: Iterable[Tensor]) -> int:
-    """Return 63 bits of a hash of the tensors' bytes."""
-    total = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        total.update(content.numpy().data)
-    return int.from_bytes(total.digest(), "little") >> 1
 
 
 @dataclass(frozen=True)
@@ -74,13 +55,13 @@ class Mesh:
     replica: int = 0
     column: int = 0
     pair: dist.ProcessGroup | None = None  # the columns of this replica
-    peers: dist.ProcessGroup | None = None  # this column in all replicas
-    control: dist.ProcessGroup | None = None  # all, over gloo: short messages between CPUs
+    replica_group: dist.ProcessGroup | None = None  # this column in all replicas
+    world: dist.ProcessGroup | None = None  # all, over gloo: short messages between CPUs
     aside: dist.ProcessGroup | None = None  # the same, for a thread beside the training
 
     def beside(self) -> "Mesh":
         """Return the mesh for one thread beside the main one: its messages do not mix."""
-        return replace(self, control=self.aside)
+        return replace(self, world=self.aside)
 
     @property
     def rank(self) -> int:
@@ -107,25 +88,75 @@ class Mesh:
             return f"{net} on one {one}{how}"
         return f"{net}{shared} on {self.world_size} {many} ({backend}){how}"
 
-    def replicate(self, net: nn.Module) -> nn.Module:
+    def data_parallel(self, net: nn.Module) -> nn.Module:
         """Wrap ``net`` so that its gradients are averaged over the replicas, and only there.
 
-        A collective of ``peers``.  Raises PeerLostError.
+        A collective of ``replica_group``.  Raises PeerLostError.
         """
-        if self.peers is None:
+        if self.replica_group is None:
             return net
         # NCCL: one bucket, so that the replicas' all-reduce starts after the pair's last crossing;
         # two communicators of one GPU must not run unordered.
         megabytes = (
             sum(weight.numel() * weight.element_size() for weight in net.parameters()) >> 20
         )
-        with peer_named("replicate"):  # shapes are compared, and the weights sent round
+        with comm_errors("replicate"):  # shapes are compared, and the weights sent round
             return DistributedDataParallel(
                 net,
-                process_group=self.peers,
+                process_group=self.replica_group,
                 forward_sync_buffers=False,  # they are constant
                 bucket_cap_mb=megabytes + 1 if self.device.type == "cuda" else None,
             )
+
+    def gather_ints(self, values: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return every rank's whole numbers, 8 bytes each, in rank order.
+
+        A collective of the whole world.
+        """
+        if self.world is None:
+            return [tuple(values)]
+        own = torch.tensor(values, dtype=torch.int64, device="cpu")
+        _check(own, "gather", self.world)
+        told = [torch.empty_like(own) for _ in range(self.world_size)]
+        with comm_errors("gather"):
+            dist.all_gather(told, own, group=self.world)
+        return [tuple(one.tolist()) for one in told]
+
+    def wait_until_all(self, done: Callable[[float], bool]) -> None:
+        """Wait until ``done`` is true on every process.
+
+        ``done`` is called repeatedly with the number of seconds that it may block.  A slow
+        rank answers in between; a dead one times out after ``comm.timeout``.  A collective of the
+        world.
+        """
+        while not all(told for (told,) in self.gather_ints((int(done(self.timeout / SLICES)),))):
+            pass
+
+    def gather_text(self, text: str) -> list[str]:
+        """Return every process's ``text``, in rank order, cut at 4 KiB.
+
+        A collective of the whole world.
+        """
+        if self.world is None:
+            return [text]
+        _check(torch.empty(TEXT_BYTES, dtype=torch.uint8, device="cpu"), "gather", self.world)
+        return _gather(text, TEXT_BYTES, self.world)
+
+    @contextmanager
+    def all_or_none(self) -> Generator[None]:
+        """Raise on every rank the first RunError that any rank raises inside the block.
+
+        A collective of the world, so the block itself must not contain one that a failing rank
+        would skip.
+        """
+        error: RunError | None = None
+        try:
+            yield
+        except RunError as caught:
+            error = caught
+        texts = self.gather_text(f"{error.status} {one_line(error)}" if error else "")
+        if first := next(filter(None, texts), ""):
+            raise error or error_from_text(first)
 
 
 @dataclass(frozen=True)
@@ -144,13 +175,13 @@ def meet(same: Mapping[str, Any], timeout: float = 120.0) -> Meeting:
     the address a process tries it for ``host.MEETING`` s, else for ``timeout``.  Raises
     LaunchError.
     """
-    where = host.place()
+    where = environment.read()
     if where.size == 1:
-        return Meeting(None, where.attempt, host.launcher())
-    address, port = host.master()
-    host.check_network(where, timeout)
-    patience = timedelta(seconds=max(timeout, host.MEETING))
-    mine = {"attempt": where.attempt, "launcher": host.launcher(), "same": same}
+        return Meeting(None, where.attempt, environment.launcher())
+    address, port = environment.master()
+    environment.check_network(where, timeout)
+    patience = timedelta(seconds=max(timeout, environment.MEETING))
+    mine = {"attempt": where.attempt, "launcher": environment.launcher(), "same": same}
     try:
         # Agents count their restarts each for itself; a store that is rank 0's is a new one.
         prefix = f"modelpar/{where.attempt}" if where.agent_has_store else "modelpar"
@@ -189,7 +220,7 @@ def meet(same: Mapping[str, Any], timeout: float = 120.0) -> Meeting:
     return Meeting(store, max(one["attempt"] for one in told), told[0]["launcher"])
 
 
-def _exchange(store: dist.Store, key: str, text: str, where: host.Place) -> list[str]:
+def _exchange(store: dist.Store, key: str, text: str, where: environment.Environment) -> list[str]:
     """Tell the store ``text`` under ``key``; return all ranks', as soon as all have told it."""
     keys = [f"{key} {rank}" for rank in range(where.size)]
     store.set(keys[where.rank], text)
@@ -206,7 +237,7 @@ def prepare_together(prepare: Callable[[], Any], store: dist.Store | None, timeo
     """
     if store is None:
         return prepare()
-    where = host.place()
+    where = environment.read()
     with _beating(store, f"alive {where.rank}", timeout / SLICES):
         try:
             prepared = prepare()
@@ -216,7 +247,7 @@ def prepare_together(prepare: Callable[[], Any], store: dist.Store | None, timeo
             if where.rank == 0 and not where.agent_has_store:  # it takes the store along
                 time.sleep(TOLD_WITHIN)
             raise
-        with peer_named("prepare"):
+        with comm_errors("prepare"):
             store.set(f"ready {where.rank}", "")
             _await_ready(store, where.size, timeout)
     return prepared
@@ -255,11 +286,11 @@ def _await_ready(store: dist.Store, size: int, timeout: float) -> None:
                 raise PeerLostError(
                     f"rank {rank} is gone or silent before it is ready; see what its host says"
                 )
-        time.sleep(host.RETRY)
+        time.sleep(environment.RETRY)
 
 
 @contextmanager
-def opened(
+def process_mesh(
     columns: int,
     device: str = "auto",
     timeout: float = 120.0,
@@ -277,13 +308,13 @@ def opened(
 
     Raises LaunchError where the group does not start.
     """
-    where = host.place()
+    where = environment.read()
     size = where.size
-    replicas = host.check_world(columns, 1, size)
-    kind = host.choose_device(device, where.local_size)
+    replicas = environment.check_world(columns, 1, size)
+    kind = choose_device(device, where.local_size)
     place = torch.device(kind, where.local_rank) if kind == "cuda" else torch.device("cpu")
-    kept = host.set_up(place, tf32=tf32)
-    threads = host.share_cores(where.local_size, threads)
+    kept = set_up(place, tf32=tf32)
+    threads = set_threads(where.local_size, threads)
     if size == 1:
         yield Mesh(place, threads=threads, keeps_memory=kept)
         return
@@ -341,8 +372,8 @@ def opened(
             replica=replica,
             column=column,
             pair=axes.get_group("column") if columns > 1 else None,
-            peers=axes.get_group("replica") if replicas > 1 else None,
-            control=cast("dist.ProcessGroup", control),
+            replica_group=axes.get_group("replica") if replicas > 1 else None,
+            world=cast("dist.ProcessGroup", control),
             aside=cast("dist.ProcessGroup", aside),
         )
     finally:
@@ -356,7 +387,7 @@ LOST: Final = re.compile(r"onnection|imed out|gloo|NCCL|[Ss]ocket")
 
 
 @contextmanager
-def peer_named(operation: str) -> Generator[None]:
+def comm_errors(operation: str) -> Generator[None]:
     """Turn a backend's many-line error into one line that says who is gone: PeerLostError."""
     try:
         yield
@@ -396,7 +427,7 @@ def _check(tensor: Tensor, operation: str, group: dist.ProcessGroup) -> None:
             raise RuntimeError(f"the processes of a group call different collectives ({told})")
 
 
-def swap(tensor: Tensor, pair: dist.ProcessGroup) -> tuple[Tensor, Callable[[], None]]:
+def exchange(tensor: Tensor, pair: dist.ProcessGroup) -> tuple[Tensor, Callable[[], None]]:
     """Start one send and one receive of equal shape and dtype between the two columns.
 
     A collective of ``pair``.  Returns the tensor that will hold the peer's values, and a function
@@ -405,7 +436,7 @@ def swap(tensor: Tensor, pair: dist.ProcessGroup) -> tuple[Tensor, Callable[[], 
     _check(tensor, "swap", pair)
     received = torch.empty_like(tensor)
     peer = dist.get_global_rank(pair, 1 - dist.get_rank(pair))
-    with peer_named("swap"):
+    with comm_errors("swap"):
         works = dist.batch_isend_irecv(
             [
                 dist.P2POp(dist.isend, tensor, peer, group=pair),
@@ -414,56 +445,20 @@ def swap(tensor: Tensor, pair: dist.ProcessGroup) -> tuple[Tensor, Callable[[], 
         )
 
     def wait() -> None:
-        with peer_named("swap"):
+        with comm_errors("swap"):
             for work in works:
                 work.wait()
 
     return received, wait
 
 
-def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum ``tensor`` in place over ``group`` (None: this process alone) and return it."""
     if group is not None:
         _check(tensor, "sum", group)
-        with peer_named("sum"):
+        with comm_errors("sum"):
             dist.all_reduce(tensor, group=group)
     return tensor
-
-
-def tell(values: Sequence[int], mesh: Mesh) -> list[tuple[int, ...]]:
-    """Tell every process these whole numbers, 8 bytes each; return all's, in rank order.
-
-    A collective of the whole world.
-    """
-    if mesh.control is None:
-        return [tuple(values)]
-    own = torch.tensor(values, dtype=torch.int64, device="cpu")
-    _check(own, "tell", mesh.control)
-    told = [torch.empty_like(own) for _ in range(mesh.world_size)]
-    with peer_named("tell"):
-        dist.all_gather(told, own, group=mesh.control)
-    return [tuple(one.tolist()) for one in told]
-
-
-def wait_for(done: Callable[[float], bool], mesh: Mesh) -> None:
-    """Wait until ``done`` is true on every process.
-
-    ``done`` gets the s that it may wait itself, again and again: who is slow still answers in
-    between, who does not is lost within ``comm.timeout``.  A collective of the whole world.
-    """
-    while not all(told for (told,) in tell((int(done(mesh.timeout / SLICES)),), mesh)):
-        pass
-
-
-def gather_text(text: str, mesh: Mesh) -> list[str]:
-    """Return every process's ``text``, in rank order, cut at 4 KiB.
-
-    A collective of the whole world.
-    """
-    if mesh.control is None:
-        return [text]
-    _check(torch.empty(TEXT_BYTES, dtype=torch.uint8, device="cpu"), "gather", mesh.control)
-    return _gather(text, TEXT_BYTES, mesh.control)
 
 
 def _gather(text: str, size: int, group: dist.ProcessGroup) -> list[str]:
@@ -473,7 +468,7 @@ def _gather(text: str, size: int, group: dist.ProcessGroup) -> list[str]:
     if encoded:
         own[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     texts = [torch.empty_like(own) for _ in range(group.size())]
-    with peer_named("gather"):
+    with comm_errors("gather"):
         dist.all_gather(texts, own, group=group)
     return [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in texts]
 
@@ -483,4 +478,4 @@ def first_complaint(complaint: str, mesh: Mesh) -> str:
 
     A collective of the whole world.
     """
-    return next(filter(None, gather_text(complaint, mesh)), "")
+    return next(filter(None, mesh.gather_text(complaint)), "")

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from modelpar.bench import anatomy, wire
-from modelpar.bench.contenders import CONTENDERS, gflop, plan_of
+from modelpar.bench.steps import CONTENDERS, gflop, plan_of
 from modelpar.bench.worlds import World
 from modelpar.settings import BenchmarkSettings
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 from statistics import mean
 from typing import Final, NamedTuple
 
-from modelpar.studies.gather import Run
-from modelpar.studies.table import grid
+from modelpar.studies.comparison import grid
+from modelpar.studies.runs import Run
 
 GOAL: Final = 25.0  # figure 1: training error in %
 PUBLISHED: Final = 6.0  # figure 1: times as many epochs with tanh as with ReLU

@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from modelpar.errors import DataError, SettingsError, one_line
 from modelpar.training.monitor import METRICS
-from modelpar.training.runs import CONFIG
+from modelpar.training.run_dir import CONFIG
 
 # What does not make a run another one: where it ran, what it showed, and the seed.
 APART: Final = frozenset(

@@ -11,15 +11,16 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 
+from modelpar.distributed import Mesh
 from modelpar.errors import DataError, DivergedError
 from modelpar.images.loader import PIXELS_EVERY, Batch
-from modelpar.mesh import Mesh, digest, tell
-from modelpar.stop import Request
+from modelpar.seeding import digest
+from modelpar.shutdown import Request
 
 WEIGHTS_EVERY: Final = 500  # steps, between replicas
 
 
-class Told(NamedTuple):
+class StepStatus(NamedTuple):
     """What the processes have told each other, the same on all of them."""
 
     asked: int  # the signal that asked one to stop, 0 for none
@@ -27,7 +28,7 @@ class Told(NamedTuple):
     finite: bool  # loss and gradients of all are finite
 
 
-class Watch:
+class StepCheck:
     """One process's end of the control message."""
 
     def __init__(self, mesh: Mesh, request: Request) -> None:
@@ -42,7 +43,7 @@ class Watch:
         *,
         finite: bool = True,
         failed: bool = False,
-    ) -> Told:
+    ) -> StepStatus:
         """Tell all of step number ``step``, counted from 1, and return what all have told.
 
         ``weights`` are those before its update.  Raises DataError where the columns of a replica
@@ -52,7 +53,7 @@ class Watch:
         hashes_weights = self.mesh.replicas > 1 and step % WEIGHTS_EVERY == 0
         hashed = digest(weights.values()) if hashes_weights else 0
         flags = (self.request.signal, int(failed), int(not finite))
-        told = tell((step, batch.digest, hashed, *flags), self.mesh)
+        told = self.mesh.gather_ints((step, batch.digest, hashed, *flags))
         columns = self.mesh.columns
         for first in range(0, len(told), columns):
             pair = told[first : first + columns]
@@ -70,11 +71,11 @@ class Watch:
                     f"({_list(same, 2)}); go on from the last checkpoint"
                 )
         asked, failures, infinite = (max(one[place] for one in told) for place in (3, 4, 5))
-        return Told(asked, bool(failures), not infinite)
+        return StepStatus(asked, bool(failures), not infinite)
 
     def asked(self) -> int:
         """Return the signal that asked any process to stop, now; a collective of the world."""
-        return max(asked for (asked,) in tell((self.request.signal,), self.mesh))
+        return max(asked for (asked,) in self.mesh.gather_ints((self.request.signal,)))
 
 
 def _list(told: list[tuple[int, ...]], which: int) -> str:

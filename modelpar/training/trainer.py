@@ -10,29 +10,32 @@ from typing import Final, NoReturn
 import torch
 from torch import Tensor
 
-from modelpar import stop
+from modelpar import shutdown
+from modelpar.analysis.activations import ActivationStats
+from modelpar.analysis.neighbours import chosen, figure4
 from modelpar.config import without_secrets
+from modelpar.device import compile_error
+from modelpar.distributed import Mesh, all_reduce_sum, first_complaint
 from modelpar.errors import CheckpointError, DivergedError, StoppedError
-from modelpar.host import compiler_complaint
-from modelpar.images.augment import Lens, Statistics
+from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.loader import Batch, TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.mesh import Mesh, digest, first_complaint, gather_text, sum_over, tell
-from modelpar.net.alexnet import Column, check_state
-from modelpar.net.paper import settings_of
+from modelpar.net.alexnet import Column
+from modelpar.net.plan import settings_of
+from modelpar.net.weights import check_state
+from modelpar.seeding import digest
 from modelpar.settings import TrainSettings
-from modelpar.training import checkpoint, runs
-from modelpar.training.activity import Watched
-from modelpar.training.answers import chosen, figure4
-from modelpar.training.diagnosis import name_culprit
+from modelpar.training import checkpoint
+from modelpar.training.consistency import StepCheck, signal_name
 from modelpar.training.engine import DTYPES, Learner, all_finite, build, evaluate
-from modelpar.training.metrics import Errors, places
+from modelpar.training.metrics import Errors, rank_of_label
 from modelpar.training.monitor import Meter, Monitor, image_grid, show
+from modelpar.training.nonfinite import first_nonfinite
 from modelpar.training.optimizer import MomentumDecay
-from modelpar.training.saver import Keep, Saver
+from modelpar.training.prepare import Prepared, chosen_data, last_error, resume_point
+from modelpar.training.run_dir import locked, trajectory_changes, write_config
+from modelpar.training.saver import Checkpointer, Retention
 from modelpar.training.schedule import Schedule
-from modelpar.training.start import Prepared, chosen_data, find_start, last_error
-from modelpar.training.watch import Watch, signal_name
 
 WATCHED: Final = 128  # test images of an evaluation whose activations are looked at: one batch
 LOOKED_AT: Final = 512  # training images, for figure 4 at a run's end: a few seconds
@@ -44,21 +47,21 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
     Goes on from the run's newest checkpoint where there is one; a run that is over already is
     left as it is.  A collective of the whole mesh.
     """
-    with stop.heeded() as request, runs.held(run_dir, mesh):
-        start = find_start(settings, prepared, run_dir)
+    with shutdown.signals_noted() as request, locked(run_dir, mesh):
+        start = resume_point(settings, prepared, run_dir)
         stats = _agreed_statistics(start, prepared, mesh)
         top1 = last_error(prepared, start)
         if start is not None and top1 is not None:
             if mesh.rank == 0:
                 show(f"finished: {run_dir} is at step {start.step} of {prepared.steps}")
             return top1
-        training = _Training(settings, prepared, stats, mesh, run_dir, Watch(mesh, request))
+        training = _Training(settings, prepared, stats, mesh, run_dir, StepCheck(mesh, request))
         if start is not None:
             training.resume(start)
         if mesh.rank == 0:
-            for change in runs.changes(run_dir, asdict(settings)):
+            for change in trajectory_changes(run_dir, asdict(settings)):
                 show(f"modelpar: {run_dir} goes on with {change}: another trajectory")
-        runs.begin(run_dir, asdict(settings), mesh)
+        write_config(run_dir, asdict(settings), mesh)
         try:
             if mesh.rank == 0:
                 training.open_monitor()
@@ -84,7 +87,7 @@ def _agreed_statistics(
     if complaint := first_complaint(complaint, mesh):
         raise CheckpointError(complaint)
     own = (start.digest if start else "none", digest([stats.mean, stats.std, stats.axes]))
-    if len(set(gather_text(repr(own), mesh))) > 1:
+    if len(set(mesh.gather_text(repr(own)))) > 1:
         raise CheckpointError(
             "the processes see different checkpoints or mean images; give them one disk to share, "
             "or one cache_dir"
@@ -102,7 +105,7 @@ class _Training:
         stats: Statistics,
         mesh: Mesh,
         run_dir: Path,
-        watch: Watch,
+        watch: StepCheck,
     ) -> None:
         self.settings, self.mesh, self.run_dir, self.watch = settings, mesh, run_dir, watch
         images, plan = prepared.images, prepared.plan
@@ -133,7 +136,7 @@ class _Training:
             compiled=self._compiles(),
         )
         scaled = recipe.colour_noise == "added_and_scaled"
-        self.lens = Lens(stats, plan.image_size, scaled=scaled, device=device)
+        self.lens = Augmentation(stats, plan.image_size, scaled=scaled, device=device)
         self.order = BatchOrder(
             len(images.train),
             settings.batch_size,
@@ -161,14 +164,14 @@ class _Training:
         self.tested = -1  # the step it was measured at
         self.untested = False  # stopped where an evaluation was due
         # Rank 0's word for all: hosts may differ, and what it shows takes both columns.
-        self.shows = bool(tell([int(settings.monitor.tensorboard)], mesh)[0][0])
+        self.shows = bool(mesh.gather_ints([int(settings.monitor.tensorboard)])[0][0])
         self.monitor: Monitor | None = None
-        keep = Keep(settings.keep_last, settings.keep_every, best=settings.keep_best)
-        self.saver = Saver(run_dir / "checkpoints", mesh, keep)
+        keep = Retention(settings.keep_last, settings.keep_every, best=settings.keep_best)
+        self.saver = Checkpointer(run_dir / "checkpoints", mesh, keep)
 
     def _compiles(self) -> bool:
         """Whether to compile; rank 0 says so, since the first step waits for it."""
-        complaint = compiler_complaint(self.mesh.device) if self.settings.compile else ""
+        complaint = compile_error(self.mesh.device) if self.settings.compile else ""
         if self.mesh.rank == 0 and complaint:
             show(f"modelpar: nothing is compiled, slower ({complaint})")
         elif self.mesh.rank == 0 and self.settings.compile:
@@ -257,7 +260,7 @@ class _Training:
             failed=self.saver.failed(),
         )
         if not told.finite:
-            self._diverged(self.step + 1, name_culprit(self.learner, batch, self.step, loss))
+            self._diverged(self.step + 1, first_nonfinite(self.learner, batch, self.step, loss))
         self.learner.update(rates)
         self.step += 1
         self._show(self.saver.end() if told.failed else self.saver.take())
@@ -285,8 +288,8 @@ class _Training:
         The error is that of this step's batch as it was trained on: augmented, with dropout.
         """
         mesh = self.mesh
-        wrong = (places(self.learner.answers, batch.labels) > 0).sum()
-        both = sum_over(torch.stack([loss.double(), wrong.double()]), mesh.peers)
+        wrong = (rank_of_label(self.learner.answers, batch.labels) > 0).sum()
+        both = all_reduce_sum(torch.stack([loss.double(), wrong.double()]), mesh.replica_group)
         total, mistakes = both.tolist()
         return {
             "step": self.step,
@@ -332,7 +335,7 @@ class _Training:
         net, mesh = self.learner.net, self.mesh
         seen = None
         if watched and self.shows and mesh.replica == 0:
-            seen = Watched(net, self.plan.columns, mesh, -(-WATCHED // len(self.tests)))
+            seen = ActivationStats(net, self.plan.columns, mesh, -(-WATCHED // len(self.tests)))
         with seen or nullcontext():
             errors = evaluate(
                 net,

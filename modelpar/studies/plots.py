@@ -6,15 +6,15 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
-from modelpar.studies import learning
-from modelpar.studies.gather import Run
-from modelpar.studies.kernels import Kernels
+from modelpar.analysis import bars
+from modelpar.analysis.activations import Activity
+from modelpar.analysis.kernels import COLOUR, RANDOM
+from modelpar.analysis.neighbours import NEAREST, Likeness
+from modelpar.studies import curves
 from modelpar.studies.portrait import Portrait
-from modelpar.training import bars
-from modelpar.training.activity import Activity
-from modelpar.training.answers import NEAREST, Likeness
+from modelpar.studies.runs import Run
+from modelpar.studies.snapshots import Kernels
 from modelpar.training.monitor import kernel_picture
-from modelpar.training.specialisation import COLOUR, RANDOM
 
 DPI: Final = 200
 COLUMNS: Final = ("#4d4d4d", "#d9534f")  # column 0, column 1
@@ -28,17 +28,17 @@ def figure1(runs: Sequence[Run]) -> Figure:
     """Draw training error over epochs; a ring where it first is at a quarter."""
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     panel = figure.subplots()
-    panel.axhline(learning.GOAL, color=GREY, lw=0.7, ls=DOTTED)
+    panel.axhline(curves.GOAL, color=GREY, lw=0.7, ls=DOTTED)
     colours: dict[str, str] = {}
     for run in runs:  # one colour for all seeds
-        points = learning.curve(run)
+        points = curves.curve(run)
         new = run.label not in colours
         colour = colours.setdefault(run.label, f"C{len(colours)}")
-        name = f"{run.label} ({learning.activation(run)})" if new else None
-        line = LINES[learning.activation(run)]
+        name = f"{run.label} ({curves.activation(run)})" if new else None
+        line = LINES[curves.activation(run)]
         panel.plot(*zip(*points, strict=True), line, lw=1.2, color=colour, label=name)
-        if (time := learning.reached(points)) is not None:
-            panel.plot(time, learning.GOAL, "o", ms=5, mfc="white", color=colour)
+        if (time := curves.reached(points)) is not None:
+            panel.plot(time, curves.GOAL, "o", ms=5, mfc="white", color=colour)
     panel.set_xlabel("epochs", fontsize=8)
     panel.set_ylabel("training error, %", fontsize=8)
     panel.set_ylim(bottom=0)
@@ -70,14 +70,15 @@ def _kernels(panel: FigureBase, one: Kernels) -> None:
         place.set_yticks([])
         place.spines[:].set_visible(False)
         place.set_xlabel(
-            f"column {column}: off grey {own.off_grey.mean():.2f} ± {own.off_grey.std():.2f}, "
+            f"column {column}: colour {own.colour_share.mean():.2f} "
+            f"± {own.colour_share.std():.2f}, "
             f"{own.colour} of {len(part)} colour, "
             f"{own.frequency.mean():.2f} ± {own.frequency.std():.2f} cycles/pixel",
             fontsize=SMALL,
             labelpad=3,
         )
         colour = COLUMNS[column]
-        points.scatter(own.frequency, own.off_grey, s=9, c=colour, alpha=0.75, lw=0)
+        points.scatter(own.frequency, own.colour_share, s=9, c=colour, alpha=0.75, lw=0)
         label = f"column {column}"
         points.plot([], [], "o", ms=3.5, color=colour, mec="none", label=label)
     for height, text, top in ((RANDOM, "nothing learnt", False), (COLOUR, "colour", True)):

@@ -10,7 +10,7 @@ from typing import Any, Final
 from modelpar import config
 from modelpar.errors import SettingsError
 from modelpar.studies import experiments
-from modelpar.studies.gather import Run
+from modelpar.studies.runs import Run
 
 HEAD: Final = (
     "experiment", "seeds", "steps", "views", "top-1 error, %", "top-5 error, %",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from modelpar.mesh import Mesh, sum_over
+from modelpar.distributed import Mesh, all_reduce_sum
 from modelpar.net.layers import Activation
 
 LOGITS: Final = "logits"
@@ -82,7 +82,7 @@ class _Tally:
         return torch.cat([self.sums, torch.stack([dead, maps], dim=1)], dim=1)
 
 
-class Watched:
+class ActivationStats:
     """Sees what each layer gives to the first ``images`` of each batch, while it is entered.
 
     It only looks: what the net computes is the same to the last bit, and its hooks are gone when
@@ -131,7 +131,7 @@ class Watched:
                 sums[number, first : first + len(row)] = row
             elif first == 0:  # both columns have the same
                 sums[number, :1] = row
-        sums = sum_over(sums.to(self.mesh.device), self.mesh.pair).cpu()
+        sums = all_reduce_sum(sums.to(self.mesh.device), self.mesh.pair).cpu()
         return [
             _activity(name, None if name == LOGITS else column, sums[number, column].tolist())
             for number, name in enumerate(names)

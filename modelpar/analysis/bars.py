@@ -6,7 +6,7 @@ from typing import Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
-from modelpar.training.answers import Answer
+from modelpar.analysis.neighbours import Answer
 
 ROW: Final = 4  # images a row, as in figure 4
 RIGHT: Final = "#d9534f"  # the class that is right; figure 4 has it red

@@ -1,0 +1,1 @@
+"""What a trained net shows: kernels, activations, nearest images; knows no training."""

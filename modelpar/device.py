@@ -1,0 +1,122 @@
+"""This machine, and what the launcher says of this process: checked before processes meet."""
+
+import ctypes
+import logging
+import os
+from functools import cache
+from typing import Final
+
+import torch
+
+from modelpar import environment
+from modelpar.errors import SettingsError, one_line
+
+M_TRIM_THRESHOLD: Final = -1  # malloc.h
+M_MMAP_MAX: Final = -4  # malloc.h
+
+
+# -- GPUs ----------------------------------------------------------------------------------------
+
+
+def choose_device(device: str, local_processes: int) -> str:
+    """Return ``cuda`` or ``cpu`` for the setting ``device``; auto takes GPUs if each rank has one.
+
+    Raises SettingsError where ``device=cuda`` asks for more GPUs than there are.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if found >= local_processes else "cpu"
+    if device == "cuda" and found < local_processes:
+        raise SettingsError(
+            f"device=cuda: {found} GPUs for {local_processes} processes on this host; "
+            "give columns=1 for one GPU, or device=cpu"
+        )
+    return device
+
+
+def check_precision(device: str, precision: str) -> None:
+    """Raise SettingsError for bfloat16 on a GPU that only emulates it."""
+    if device != "cuda" or precision != "bfloat16":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SettingsError("precision=bfloat16: this GPU has none; give precision=float32")
+
+
+# -- cores and memory ----------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep what is freed; return whether this libc can.
+
+    By default big buffers go back to the system at each step and are faulted in anew, which cost
+    a third of a step here (224 pixels, two processes: 21 and 30 images/s).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def set_threads(processes: int, threads: int | None = None) -> int:
+    """Give this process its share of the host's cores; return its number of threads.
+
+    ``threads`` None: OMP_NUM_THREADS where it says more than torchrun's own 1, or the cores this
+    process may use divided by the host's ``processes``.
+    """
+    if threads is None:
+        given = environment.integer("OMP_NUM_THREADS", 1)
+        threads = given if given > 1 else max(1, num_cores() // processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def oversubscription_warning(threads: int) -> str:
+    """Return a warning where this host's processes have more threads than cores, else nothing."""
+    processes = environment.read().local_size
+    if threads * processes <= num_cores():
+        return ""
+    return (
+        f"{processes} processes with {threads} threads each oversubscribe {num_cores()} cores; "
+        "unset threads and OMP_NUM_THREADS"
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get the memory that it asked for, of a GPU or of the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def memory(device: torch.device) -> str:
+    """Name ``device`` with the memory that it had in use at most, where that is known."""
+    if device.type != "cuda":
+        return f"this host ({device})"
+    peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]
+    return f"{device} ({peak / 1e6:.0f} of {total / 1e6:.0f} MB)"
+
+
+def set_up(device: torch.device, *, tf32: bool) -> bool:
+    """Make this process fast on ``device``; return whether freed memory is kept.
+
+    ``tf32`` lets a GPU round float32 products.
+    """
+    if device.type == "cpu":
+        return keep_freed_memory()
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # shapes never change
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32  # torch's own default rounds convolutions
+    return False  # torch keeps a GPU's memory itself
+
+
+@cache
+def compile_error(device: torch.device) -> str:
+    """Return why torch.compile does not work here, in one line; empty where it does."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # CUDA without a GPU
+    try:
+        torch.compile(torch.neg)(torch.zeros(8, device=device))
+    except Exception as error:  # noqa: BLE001 - no compiler, no headers, a full disk: all the same
+        return one_line(error)[:160]
+    return ""

@@ -1,0 +1,64 @@
+"""Files that are whole or absent, and the checks before a run writes any."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+from modelpar.errors import CheckpointError, SettingsError
+
+SPARE: Final = 1.1  # free space that is required, as a multiple of what will be written
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write ``content`` to ``path``, which is either whole or as it was before; raises OSError."""
+    data = content.encode() if isinstance(content, str) else content
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # after a power cut an unsynced file may be empty
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def existing_parent(path: Path) -> Path:
+    """Return ``path`` or its closest parent that exists; raises OSError."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
+
+
+def check_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
+    """Raise CheckpointError where the disk of ``folder`` has less than ``needed`` bytes free."""
+    free = shutil.disk_usage(existing_parent(folder)).free
+    if free < needed * SPARE:
+        raise CheckpointError(
+            f"{folder}: {what} needs {needed * SPARE / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
+            "free; free some space or use another run_dir"
+        )
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Raise SettingsError where the setting ``key`` names a folder that cannot be written."""
+    try:
+        existing = existing_parent(folder)
+    except OSError as error:
+        raise SettingsError(f"{key}={folder}: {error.strerror}; use another folder") from None
+    if not existing.is_dir():
+        raise SettingsError(f"{key}={folder}: {existing} is a file; use a folder")
+    if not os.access(existing, os.W_OK):
+        raise SettingsError(f"{key}={folder}: {existing} is not writable; use another folder")
