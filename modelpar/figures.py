@@ -3,14 +3,13 @@
 ``runs=[RUN,SWEEP,'runs/*']`` adds those runs to figure 3, and draws figure 1 of them.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
 from matplotlib.figure import Figure
 
 from modelpar import launch
-from modelpar.errors import DataError, LaunchError
+from modelpar.errors import DataError
 from modelpar.settings import FiguresSettings
 from modelpar.studies import curves, plots, portrait, snapshots
 from modelpar.studies.runs import find, read
@@ -18,9 +17,6 @@ from modelpar.studies.runs import find, read
 
 def figures(settings: FiguresSettings) -> None:
     """Look at the net and the runs; write pictures and tables, and print the short ones."""
-    if not find_spec("matplotlib"):
-        raise LaunchError("the figures need matplotlib: pip install modelpar[plots]")
-
     runs = [read(folder) for folder in find(settings.runs)]
     seen = portrait.portrait(settings) if settings.checkpoint is not None else None
     sources = snapshots.gathered(runs, seen.kernels if seen else None)

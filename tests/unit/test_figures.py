@@ -148,11 +148,3 @@ def test_what_is_wrong_is_one_line_and_makes_nothing(
     assert not told.out
     assert sorted(Path().rglob("*")) == before
 
-
-def test_without_matplotlib_it_says_what_to_install(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(figures, "find_spec", lambda _: None)
-    assert drawn("checkpoint=run", "out=plain") == 5
-    assert "pip install modelpar[plots]" in capsys.readouterr().err
-    assert not Path("plain").exists()
