@@ -147,4 +147,3 @@ def test_what_is_wrong_is_one_line_and_makes_nothing(
     assert said in line
     assert not told.out
     assert sorted(Path().rglob("*")) == before
-
