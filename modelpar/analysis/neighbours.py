@@ -113,7 +113,7 @@ def squared_distances(
     wide = queries.double()
     found: list[Tensor] = []
     for stored, _ in batches:
-        units = look(net, lens.centre(stored))[1].double()
+        units = look(net, lens.center_crop(stored))[1].double()
         found.append(torch.stack([(units - query).square().sum(1) for query in wide]))
     return torch.cat(found, dim=1)
 
@@ -162,7 +162,7 @@ def figure4(
     places = [*spread(len(images.test), SHOWN), *spread(len(images.test), QUERIES)]
     samples = [images.test[place] for place in places]
     stored, labels = [sample[0] for sample in samples], [int(sample[1]) for sample in samples]
-    logits, units = look(net, lens.centre(torch.stack(stored).to(mesh.device)))
+    logits, units = look(net, lens.center_crop(torch.stack(stored).to(mesh.device)))
     half = len(spread(len(images.test), SHOWN))
     looked_at: Any = Subset(images.train, rows)  # pyright: ignore[reportArgumentType] - indexed is enough
     batches = TestLoader(looked_at, batch_size, mesh.device, workers=workers)

@@ -39,7 +39,7 @@ def principal_colours(mean: Tensor, second_moments: Tensor) -> Statistics:
 
 
 @dataclass(frozen=True)
-class Draws:
+class CropFlipColour:
     """One epoch's random numbers, by position in its order: crops, flips, colours.
 
     ``corner`` (N, 2) the crop's top and left in pixels, ``flip`` (N,), ``colour`` (N, 3) normal
@@ -51,7 +51,9 @@ class Draws:
     colour: Tensor
 
     @classmethod
-    def of_epoch(cls, seed: int, epoch: int, num_samples: int, border: int, crops: str) -> "Draws":
+    def of_epoch(
+        cls, seed: int, epoch: int, num_samples: int, border: int, crops: str
+    ) -> "CropFlipColour":
         """Draw for all positions of ``epoch``; ``border`` is stored size less crop size.
 
         A function of its arguments alone, so that it does not matter which rank or worker asks.
@@ -71,9 +73,9 @@ class Draws:
             colour,
         )
 
-    def at(self, positions: slice) -> "Draws":
+    def at(self, positions: slice) -> "CropFlipColour":
         """Return the draws of some positions."""
-        return Draws(self.corner[positions], self.flip[positions], self.colour[positions])
+        return CropFlipColour(self.corner[positions], self.flip[positions], self.colour[positions])
 
 
 class Augmentation:
@@ -93,7 +95,7 @@ class Augmentation:
         self.mean = statistics.mean[:, middle : middle + size, middle : middle + size].to(device)
         self.colours = (statistics.std[:, None] * statistics.axes).to(device)  # std_i * p_i, rows
 
-    def training(self, images: Tensor, draws: Draws, noise: float) -> Tensor:
+    def train(self, images: Tensor, draws: CropFlipColour, noise: float) -> Tensor:
         """Crop, flip, subtract the mean, add colour noise of standard deviation ``noise``.
 
         ``images`` (N, 3, T, T) uint8; returns (N, 3, S, S) float32.
@@ -114,11 +116,11 @@ class Augmentation:
                 out /= 1 + noise
         return out
 
-    def centre(self, images: Tensor) -> Tensor:
+    def center_crop(self, images: Tensor) -> Tensor:
         """Return the central crop less the mean: (N, 3, T, T) uint8 -> (N, 3, S, S) float32."""
         return self._crop(images, self.border // 2, self.border // 2)
 
-    def views(self, images: Tensor) -> Iterator[Tensor]:
+    def ten_crop(self, images: Tensor) -> Iterator[Tensor]:
         """Yield the ten views: four corners and centre, and their mirrors (section 4.1)."""
         end, middle = self.border, self.border // 2
         for top, left in ((0, 0), (0, end), (end, 0), (end, end), (middle, middle)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from modelpar.errors import DataError, LaunchError
-from modelpar.images.augment import Augmentation, Draws
+from modelpar.images.augment import Augmentation, CropFlipColour
 from modelpar.images.order import BatchOrder
 from modelpar.images.samples import Images
 from modelpar.seeding import digest
@@ -106,7 +106,9 @@ class TrainLoader:
     def _batches(self, epoch: int, start: int, noise: float) -> Iterator[Batch]:
         order = self.order
         order.epoch, order.start = epoch, start
-        draws = Draws.of_epoch(order.seed, epoch, order.num_samples, self.lens.border, self.crops)
+        draws = CropFlipColour.of_epoch(
+            order.seed, epoch, order.num_samples, self.lens.border, self.crops
+        )
         samples = order.samples()
         source = iter(self.loader)
         for number in range(start, len(order)):
@@ -118,7 +120,7 @@ class TrainLoader:
             read = [samples[places], stored[1], *stored[: number % PIXELS_EVERY == 0]]
             images = stored[0].to(self.device, non_blocking=True)
             labels = stored[1].to(self.device, non_blocking=True)
-            ready = self.lens.training(images, draws.at(places), noise)
+            ready = self.lens.train(images, draws.at(places), noise)
             yield Batch(ready, labels, time.perf_counter() - began, digest(read))
 
 

@@ -57,7 +57,7 @@ def portrait(settings: FiguresSettings) -> Portrait:
     places = spread(len(images.test), settings.batch_size)
     batch = torch.stack([images.test[place][0] for place in places]).to(mesh.device)
     with ActivationStats(net, trained.plan.columns, mesh, len(batch)) as watched:
-        look(net, lens.centre(batch))
+        look(net, lens.center_crop(batch))
     rows = chosen(len(images.train), settings.training_images, trained.seed)
     how = (settings.batch_size, prepared.workers)
     answers = figure4(net, mesh, images, lens, rows, *how)

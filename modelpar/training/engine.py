@@ -176,9 +176,9 @@ def evaluate(
 
     for stored, labels in batches:
         if views == 1:
-            answers = log_probabilities(lens.centre(stored))
+            answers = log_probabilities(lens.center_crop(stored))
         else:
-            each = [log_probabilities(view) for view in lens.views(stored)]
+            each = [log_probabilities(view) for view in lens.ten_crop(stored)]
             answers = torch.stack(each).logsumexp(0) - math.log(len(each))
         count.add(answers, labels)
     return count.result(mesh.replica_group, mesh.device)

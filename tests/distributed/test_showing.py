@@ -44,7 +44,7 @@ def seen(mesh: Mesh, words: list[str]) -> dict[str, Any]:
     lens = Augmentation(found.statistics, 64, scaled=False, device="cpu")
     batch = torch.stack([found.images.test[place][0] for place in range(7)])
     with ActivationStats(net, found.plan.columns, mesh, images=5) as watched:
-        look(net, lens.centre(batch))
+        look(net, lens.center_crop(batch))
     rows = chosen(len(found.images.train), 20, seed=3)
     answers = figure4(net, mesh, found.images, lens, rows, 6, 0)
     return {

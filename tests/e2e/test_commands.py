@@ -202,7 +202,10 @@ def test_export_is_one_file_that_the_whole_net_loads(tmp_path: Path, trained: Pa
     assert all(torch.equal(value, state[key]) for key, value in merge(columns).items())
     statistics = Statistics(**read_statistics(found))  # type: ignore[arg-type]
     lens = Augmentation(statistics, 64, scaled=False, device="cpu")
-    assert net.eval()(lens.centre(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))).shape == (1, 14)
+    assert net.eval()(lens.center_crop(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))).shape == (
+        1,
+        14,
+    )
     line = fine(ours(tmp_path, f"checkpoint={out}", main="evaluate")).splitlines()[-1]
     assert f"top-1 error {rows(trained, 'test')[0]['top1']:.4f} %" in line
 

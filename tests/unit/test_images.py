@@ -14,7 +14,7 @@ from modelpar import jobs
 from modelpar.distributed import Mesh
 from modelpar.errors import DataError, LaunchError, SettingsError
 from modelpar.images import loader as loaders
-from modelpar.images.augment import Augmentation, Draws, Statistics
+from modelpar.images.augment import Augmentation, CropFlipColour, Statistics
 from modelpar.images.loader import TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder, sample_order
 
@@ -164,23 +164,25 @@ def test_every_test_image_is_seen_once(replicas: int) -> None:
 
 
 def test_crop_and_flip_are_shared_by_32_or_drawn_for_each() -> None:
-    shared = Draws.of_epoch(0, 0, 100, 32, "per_32")
+    shared = CropFlipColour.of_epoch(0, 0, 100, 32, "per_32")
     for first in range(0, 100, 32):
         chunk = shared.at(slice(first, min(first + 32, 100)))
         assert len(chunk.corner.unique(dim=0)) == 1
         assert len(chunk.flip.unique()) == 1
         assert len(chunk.colour.unique(dim=0)) == len(chunk.colour)  # colour is each image's own
-    alone = Draws.of_epoch(0, 0, 20_000, 32, "per_image")
+    alone = CropFlipColour.of_epoch(0, 0, 20_000, 32, "per_image")
     assert len(alone.corner.unique(dim=0)) == 33 * 33  # offsets 0 to 32 in each direction
     assert float(alone.flip.float().mean()) == pytest.approx(0.5, abs=0.03)
-    assert not torch.equal(alone.corner, Draws.of_epoch(0, 1, 20_000, 32, "per_image").corner)
+    assert not torch.equal(
+        alone.corner, CropFlipColour.of_epoch(0, 1, 20_000, 32, "per_image").corner
+    )
 
 
 def test_central_crops_are_what_a_test_sees() -> None:
     view = lens()
     images = torch.randint(0, 256, (5, 3, 10, 10), dtype=torch.uint8)
-    draws = Draws.of_epoch(0, 3, 5, view.border, "central")
-    assert torch.equal(view.training(images, draws, 0.0), view.centre(images))
+    draws = CropFlipColour.of_epoch(0, 3, 5, view.border, "central")
+    assert torch.equal(view.train(images, draws, 0.0), view.center_crop(images))
 
 
 def test_training_view_is_the_crop_flipped_less_the_central_mean() -> None:
@@ -189,10 +191,12 @@ def test_training_view_is_the_crop_flipped_less_the_central_mean() -> None:
         Statistics(mean, torch.ones(3), torch.eye(3)), 8, scaled=True, device="cpu"
     )
     image = torch.randint(0, 256, (2, 3, 10, 10), dtype=torch.uint8)
-    draws = Draws(torch.tensor([[0, 2], [1, 0]]), torch.tensor([True, False]), torch.zeros(2, 3))
-    seen = view.training(image, draws, 0.0)
+    draws = CropFlipColour(
+        torch.tensor([[0, 2], [1, 0]]), torch.tensor([True, False]), torch.zeros(2, 3)
+    )
+    seen = view.train(image, draws, 0.0)
     window = mean[:, 1:9, 1:9]
     assert torch.equal(seen[0], image[0, :, 0:8, 2:10].flip(-1).float() - window)
     assert torch.equal(seen[1], image[1, :, 1:9, 0:8].float() - window)
-    noisy = view.training(image, draws, 0.1)
+    noisy = view.train(image, draws, 0.1)
     assert torch.allclose(noisy, seen / 1.1)  # scaled although these draws are zero

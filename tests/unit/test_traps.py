@@ -10,7 +10,7 @@ from torch import nn
 
 from modelpar import AlexNet, Plan, Recipe
 from modelpar.distributed import Mesh
-from modelpar.images.augment import Augmentation, Draws, Statistics, principal_colours
+from modelpar.images.augment import Augmentation, CropFlipColour, Statistics, principal_colours
 from modelpar.net import paper
 from modelpar.net.layers import AcrossMaps, DropoutSeed, WithinMap
 from modelpar.training.engine import evaluate
@@ -238,12 +238,12 @@ def imagenet_lens(*, scaled: bool) -> Augmentation:
 )
 def test_11_colour_noise(recipe: str, expected: tuple[float, ...]) -> None:
     lens = imagenet_lens(scaled=Recipe.named(recipe).colour_noise == "added_and_scaled")
-    draws = Draws.of_epoch(0, 0, 20_000, 0, "per_image")
+    draws = CropFlipColour.of_epoch(0, 0, 20_000, 0, "per_image")
     noise = Schedule(Recipe.named(recipe), 90).colour_noise(0)
-    seen = lens.training(torch.zeros(20_000, 3, 8, 8, dtype=torch.uint8), draws, noise)
+    seen = lens.train(torch.zeros(20_000, 3, 8, 8, dtype=torch.uint8), draws, noise)
     assert torch.equal(seen[:, :, 0, 0], seen[:, :, 7, 7])  # one shift for all pixels
     assert torch.allclose(seen[:, :, 0, 0].std(0), torch.tensor(expected), rtol=0.02)
-    assert not lens.centre(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).any()  # not at test
+    assert not lens.center_crop(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).any()  # not at test
 
 
 def test_11_colours_are_standard_deviations_of_the_pixels() -> None:
@@ -270,7 +270,7 @@ def test_12_ten_views_average_probabilities() -> None:
         Statistics(mean, torch.ones(3), torch.eye(3)), 6, scaled=True, device="cpu"
     )
     image = torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 8, 8)
-    views = list(lens.views(image))
+    views = list(lens.ten_crop(image))
     assert len(views) == 10
     window = mean[:, 1:7, 1:7]  # central, whatever the crop
     corners = [(0, 0), (0, 2), (2, 0), (2, 2), (1, 1)]
