@@ -1,12 +1,12 @@
 """Mean image and colour axes of a data set, measured once and kept (sections 2 and 4.1)."""
 
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Final
 
 import safetensors.torch
 import torch
-from filelock import AcquireReturnProxy, FileLock
+from filelock import FileLock
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ from modelpar.images.samples import ImageSet
 STATISTICS_BATCH: Final = 64
 
 
-def locked(path: Path) -> AcquireReturnProxy[FileLock]:
+def locked(path: Path) -> AbstractContextManager[FileLock]:
     """Return a held file lock, its folder made; raises DataError where it cannot be had.
 
     It waits without end: whoever holds it may be reading a million images.
