@@ -6,7 +6,7 @@ from typing import Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
-from modelpar.analysis.neighbours import Answer
+from modelpar.analysis.neighbours import Prediction
 
 ROW: Final = 4  # images a row, as in figure 4
 RIGHT: Final = "#d9534f"  # the class that is right; figure 4 has it red
@@ -14,7 +14,7 @@ OTHER: Final = "#9ecae1"
 LONGEST: Final = 24  # characters that stand beside a bar
 
 
-def bars(answers: Sequence[Answer], classes: Sequence[str]) -> Figure:
+def bars(answers: Sequence[Prediction], classes: Sequence[str]) -> Figure:
     """Return the images with their bars as a figure of its own."""
     rows = -(-len(answers) // ROW)
     figure = Figure(figsize=(1.75 * ROW, 2.75 * rows), dpi=150, layout="constrained")
@@ -22,7 +22,7 @@ def bars(answers: Sequence[Answer], classes: Sequence[str]) -> Figure:
     return figure
 
 
-def draw(panel: FigureBase, answers: Sequence[Answer], classes: Sequence[str]) -> None:
+def draw(panel: FigureBase, answers: Sequence[Prediction], classes: Sequence[str]) -> None:
     """Draw each image, its class below, and a bar for each of its likeliest classes."""
     rows = -(-len(answers) // ROW)
     axes = panel.subplots(2 * rows, ROW, height_ratios=[1.6, 1] * rows, squeeze=False)
@@ -42,10 +42,10 @@ def draw(panel: FigureBase, answers: Sequence[Answer], classes: Sequence[str]) -
         _bars(below, answer, classes)
 
 
-def _bars(panel: Axes, answer: Answer, classes: Sequence[str]) -> None:
+def _bars(panel: Axes, answer: Prediction, classes: Sequence[str]) -> None:
     places = range(len(answer.classes))
     colours = [RIGHT if found == answer.label else OTHER for found in answer.classes]
-    panel.barh(places, answer.shares, color=colours, height=0.82)
+    panel.barh(places, answer.probabilities, color=colours, height=0.82)
     for place, found in zip(places, answer.classes, strict=True):
         panel.text(0.02, place, name(classes, found), fontsize=6.5, va="center")
     panel.set_xlim(0, 1)

@@ -10,11 +10,18 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torchvision.utils import make_grid
 
 COLOURS: Final = 3
-RANDOM: Final = 1 - 1 / COLOURS  # share off the grey axis of weights that have learnt nothing
+RANDOM_SHARE: Final = (
+    1 - 1 / COLOURS
+)  # share off the grey axis of weights that have learnt nothing
 # An 11 x 11 kernel of random weights has .67 +- .035: 1 in 100 of them is called colour.
-COLOUR: Final = 0.75
+COLOUR_SHARE: Final = 0.75
+
+KERNELS_PER_ROW: Final = 16  # three rows per column, as in figure 3
+GAP: Final = 3  # pixels between the columns, before the picture is enlarged
 
 
 def colour_share(kernels: Tensor) -> Tensor:
@@ -51,9 +58,9 @@ class Specialisation:
     frequency: Tensor
 
     @property
-    def colour(self) -> int:
-        """How many kernels have more than ``COLOUR`` of their energy off the grey axis."""
-        return int((self.colour_share > COLOUR).sum())
+    def colour_kernels(self) -> int:
+        """How many kernels have more than ``COLOUR_SHARE`` of their energy off the grey axis."""
+        return int((self.colour_share > COLOUR_SHARE).sum())
 
 
 def specialisation(kernels: Tensor, columns: int) -> list[Specialisation]:
@@ -61,7 +68,7 @@ def specialisation(kernels: Tensor, columns: int) -> list[Specialisation]:
     return [Specialisation(colour_share(own), frequency(own)) for own in kernels.chunk(columns)]
 
 
-def difference(columns: list[Specialisation]) -> tuple[float, float] | None:
+def colour_difference(columns: list[Specialisation]) -> tuple[float, float] | None:
     """Return column 0's mean share off the grey axis less column 1's, and its standard error.
 
     The error is that of two means over kernels.  None where there is one column.
@@ -71,3 +78,19 @@ def difference(columns: list[Specialisation]) -> tuple[float, float] | None:
     one, other = (column.colour_share for column in columns)
     error = hypot(*(float(own.std()) / sqrt(len(own)) for own in (one, other)))
     return float(one.mean() - other.mean()), error
+
+
+def kernel_picture(kernels: Tensor, columns: int = 2) -> Tensor:
+    """Return conv1's kernels (96, 3, 11, 11) as one picture (3, H, W) in 0..1, like figure 3.
+
+    The kernels of column 0 are above those of column 1, with a gap between them.  Each kernel is
+    scaled by its largest absolute weight around mid-grey, and enlarged four times.
+    """
+    largest = kernels.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+    scaled = kernels.float() / largest / 2 + 0.5
+    parts: list[Tensor] = []
+    for own in scaled.chunk(columns):
+        grid = make_grid(own, nrow=KERNELS_PER_ROW, padding=1, pad_value=1.0)
+        parts += [torch.ones(3, GAP, grid.shape[2]), grid]
+    picture = torch.cat(parts[1:], dim=1)
+    return functional.interpolate(picture[None], scale_factor=4, mode="nearest")[0]

@@ -29,17 +29,17 @@ BORDER: Final = 2  # pixels around each picture
 
 
 @dataclass(frozen=True)
-class Answer:
+class Prediction:
     """A stored image (3, T, T), its class, the likeliest classes, and how likely they are."""
 
     image: Tensor
     label: int
     classes: list[int]
-    shares: list[float]
+    probabilities: list[float]
 
 
 @dataclass(frozen=True)
-class Likeness:
+class Neighbours:
     """A stored test image, its class, the training images nearest to it and their distances."""
 
     query: Tensor
@@ -53,19 +53,19 @@ class Likeness:
 class Figure4:
     """Both halves of the figure, and how many training images were looked at."""
 
-    answers: list[Answer]
-    likenesses: list[Likeness]
-    looked_at: int
+    predictions: list[Prediction]
+    neighbours: list[Neighbours]
+    searched: int
 
 
-def spread(total: int, count: int) -> list[int]:
+def evenly_spaced(total: int, count: int) -> list[int]:
     """Return ``count`` places, or all, at equal distances: sets often lie sorted by class."""
     count = min(total, count)
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
 @torch.no_grad()
-def look(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def features(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits (N, classes) and the last hidden units (N, D) of images (N, 3, S, S).
 
     In evaluation, before dropout halves them, which changes all distances alike: 4096 units, or
@@ -90,12 +90,14 @@ def look(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return logits, torch.cat(units) if units else logits
 
 
-def likeliest(images: Sequence[Tensor], labels: Sequence[int], logits: Tensor) -> list[Answer]:
+def top_predictions(
+    images: Sequence[Tensor], labels: Sequence[int], logits: Tensor
+) -> list[Prediction]:
     """Return the likeliest classes of each stored image, by its logits (N, classes)."""
     shares = functional.softmax(logits.double(), dim=1)
     found = shares.topk(min(LIKELIEST, shares.shape[1]), dim=1)
     return [
-        Answer(image, label, classes.tolist(), values.tolist())
+        Prediction(image, label, classes.tolist(), values.tolist())
         for image, label, classes, values in zip(
             images, labels, found.indices, found.values, strict=True
         )
@@ -113,12 +115,12 @@ def squared_distances(
     wide = queries.double()
     found: list[Tensor] = []
     for stored, _ in batches:
-        units = look(net, lens.center_crop(stored))[1].double()
+        units = features(net, lens.center_crop(stored))[1].double()
         found.append(torch.stack([(units - query).square().sum(1) for query in wide]))
     return torch.cat(found, dim=1)
 
 
-def different(
+def nearest_distinct(
     images: Images, rows: Sequence[int], squared: Tensor, count: int = NEAREST
 ) -> tuple[list[Tensor], list[int], list[float]]:
     """Return the ``count`` nearest of ``rows`` by their ``squared`` distances (M,).
@@ -140,7 +142,7 @@ def different(
     return near, labels, distances
 
 
-def chosen(total: int, count: int, seed: int) -> list[int]:
+def random_subset(total: int, count: int, seed: int) -> list[int]:
     """Return which of ``total`` training images are looked at: ``count`` of them, by the seed."""
     order = torch.randperm(total, generator=generator(seed, "figure4"))
     return sorted(order[:count].tolist())
@@ -159,26 +161,26 @@ def figure4(
 
     A collective of the pair, which sums the distances once, at the end.
     """
-    places = [*spread(len(images.test), SHOWN), *spread(len(images.test), QUERIES)]
+    places = [*evenly_spaced(len(images.test), SHOWN), *evenly_spaced(len(images.test), QUERIES)]
     samples = [images.test[place] for place in places]
     stored, labels = [sample[0] for sample in samples], [int(sample[1]) for sample in samples]
-    logits, units = look(net, lens.center_crop(torch.stack(stored).to(mesh.device)))
-    half = len(spread(len(images.test), SHOWN))
+    logits, units = features(net, lens.center_crop(torch.stack(stored).to(mesh.device)))
+    half = len(evenly_spaced(len(images.test), SHOWN))
     looked_at: Any = Subset(images.train, rows)  # pyright: ignore[reportArgumentType] - indexed is enough
     batches = TestLoader(looked_at, batch_size, mesh.device, workers=workers)
     squared = all_reduce_sum(squared_distances(net, units[half:], batches, lens), mesh.pair).cpu()
     if mesh.column:
         return None
-    near = [different(images.train, rows, row) for row in squared]
+    near = [nearest_distinct(images.train, rows, row) for row in squared]
     likenesses = [
-        Likeness(query, label, *found)
+        Neighbours(query, label, *found)
         for query, label, found in zip(stored[half:], labels[half:], near, strict=True)
     ]
-    answers = likeliest(stored[:half], labels[:half], logits[:half].cpu())
+    answers = top_predictions(stored[:half], labels[:half], logits[:half].cpu())
     return Figure4(answers, likenesses, len(rows))
 
 
-def nearest_picture(likenesses: Sequence[Likeness]) -> Tensor:
+def nearest_picture(likenesses: Sequence[Neighbours]) -> Tensor:
     """Return figure 4's right half (3, H, W) in 0..1: each query, a gap, what is nearest to it."""
     white = torch.full_like(likenesses[0].query, 255)
     rows = [[*one.images, *[white] * NEAREST][:NEAREST] for one in likenesses]

@@ -8,13 +8,12 @@ from matplotlib.figure import Figure, FigureBase
 
 from modelpar.analysis import bars
 from modelpar.analysis.activations import Activity
-from modelpar.analysis.kernels import COLOUR, RANDOM
-from modelpar.analysis.neighbours import NEAREST, Likeness
+from modelpar.analysis.kernels import COLOUR_SHARE, RANDOM_SHARE, kernel_picture
+from modelpar.analysis.neighbours import NEAREST, Neighbours
 from modelpar.studies import curves
 from modelpar.studies.portrait import Portrait
 from modelpar.studies.runs import Run
 from modelpar.studies.snapshots import Kernels
-from modelpar.training.monitor import kernel_picture
 
 DPI: Final = 200
 COLUMNS: Final = ("#4d4d4d", "#d9534f")  # column 0, column 1
@@ -72,7 +71,7 @@ def _kernels(panel: FigureBase, one: Kernels) -> None:
         place.set_xlabel(
             f"column {column}: colour {own.colour_share.mean():.2f} "
             f"± {own.colour_share.std():.2f}, "
-            f"{own.colour} of {len(part)} colour, "
+            f"{own.colour_kernels} of {len(part)} colour, "
             f"{own.frequency.mean():.2f} ± {own.frequency.std():.2f} cycles/pixel",
             fontsize=SMALL,
             labelpad=3,
@@ -81,7 +80,10 @@ def _kernels(panel: FigureBase, one: Kernels) -> None:
         points.scatter(own.frequency, own.colour_share, s=9, c=colour, alpha=0.75, lw=0)
         label = f"column {column}"
         points.plot([], [], "o", ms=3.5, color=colour, mec="none", label=label)
-    for height, text, top in ((RANDOM, "nothing learnt", False), (COLOUR, "colour", True)):
+    for height, text, top in (
+        (RANDOM_SHARE, "nothing learnt", False),
+        (COLOUR_SHARE, "colour", True),
+    ):
         points.axhline(height, color=GREY, lw=0.7, ls="-" if top else DOTTED)
         side = "bottom" if top else "top"
         points.text(0.005, height, text, fontsize=SMALL - 1, color=GREY, va=side)
@@ -99,18 +101,18 @@ def figure4(seen: Portrait) -> Figure:
     figure = Figure(figsize=(13.2, 5.4), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=[1, 1.12], wspace=0.04)
     left, right = halves
-    bars.draw(left, found.answers, seen.classes)
-    _likenesses(right, found.likenesses, seen.classes)
+    bars.draw(left, found.predictions, seen.classes)
+    _likenesses(right, found.neighbours, seen.classes)
     left.suptitle("test images and the five likeliest classes", fontsize=9)
     right.suptitle(
-        f"test images, and of {found.looked_at:,} training images the nearest in the last hidden "
+        f"test images, and of {found.searched:,} training images the nearest in the last hidden "
         "layer",
         fontsize=9,
     )
     return figure
 
 
-def _likenesses(panel: FigureBase, found: Sequence[Likeness], classes: Sequence[str]) -> None:
+def _likenesses(panel: FigureBase, found: Sequence[Neighbours], classes: Sequence[str]) -> None:
     widths = [1, 0.08, *[1] * NEAREST]
     axes: Any = panel.subplots(len(found), len(widths), width_ratios=widths, squeeze=False)
     for row, one in zip(axes, found, strict=True):

@@ -11,7 +11,7 @@ from torch import nn
 
 from modelpar import device
 from modelpar.analysis.activations import MEASURES, ActivationStats, Activity
-from modelpar.analysis.neighbours import Figure4, chosen, figure4, look, spread
+from modelpar.analysis.neighbours import Figure4, evenly_spaced, features, figure4, random_subset
 from modelpar.distributed import Mesh
 from modelpar.images.augment import Augmentation
 from modelpar.settings import EvaluateSettings, FiguresSettings
@@ -54,11 +54,11 @@ def portrait(settings: FiguresSettings) -> Portrait:
     lens = Augmentation(
         prepared.statistics, trained.plan.image_size, scaled=False, device=mesh.device
     )
-    places = spread(len(images.test), settings.batch_size)
+    places = evenly_spaced(len(images.test), settings.batch_size)
     batch = torch.stack([images.test[place][0] for place in places]).to(mesh.device)
     with ActivationStats(net, trained.plan.columns, mesh, len(batch)) as watched:
-        look(net, lens.center_crop(batch))
-    rows = chosen(len(images.train), settings.training_images, trained.seed)
+        features(net, lens.center_crop(batch))
+    rows = random_subset(len(images.train), settings.training_images, trained.seed)
     how = (settings.batch_size, prepared.workers)
     answers = figure4(net, mesh, images, lens, rows, *how)
     assert answers is not None  # noqa: S101 - this is column 0

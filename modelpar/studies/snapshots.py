@@ -9,7 +9,13 @@ from typing import Final
 
 from torch import Tensor
 
-from modelpar.analysis.kernels import COLOUR, RANDOM, Specialisation, difference, specialisation
+from modelpar.analysis.kernels import (
+    COLOUR_SHARE,
+    RANDOM_SHARE,
+    Specialisation,
+    colour_difference,
+    specialisation,
+)
 from modelpar.net.plan import plan_of
 from modelpar.studies.comparison import grid, spread
 from modelpar.studies.runs import Run
@@ -25,7 +31,8 @@ COLUMNS_OF_CSV: Final = (
 )  # fmt: skip
 BELOW: Final = (
     f"Mean ± standard deviation over a column's kernels. Off grey: the share of a kernel's energy "
-    f"off the axis of greys, {RANDOM:.2f} where nothing is learnt; colour: over {COLOUR:g}. "
+    f"off the axis of greys, {RANDOM_SHARE:.2f} where nothing is learnt; "
+    f"colour: over {COLOUR_SHARE:g}. "
     "Difference ± standard error: column 0 less column 1."
 )
 
@@ -82,7 +89,7 @@ def rows(sources: Sequence[Kernels]) -> list[list[str]]:
         found = one.found
         grey = [spread(own.colour_share.tolist()) for own in found]
         cycles = [spread(own.frequency.tolist()) for own in found]
-        apart = difference(found)
+        apart = colour_difference(found)
         cells.append(
             [
                 one.name,
@@ -90,7 +97,7 @@ def rows(sources: Sequence[Kernels]) -> list[list[str]]:
                 str(one.step),
                 *[*grey, ""][:2],
                 "" if apart is None else f"{apart[0]:+.2f} ± {apart[1]:.2f}",
-                " + ".join(str(own.colour) for own in found) + f" of {len(one.kernels)}",
+                " + ".join(str(own.colour_kernels) for own in found) + f" of {len(one.kernels)}",
                 *[*cycles, ""][:2],
             ]
         )
@@ -101,7 +108,7 @@ def over_seeds(sources: Sequence[Kernels]) -> list[str]:
     """Say of each experiment with several runs by how much its columns differ, either way."""
     groups: dict[str, list[float]] = {}
     for one in sources:
-        if apart := difference(one.found):
+        if apart := colour_difference(one.found):
             groups.setdefault(one.label, []).append(abs(apart[0]))
     return [
         f"{label}: the columns are {spread(apart)} apart in {len(apart)} runs, whichever has the "
@@ -136,5 +143,5 @@ def as_csv(sources: Sequence[Kernels]) -> str:
                 for value in (values.mean(), values.std())
             ]
             where = [one.name, one.seed, one.step, column, len(own.colour_share)]
-            writer.writerow([*where, *numbers[:2], own.colour, *numbers[2:]])
+            writer.writerow([*where, *numbers[:2], own.colour_kernels, *numbers[2:]])
     return text.getvalue()

@@ -12,13 +12,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from modelpar.analysis.activations import MEASURES, Activity
-from modelpar.analysis.kernels import difference, specialisation
+from modelpar.analysis.kernels import colour_difference, kernel_picture, specialisation
 from modelpar.analysis.neighbours import Figure4, nearest_picture
 from modelpar.images.loader import Batch
 from modelpar.net.exchange import Link
@@ -27,26 +26,8 @@ from modelpar.training.metrics import Errors
 
 METRICS: Final = "metrics.jsonl"
 KERNELS: Final = "conv1.png"
-KERNEL_ROW: Final = 16  # kernels a row: three rows a column, as in figure 3
-GAP: Final = 3  # pixels between columns, before the picture is enlarged
 LOGFILE_INTERVAL: Final = 10.0  # s between the bar's lines where nobody watches it move
 SHOWN: Final = 16  # images of the sample batch
-
-
-def kernel_picture(kernels: Tensor, columns: int = COLUMNS) -> Tensor:
-    """Return conv1's kernels (96, 3, 11, 11) as one picture (3, H, W) in 0..1, as figure 3 shows.
-
-    Column 0 above, column 1 of a net of two ``columns`` below a wider gap.  Each kernel is scaled
-    by its own largest weight about mid-grey, and enlarged four times.
-    """
-    largest = kernels.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
-    scaled = kernels.float() / largest / 2 + 0.5
-    parts: list[Tensor] = []
-    for own in scaled.chunk(columns):
-        grid = make_grid(own, nrow=KERNEL_ROW, padding=1, pad_value=1.0)
-        parts += [torch.ones(3, GAP, grid.shape[2]), grid]
-    picture = torch.cat(parts[1:], dim=1)
-    return functional.interpolate(picture[None], scale_factor=4, mode="nearest")[0]
 
 
 def image_grid(images: Tensor) -> Tensor:
@@ -139,10 +120,10 @@ class Monitor:
             for key, value in (
                 ("off_grey", float(own.colour_share.mean())),
                 ("frequency", float(own.frequency.mean())),
-                ("colour_kernels", own.colour),
+                ("colour_kernels", own.colour_kernels),
             ):
                 self.board.add_scalar(f"specialisation/column{column}_{key}", value, step)
-        if apart := difference(found):
+        if apart := colour_difference(found):
             self.board.add_scalar("specialisation/difference_off_grey", apart[0], step)
 
     def activity(self, rows: Sequence[Activity], step: int) -> None:
@@ -161,11 +142,11 @@ class Monitor:
         """Show figure 4; its bars where matplotlib is installed."""
         if not self.board:
             return
-        self.images("figure4/nearest", nearest_picture(found.likenesses), step)
+        self.images("figure4/nearest", nearest_picture(found.neighbours), step)
         if find_spec("matplotlib"):
             from modelpar.analysis.bars import bars  # noqa: PLC0415 - of the extra plots
 
-            self.board.add_figure("figure4/likeliest", bars(found.answers, classes), step)
+            self.board.add_figure("figure4/likeliest", bars(found.predictions, classes), step)
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""

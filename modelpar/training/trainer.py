@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modelpar import shutdown
 from modelpar.analysis.activations import ActivationStats
-from modelpar.analysis.neighbours import chosen, figure4
+from modelpar.analysis.neighbours import figure4, random_subset
 from modelpar.config import without_secrets
 from modelpar.device import compile_error
 from modelpar.distributed import Mesh, all_reduce_sum, first_complaint
@@ -364,7 +364,7 @@ class _Training:
         """Show figure 4 in TensorBoard as the run ends; a collective of replica 0's pair."""
         if not self.shows or self.mesh.replica:
             return
-        rows = chosen(len(self.images.train), LOOKED_AT, self.settings.seed)
+        rows = random_subset(len(self.images.train), LOOKED_AT, self.settings.seed)
         how = (self.settings.batch_size, self.workers)
         found = figure4(self.learner.net, self.mesh, self.images, self.lens, rows, *how)
         if self.monitor and found:

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modelpar import config
 from modelpar.analysis.activations import ActivationStats
-from modelpar.analysis.neighbours import chosen, figure4, look
+from modelpar.analysis.neighbours import features, figure4, random_subset
 from modelpar.distributed import Mesh
 from modelpar.images.augment import Augmentation
 from modelpar.training import prepare, trainer
@@ -44,13 +44,13 @@ def seen(mesh: Mesh, words: list[str]) -> dict[str, Any]:
     lens = Augmentation(found.statistics, 64, scaled=False, device="cpu")
     batch = torch.stack([found.images.test[place][0] for place in range(7)])
     with ActivationStats(net, found.plan.columns, mesh, images=5) as watched:
-        look(net, lens.center_crop(batch))
-    rows = chosen(len(found.images.train), 20, seed=3)
+        features(net, lens.center_crop(batch))
+    rows = random_subset(len(found.images.train), 20, seed=3)
     answers = figure4(net, mesh, found.images, lens, rows, 6, 0)
     return {
         "activity": [astuple(row) for row in watched.result()],
-        "distances": answers and [one.distances for one in answers.likenesses],
-        "shares": answers and [one.shares for one in answers.answers],
+        "distances": answers and [one.distances for one in answers.neighbours],
+        "shares": answers and [one.probabilities for one in answers.predictions],
     }
 
 

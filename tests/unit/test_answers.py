@@ -7,13 +7,13 @@ from torch import nn
 from modelpar import AlexNet
 from modelpar.analysis.activations import activations_of
 from modelpar.analysis.neighbours import (
-    chosen,
-    different,
+    evenly_spaced,
+    features,
     figure4,
-    likeliest,
-    look,
+    nearest_distinct,
     nearest_picture,
-    spread,
+    random_subset,
+    top_predictions,
 )
 from modelpar.distributed import Mesh
 from modelpar.images.augment import Augmentation, Statistics
@@ -64,21 +64,21 @@ def test_the_same_image_is_nearest_at_distance_0_and_shown_once() -> None:
     images = made([10, 200, 90, 90, 91, 100, 60, 95, 90, 150], tests=[90, 210])
     found = figure4(Tiny(), ALONE, images, lens(4), list(range(10)), batch_size=3, workers=0)
     assert found is not None
-    one = found.likenesses[0]
+    one = found.neighbours[0]
     assert [int(image[0, 0, 0]) for image in one.images] == [90, 91, 95, 100, 60, 150]
     # A shade's step moves both units by 24.
     expected = [24 * 2**0.5 * step for step in (0, 1, 5, 10, 30, 60)]
     assert one.distances == pytest.approx(expected)
     assert one.labels == [0, 0, 0, 1, 0, 1]
-    assert next(int(image[0, 0, 0]) for image in found.likenesses[1].images) == 200
-    assert found.looked_at == 10
+    assert next(int(image[0, 0, 0]) for image in found.neighbours[1].images) == 200
+    assert found.searched == 10
 
 
 def test_only_the_rows_asked_for_are_looked_at() -> None:
     images = made([10, 200, 90, 91], tests=[90])
     found = figure4(Tiny(), ALONE, images, lens(4), [0, 1, 3], batch_size=2, workers=0)
     assert found is not None
-    (one,) = found.likenesses
+    (one,) = found.neighbours
     assert [int(image[0, 0, 0]) for image in one.images] == [91, 10, 200]
     picture = nearest_picture([one])
     assert picture.shape == (3, 8, 7 * 8 + 4)  # what is missing is white
@@ -87,24 +87,24 @@ def test_only_the_rows_asked_for_are_looked_at() -> None:
 def test_the_likeliest_classes_come_first() -> None:
     images = [torch.zeros(3, 4, 4, dtype=torch.uint8)] * 2
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0, -2.0, -3.0], [5.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
-    one, other = likeliest(images, [2, 0], logits)
+    one, other = top_predictions(images, [2, 0], logits)
     assert one.classes == [1, 2, 0, 3, 4]
-    assert one.shares == sorted(one.shares, reverse=True)
-    assert sum(one.shares) < 1
+    assert one.probabilities == sorted(one.probabilities, reverse=True)
+    assert sum(one.probabilities) < 1
     assert other.classes[0] == other.label == 0
-    assert other.shares[0] == pytest.approx(float(logits[1].softmax(0)[0]))
+    assert other.probabilities[0] == pytest.approx(float(logits[1].softmax(0)[0]))
 
 
 def test_few_classes_are_all_shown() -> None:
     images = [torch.zeros(3, 4, 4, dtype=torch.uint8)]
-    (one,) = likeliest(images, [1], torch.zeros(1, 3))
+    (one,) = top_predictions(images, [1], torch.zeros(1, 3))
     assert len(one.classes) == 3
 
 
 def test_the_hidden_units_are_fc7s_and_the_net_is_left_as_it_was() -> None:
     net = AlexNet.from_recipe("code2012", 10, 64, seed=0).train()
     images = 100 * torch.randn(2, 3, 64, 64)
-    logits, units = look(net, images)
+    logits, units = features(net, images)
     assert net.training
     net.eval()
     assert torch.equal(logits, net(images))
@@ -119,13 +119,17 @@ def test_activations_are_found_by_their_layers() -> None:
     assert list(activations_of(net)) == names
     assert list(activations_of(Tiny())) == ["hidden"]
     assert not activations_of(nn.Linear(3, 2))
-    logits, units = look(nn.Linear(3, 2), torch.randn(4, 3))
+    logits, units = features(nn.Linear(3, 2), torch.randn(4, 3))
     assert torch.equal(logits, units)  # nothing else can be seen
 
 
 def test_places_are_spread_and_rows_drawn_by_the_seed() -> None:
-    assert spread(280, 8) == [17, 52, 87, 122, 157, 192, 227, 262]
-    assert spread(3, 8) == [0, 1, 2]
-    assert chosen(1000, 5, seed=0) == chosen(1000, 5, seed=0) != chosen(1000, 5, seed=1)
-    assert chosen(4, 2000, seed=0) == [0, 1, 2, 3]
-    assert different(made([1], [1]).train, [0], torch.tensor([4.0]))[2] == [2.0]
+    assert evenly_spaced(280, 8) == [17, 52, 87, 122, 157, 192, 227, 262]
+    assert evenly_spaced(3, 8) == [0, 1, 2]
+    assert (
+        random_subset(1000, 5, seed=0)
+        == random_subset(1000, 5, seed=0)
+        != random_subset(1000, 5, seed=1)
+    )
+    assert random_subset(4, 2000, seed=0) == [0, 1, 2, 3]
+    assert nearest_distinct(made([1], [1]).train, [0], torch.tensor([4.0]))[2] == [2.0]

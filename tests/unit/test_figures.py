@@ -89,9 +89,9 @@ def test_all_figures_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_among_the_training_images_is_found_at_distance_0() -> None:
     words = ["checkpoint=run", "workers=0", "training_images=41"]
     seen = portrait.portrait(config.read("figures", words))
-    assert seen.answers.looked_at == 41
-    assert len(seen.answers.answers) == 8
-    one, *others = seen.answers.likenesses
+    assert seen.answers.searched == 41
+    assert len(seen.answers.predictions) == 8
+    one, *others = seen.answers.neighbours
     assert torch.equal(one.images[0], one.query)
     assert one.distances[0] == pytest.approx(0, abs=1e-3 * one.distances[1])
     assert one.distances == sorted(one.distances)

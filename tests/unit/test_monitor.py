@@ -10,8 +10,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modelpar.analysis.activations import Activity
+from modelpar.analysis.kernels import kernel_picture
 from modelpar.training.metrics import Errors
-from modelpar.training.monitor import Monitor, kernel_picture
+from modelpar.training.monitor import Monitor
 
 RATES = {"conv1.weight": 0.01, "fc8.weight": 0.01, "fc8.bias": 0.02}
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from modelpar.analysis.kernels import (
-    COLOUR,
-    RANDOM,
+    COLOUR_SHARE,
+    RANDOM_SHARE,
+    colour_difference,
     colour_share,
-    difference,
     frequency,
     specialisation,
 )
@@ -47,9 +47,9 @@ def test_red_less_green_is_colour_alone() -> None:
 def test_random_weights_are_where_nothing_is_learnt() -> None:
     kernels = 0.01 * torch.randn(2000, 3, 11, 11)
     share = colour_share(kernels)
-    assert float(share.mean()) == pytest.approx(RANDOM, abs=0.005)
-    assert float(share.std()) == pytest.approx(0.035, abs=0.003)  # as COLOUR's comment says
-    assert float((share > COLOUR).double().mean()) < 0.02
+    assert float(share.mean()) == pytest.approx(RANDOM_SHARE, abs=0.005)
+    assert float(share.std()) == pytest.approx(0.035, abs=0.003)  # as COLOUR_SHARE's comment says
+    assert float((share > COLOUR_SHARE).double().mean()) < 0.02
     assert float(frequency(kernels).mean()) == pytest.approx(0.38, abs=0.005)
 
 
@@ -62,15 +62,15 @@ def test_columns_are_told_apart() -> None:
     grey = coloured(grating(3), 1, 1, 1).repeat(48, 1, 1, 1)
     colour = coloured(torch.ones(11, 11), 1, 0, -1).repeat(48, 1, 1, 1)
     found = specialisation(torch.cat([grey, colour]), columns=2)
-    assert [own.colour for own in found] == [0, 48]
-    apart = difference(found)
+    assert [own.colour_kernels for own in found] == [0, 48]
+    apart = colour_difference(found)
     assert apart is not None
     assert apart == pytest.approx((-1, 0), abs=1e-6)
     spread = specialisation(torch.cat([grey, colour, colour, colour]), columns=2)
-    assert difference(spread) == pytest.approx((-0.5, 0.5 / math.sqrt(95)), abs=1e-6)
+    assert colour_difference(spread) == pytest.approx((-0.5, 0.5 / math.sqrt(95)), abs=1e-6)
 
 
 def test_one_column_has_no_other() -> None:
     (only,) = specialisation(torch.randn(64, 3, 5, 5), columns=1)
     assert len(only.colour_share) == 64
-    assert difference([only]) is None
+    assert colour_difference([only]) is None
