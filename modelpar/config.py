@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, cast
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -43,6 +43,7 @@ from modelpar.settings import (
     MonitorSettings,
     RecipeSettings,
     TrainSettings,
+    refuse_choice,
 )
 
 
@@ -53,14 +54,6 @@ def conf_dir() -> Path:
         if place.is_dir():
             return place
     raise SettingsError(f"no conf/ in {package} or beside it: install modelpar again")
-
-
-def refuse_choice(key: str, value: object, choices: Iterable[object]) -> NoReturn:
-    """Raise SettingsError that names the key, the value, the nearest choice and all of them."""
-    names = [str(choice) for choice in choices]
-    near = get_close_matches(str(value), names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise SettingsError(f"{key}={value}: {hint}give one of {', '.join(names)}")
 
 
 @cache
@@ -116,8 +109,8 @@ def compose_settings(main: str, overrides: Sequence[str]) -> DictConfig:
     return settings
 
 
-def compose_sweep(main: str, overrides: Sequence[str]) -> tuple[DictConfig, frozenset[str]]:
-    """Return the settings of a sweep's first job, and the keys that are the same in all jobs.
+def check_sweep(main: str, overrides: Sequence[str]) -> tuple[DictConfig, frozenset[str]]:
+    """Return the composed settings of a sweep's first job, and the keys that have one value.
 
     Each value of each list is tried beside the first ones of the other lists, those of the sweeper
     too.  Raises SettingsError, in one line, for what Hydra refuses.
@@ -444,8 +437,29 @@ VALIDATORS: Final[dict[str, Validator]] = {
 }
 
 
+def typed(main: str, settings: DictConfig) -> Any:
+    """Return the typed and checked settings of ``main``; raises SettingsError in one line."""
+    plain = to_object(main, settings)
+    VALIDATORS[main](plain)
+    return plain
+
+
 def read(main: str, overrides: Sequence[str]) -> Any:
-    """Compose, type and validate the settings of ``main``; raises SettingsError in one line."""
-    settings = to_object(main, compose_settings(main, overrides))
-    VALIDATORS[main](settings)
+    """Compose, type and check the settings of ``main``; raises SettingsError in one line."""
+    composed = compose_settings(main, overrides)
+    settings = typed(main, composed)
+    if search := composed.hydra.runtime.choices.get("search"):
+        raise SettingsError(
+            f"search={search}: is a sweep; run python -m modelpar.{main} -m search={search}"
+        )
     return settings
+
+
+def new_run_dir(main: str, overrides: Sequence[str]) -> Path:
+    """Return the output directory of a run of ``main`` that starts now."""
+    return Path(str(compose_settings(main, overrides).hydra.run.dir))
+
+
+def has_flags(words: Sequence[str]) -> bool:
+    """Whether the command line has flags, which are Hydra's: ``--help``, ``--cfg``, ``-m``."""
+    return any(word.startswith("-") for word in words)

@@ -49,16 +49,14 @@ def enter_alone(name: str, work: Callable[[Any], None]) -> NoReturn:
 
     def run(cfg: DictConfig) -> None:
         try:
-            settings = config.to_object(name, cfg)
-            config.VALIDATORS[name](settings)
-            work(settings)
+            work(config.typed(name, cfg))
         except RunError as error:
             found.append(error)
         except OSError as error:
             found.append(SettingsError(f"{error.filename or name}: {error.strerror}"))
 
     try:
-        if not _has_flags(words):
+        if not config.has_flags(words):
             config.read(name, words)
         config.run_hydra(name, run)
     except (RunError, KeyboardInterrupt) as error:
@@ -106,7 +104,7 @@ def _torchrun_door(job: Job) -> int:
         if where.rank == 0:
             ends.forget(kept)
         with jobs.opened(settings, met.store) as ranks:
-            place = str(named or _new_run_dir(job, overrides))
+            place = str(named or config.new_run_dir(job.name, overrides))
             run_dir = Path(ranks.gather_text(place)[0])
             kept = run_dir if job.keeps_runs else None
             jobs.work(job, prepared, settings, ranks, run_dir, met.attempt)
@@ -135,16 +133,10 @@ def _refuse_flags(job: Job, overrides: list[str]) -> None:
 
 def _read(job: Job, overrides: list[str]) -> tuple[Any, Path | None]:
     """Return the validated settings, and the run directory where one was given."""
-    composed = config.compose_settings(job.name, overrides)
-    settings = config.to_object(job.name, composed)
-    config.VALIDATORS[job.name](settings)
-    if search := composed.hydra.runtime.choices.get("search"):
-        raise SettingsError(
-            f"search={search}: is a sweep; run python -m modelpar.{job.name} -m search={search}"
-        )
+    settings = config.read(job.name, overrides)
     given = getattr(settings, "run_dir", None)
     if given is None and any(word.startswith("hydra.run.dir=") for word in overrides):
-        given = composed.hydra.run.dir
+        given = config.new_run_dir(job.name, overrides)
     return settings, Path(given) if given is not None else None
 
 
@@ -181,11 +173,6 @@ def _check_restarts(job: Job, named: Path | None, where: environment.Environment
         )
 
 
-def _new_run_dir(job: Job, overrides: list[str]) -> Path:
-    """Return Hydra's output directory for a run that starts now."""
-    return Path(str(config.compose_settings(job.name, overrides).hydra.run.dir))
-
-
 def _end(error: BaseException, run_dir: Path | None, launcher: str) -> int:
     """Say in one line why a rank under torchrun ends, and return its exit status.
 
@@ -214,9 +201,7 @@ def _own_door(job: Job) -> int:
 
     def run(cfg: DictConfig) -> float | None:
         try:
-            settings = config.to_object(job.name, cfg)
-            config.VALIDATORS[job.name](settings)
-            settings, ranks = agent.place(settings)
+            settings, ranks = agent.place(config.typed(job.name, cfg))
             run_dir = Path(HydraConfig.get().runtime.output_dir)
             return agent.launch(job, settings, ranks, run_dir)
         except RunError as error:
@@ -226,7 +211,7 @@ def _own_door(job: Job) -> int:
     try:
         if sweep.asked(words) and not any(word.startswith(HELPS) for word in words):
             return sweep.run(job, words)
-        if not _has_flags(words):
+        if not config.has_flags(words):
             settings, run_dir = _read(job, words)
             settings, _ = agent.place(settings)
             job.prepare(settings, run_dir)
@@ -238,8 +223,3 @@ def _own_door(job: Job) -> int:
         ends.say(line)
         return status
     return 0
-
-
-def _has_flags(words: list[str]) -> bool:
-    """Whether Hydra is asked for something of its own: --help, --cfg and the like."""
-    return any(word.startswith("-") for word in words)

@@ -1,9 +1,60 @@
 """The typed schema of the whole configuration: every setting there is, and its default."""
 
-from dataclasses import dataclass, field
-from typing import Final
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, Final, NoReturn
 
 from omegaconf import MISSING
+
+from modelpar.errors import SettingsError
+
+
+def at_least(minimum: float, default: Any = MISSING) -> Any:
+    """Declare a finite number that is ``minimum`` or more, or a list of such numbers."""
+    return field(default=default, metadata={"minimum": minimum})
+
+
+def one_of(*choices: object, default: Any = MISSING) -> Any:
+    """Declare one of a few values, or a list of them."""
+    return field(default=default, metadata={"choices": choices})
+
+
+def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, "Field[Any]", Any]]:
+    """Yield the dotted key, the field and the value of each setting."""
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if is_dataclass(value):
+            yield from walk(value, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, entry, value
+
+
+def flatten(settings: Any) -> dict[str, Any]:
+    """Return the settings by dotted key."""
+    return {key: value for key, _, value in walk(settings)}
+
+
+def check(settings: Any, prefix: str = "") -> None:
+    """Raise SettingsError for the first value that its field does not allow."""
+    for key, entry, value in walk(settings, prefix):
+        choices, minimum = entry.metadata.get("choices"), entry.metadata.get("minimum")
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if one is None:
+                continue
+            if choices and one not in choices:
+                refuse_choice(key, one, choices)
+            if minimum is not None and not (math.isfinite(one) and one >= minimum):
+                raise SettingsError(f"{key}={one}: use a finite number, {minimum} or more")
+
+
+def refuse_choice(key: str, value: object, choices: Iterable[object]) -> NoReturn:
+    """Raise SettingsError that names the key, the value, the nearest choice and all of them."""
+    names = [str(choice) for choice in choices]
+    near = get_close_matches(str(value), names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise SettingsError(f"{key}={value}: {hint}use one of {', '.join(names)}")
 
 
 @dataclass

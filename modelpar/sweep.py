@@ -73,7 +73,7 @@ def _plan(job: Job, overrides: list[str]) -> "Sweep":
     for word in overrides:
         if word.startswith("-"):
             raise SettingsError(f"{word} does not go with -m")
-    first, alike = config.compose_sweep(job.name, overrides)
+    first, alike = config.check_sweep(job.name, overrides)
     config.check_on_failure(first.on_failure)
     launcher, cores = str(first.hydra.runtime.choices["hydra/launcher"]), None
     if launcher == "joblib":

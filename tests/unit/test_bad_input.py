@@ -87,7 +87,7 @@ WORDS = [
     ("3 batch over data", ["batch_size=640"], 2, "the data has only"),
     ("4 epochs", ["epochs=-3"], 2, "epochs=-3"),
     ("5 classes", ["model.num_classes=3"], 2, "data=imagefolder has 2 classes"),
-    ("6 columns", ["columns=3"], 2, "columns=3: give one of 1, 2"),
+    ("6 columns", ["columns=3"], 2, "columns=3: use one of 1, 2"),
     ("6 one column", ["model.net=one_column"], 2, "one_column: has one column; give columns=1"),
     ("7 dropout", ["model.dropout=1"], 2, "model.dropout=1"),
     ("8 recipe", ["recipe=code2013"], 2, "did you mean code2012?"),

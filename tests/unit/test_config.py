@@ -48,7 +48,7 @@ def refused(overrides: list[str]) -> str:
         ("batch_size=5000", "the data has only 2240"),
         ("epochs=-3", "epochs=-3"),
         ("steps=0", "steps=0"),
-        ("columns=3", "columns=3: give one of 1, 2"),
+        ("columns=3", "columns=3: use one of 1, 2"),
         ("replicas=0", "replicas=0"),
         ("seed=-1", "seed=-1"),
         ("seed=1,2", "add -m to sweep"),
@@ -107,7 +107,7 @@ def test_defaults_are_the_contract() -> None:
     ("words", "expected"),
     [
         ([], "checkpoint: not given; add checkpoint=..."),
-        (["checkpoint=x", "views=5"], "views=5: give one of 1, 10"),
+        (["checkpoint=x", "views=5"], "views=5: use one of 1, 10"),
         (["checkpoint=x", "data=imagenete"], "data=imagenete: did you mean imagenet"),
         (["checkpoint=x", "batch_size=0"], "batch_size=0"),
     ],

@@ -91,7 +91,7 @@ WRONG = [
     ("batchsize=8,16", "batchsize: no such setting; did you mean batch_size?"),
     ("+new=1,2", "new: no such setting"),
     ("seed=0,[", "seed=0,["),
-    ("on_failure=halt", "on_failure=halt: give one of continue, stop"),
+    ("on_failure=halt", "on_failure=halt: use one of continue, stop"),
     ("hydra/launcher=jobli", "hydra/launcher=jobli: did you mean joblib?"),
     ("hydra/sweeper=optun", "hydra/sweeper=optun: did you mean optuna?"),
     ("run_dir=a,b", "run_dir: several values"),
@@ -115,7 +115,7 @@ def test_what_is_wrong_is_told_before_any_job(
 def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(config.PLUGINS["hydra/launcher"], "absent", "slurm")
     with pytest.raises(SettingsError, match=r"not installed; pip install 'modelpar\[slurm\]'"):
-        config.compose_sweep("train", ["hydra/launcher=absent"])
+        config.check_sweep("train", ["hydra/launcher=absent"])
 
 
 def test_a_sweep_takes_globs_and_combines_lists(place: Path, launched: Launched) -> None:
