@@ -23,10 +23,8 @@ from modelpar.net.alexnet import AlexNet, Column
 from modelpar.net.paper import COLUMNS, LAYERS
 from modelpar.net.plan import Plan, Recipe, plan_for
 from modelpar.seeding import generator
-from modelpar.settings import BenchmarkSettings, CrossingSettings, ModelSettings
-from modelpar.training.engine import DTYPES, Learner, build
-from modelpar.training.optimizer import MomentumDecay
-from modelpar.training.schedule import Schedule
+from modelpar.settings import BenchmarkSettings, CrossingSettings, ModelSettings, TrainSettings
+from modelpar.training.engine import Learner
 
 
 @dataclass(frozen=True)
@@ -181,15 +179,16 @@ def make(
     crossing = settings.crossing
     if name == "in_turn":
         crossing = CrossingSettings(crossing.dtype, overlap=False, chunks=1)
-    net = build(
-        plan, mesh, precision, crossing, settings.seed, channels_last=settings.channels_last
+    trained = TrainSettings(
+        crossing=crossing,
+        epochs=1,
+        batch_size=batch_size,
+        seed=settings.seed,
+        precision=precision,
+        channels_last=settings.channels_last,
     )
-    optimizer = MomentumDecay(net, plan.recipe, DTYPES[precision])
-    schedule = Schedule(plan.recipe, 1)
     compiles = settings.compile and not compile_error(mesh.device)
-    learner = Learner(
-        net, mesh, optimizer, schedule, batch_size, settings.seed, precision, compiled=compiles
-    )
+    learner = Learner.create(plan, trained, mesh, compiled=compiles)
     return _OurStep(learner, batch)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from modelpar.net.exchange import Link
 from modelpar.net.four_layer import FourLayer, Torchvision, whole_net
 from modelpar.net.layers import DropoutSeed
 from modelpar.net.plan import Plan
-from modelpar.settings import CrossingSettings
+from modelpar.settings import CrossingSettings, TrainSettings
 from modelpar.training.metrics import ErrorCount, Errors
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
@@ -80,13 +80,41 @@ class Learner:
     precision: str = "float32"
     compiled: bool = False
 
+    @classmethod
+    def create(
+        cls, plan: Plan, settings: TrainSettings, mesh: Mesh, *, compiled: bool = False
+    ) -> Self:
+        """Build this process's part of the net, its optimizer and its learning rates.
+
+        A collective of ``mesh.replica_group``, which compares the replicas' weights.
+        """
+        net = build(
+            plan,
+            mesh,
+            settings.precision,
+            settings.crossing,
+            settings.seed,
+            channels_last=settings.channels_last,
+        )
+        names = [name for name, _ in net.named_parameters()]  # of this column
+        return cls(
+            net,
+            mesh,
+            MomentumDecay(net, plan.recipe, DTYPES[settings.precision], plan.decays),
+            Schedule(plan.recipe, settings.epochs or settings.data.epochs, names),
+            settings.batch_size,
+            settings.seed,
+            settings.precision,
+            compiled,
+        )
+
     def __post_init__(self) -> None:
         if self.compiled:
             if isinstance(self.net, (AlexNet, Column)):
                 self.net.blocks.compile()
             self.optimizer.compile()
         self.replicated = self.mesh.data_parallel(self.net)
-        self.answers = torch.empty(0)  # the last step's logits (N, classes), with its dropout
+        self.last_logits = torch.empty(0)  # of the last step, (N, classes), with its dropout
 
     def step(self, batch: Batch, step: int, rates: dict[str, float]) -> Tensor:
         """Learn from one batch; return its mean loss over this replica, a scalar.
@@ -112,7 +140,7 @@ class Learner:
         with comm_errors("gradients"):  # DistributedDataParallel sums them, and agrees on how
             logits = self.logits(batch, step, self.replicated)
             loss = functional.cross_entropy(logits.to(_wide(self.precision)), batch.labels)
-            self.answers = logits.detach()
+            self.last_logits = logits.detach()
             loss.backward()
         return loss.detach()
 

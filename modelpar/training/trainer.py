@@ -27,15 +27,13 @@ from modelpar.seeding import digest
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint
 from modelpar.training.consistency import StepCheck, signal_name
-from modelpar.training.engine import DTYPES, Learner, all_finite, build, evaluate
+from modelpar.training.engine import Learner, all_finite, evaluate
 from modelpar.training.metrics import Errors, rank_of_label
 from modelpar.training.monitor import Meter, Monitor, image_grid, show
 from modelpar.training.nonfinite import first_nonfinite
-from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.prepare import Prepared, chosen_data, last_error, resume_point
 from modelpar.training.run_dir import locked, trajectory_changes, write_config
 from modelpar.training.saver import Checkpointer, Retention
-from modelpar.training.schedule import Schedule
 
 WATCHED: Final = 128  # test images of an evaluation whose activations are looked at: one batch
 LOOKED_AT: Final = 512  # training images, for figure 4 at a run's end: a few seconds
@@ -115,26 +113,9 @@ class _Training:
         workers = data.workers if settings.workers is None else settings.workers
         self.workers = workers
         recipe = plan.recipe
-        net = build(
-            plan,
-            mesh,
-            settings.precision,
-            settings.crossing,
-            settings.seed,
-            channels_last=settings.channels_last,
-        )
+        self.learner = Learner.create(plan, settings, mesh, compiled=self._compiles())
+        net = self.learner.net
         self.link = net.link if isinstance(net, Column) else None
-        epochs = settings.epochs or data.epochs
-        self.learner = Learner(
-            net,
-            mesh,
-            MomentumDecay(net, recipe, DTYPES[settings.precision], plan.decays),
-            Schedule(recipe, epochs, [name for name, _ in net.named_parameters()]),
-            settings.batch_size,
-            settings.seed,
-            settings.precision,
-            compiled=self._compiles(),
-        )
         scaled = recipe.colour_noise == "added_and_scaled"
         self.lens = Augmentation(stats, plan.image_size, scaled=scaled, device=device)
         self.order = BatchOrder(
@@ -288,7 +269,7 @@ class _Training:
         The error is that of this step's batch as it was trained on: augmented, with dropout.
         """
         mesh = self.mesh
-        wrong = (rank_of_label(self.learner.answers, batch.labels) > 0).sum()
+        wrong = (rank_of_label(self.learner.last_logits, batch.labels) > 0).sum()
         both = all_reduce_sum(torch.stack([loss.double(), wrong.double()]), mesh.replica_group)
         total, mistakes = both.tolist()
         return {

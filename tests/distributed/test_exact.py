@@ -13,10 +13,8 @@ from modelpar import AlexNet, merge, split
 from modelpar.distributed import Mesh
 from modelpar.images.loader import Batch
 from modelpar.net.plan import plan_from
-from modelpar.settings import CrossingSettings
-from modelpar.training.engine import DTYPES, Learner, build
-from modelpar.training.optimizer import MomentumDecay
-from modelpar.training.schedule import Schedule
+from modelpar.settings import CrossingSettings, TrainSettings
+from modelpar.training.engine import Learner, build
 
 CLASSES = 10
 SIZE = 64
@@ -47,17 +45,15 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
     keys = ("overlap", "chunks", "dtype")
     crossing = CrossingSettings(**{key: how.pop(key) for key in keys if key in how})
     plan = plan_from(recipe, CLASSES, SIZE, how)
-    net = build(plan, mesh, precision, crossing, seed=3, channels_last=channels_last)
-    return Learner(
-        net,
-        mesh,
-        MomentumDecay(net, plan.recipe, DTYPES[precision]),
-        Schedule(plan.recipe, 91, [name for name, _ in net.named_parameters()]),
-        BATCH // mesh.replicas,
+    settings = TrainSettings(
+        crossing=crossing,
+        epochs=91,
+        batch_size=BATCH // mesh.replicas,
         seed=3,
         precision=precision,
-        compiled=compiled,
+        channels_last=channels_last,
     )
+    return Learner.create(plan, settings, mesh, compiled=compiled)
 
 
 def outcome(mesh: Mesh, recipe: str, steps: int, how: dict[str, Any]) -> dict[str, Any]:

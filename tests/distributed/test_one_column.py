@@ -18,9 +18,7 @@ from modelpar.images.loader import Batch
 from modelpar.net.plan import plan_for
 from modelpar.training import evaluation, prepare, trainer
 from modelpar.training.checkpoint import newest, read_conv1, read_part
-from modelpar.training.engine import DTYPES, Learner, build
-from modelpar.training.optimizer import MomentumDecay
-from modelpar.training.schedule import Schedule
+from modelpar.training.engine import Learner
 
 ALONE = Mesh(torch.device("cpu"))
 SIZES = {"four_layer": 28, "torchvision": 64}
@@ -29,19 +27,10 @@ BATCH = 8
 
 def outcome(mesh: Mesh, net: str, steps: int) -> dict[str, Any]:
     """Train in float64 on this replica's rows of ``steps`` global batches."""
-    settings = config.read("train", [f"model.net={net}", "recipe.lr=0.001"])
-    recipe = Recipe(**asdict(settings.recipe))
-    plan = plan_for(recipe, settings.model, 10, SIZES[net])
-    built = build(plan, mesh, "float64", settings.crossing, seed=3)
-    trained = Learner(
-        built,
-        mesh,
-        MomentumDecay(built, recipe, DTYPES["float64"], plan.decays),
-        Schedule(recipe, 91, [name for name, _ in built.named_parameters()]),
-        BATCH // mesh.replicas,
-        seed=3,
-        precision="float64",
-    )
+    words = [f"model.net={net}", "recipe.lr=0.001", "epochs=91", "seed=3", "precision=float64"]
+    settings = config.read("train", [*words, f"batch_size={BATCH // mesh.replicas}"])
+    plan = plan_for(Recipe(**asdict(settings.recipe)), settings.model, 10, SIZES[net])
+    trained = Learner.create(plan, settings, mesh)
     source = torch.Generator().manual_seed(7)
     rows = slice(mesh.replica * trained.batch_size, (mesh.replica + 1) * trained.batch_size)
     losses: list[float] = []
