@@ -101,12 +101,14 @@ class Mesh:
             sum(weight.numel() * weight.element_size() for weight in net.parameters()) >> 20
         )
         with comm_errors("replicate"):  # shapes are compared, and the weights sent round
-            return DistributedDataParallel(
+            replicated = DistributedDataParallel(
                 net,
                 process_group=self.replica_group,
-                forward_sync_buffers=False,  # they are constant
                 bucket_cap_mb=megabytes + 1 if self.device.type == "cuda" else None,
             )
+        # Buffers are constant.  The argument for this has another name in each torch version.
+        replicated.broadcast_buffers = False
+        return replicated
 
     def gather_ints(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         """Return every rank's whole numbers, 8 bytes each, in rank order.
