@@ -3,8 +3,9 @@
 #   docker build -t modelpar .
 #   docker run --init --gpus all --shm-size 8g -v /data/imagenet:/data:ro -v "$PWD/runs:/runs" \
 #     modelpar data=imagenet data.root=/data run_dir=/runs/first
-# --shm-size: loader processes hand over batches in shared memory, Docker gives 64 MB by default.
-ARG PYTHON=3.12
+# Loader processes pass batches through shared memory, of which Docker provides 64 MB by default.
+# The tests were run with this version of Python.
+ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
 
 LABEL org.opencontainers.image.title="modelpar" \
@@ -15,7 +16,7 @@ ARG UID=1000
 ARG GID=1000
 RUN groupadd --gid "$GID" modelpar && useradd --uid "$UID" --gid "$GID" --create-home modelpar
 
-# Dependencies before source: a change of the code does not download torch again.
+# Dependencies before the source, so that a change of the code does not download torch again.
 WORKDIR /opt/modelpar
 COPY pyproject.toml ./
 RUN python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]))' \
