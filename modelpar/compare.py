@@ -1,4 +1,4 @@
-"""Runs held against each other: ``python -m modelpar.compare runs=[RUN,SWEEP,'runs/*']``."""
+"""Compare runs: ``python -m modelpar.compare runs=[RUN,SWEEP,'runs/*']``."""
 
 from pathlib import Path
 from typing import NoReturn
@@ -9,7 +9,7 @@ from modelpar.studies import comparison, page, runs
 
 
 def compare(settings: CompareSettings) -> None:
-    """Print the tables; write them as CSV and as a page."""
+    """Print the tables as Markdown; write them as CSV and as an HTML page with curves."""
     sets = comparison.group([runs.read(folder) for folder in runs.find(settings.runs)])
     print(comparison.markdown(sets))  # noqa: T201
     out = Path(settings.out)
@@ -20,7 +20,7 @@ def compare(settings: CompareSettings) -> None:
 
 
 def main() -> NoReturn:
-    """Run in this process: files are read, nothing is distributed."""
+    """Run in this process: it only reads and writes files."""
     launch.enter_alone("compare", compare)
 
 

@@ -1,6 +1,6 @@
-"""Figures 1, 3 and 4 from trainings: ``python -m modelpar.figures checkpoint=RUN_DIR``.
+"""Draw figures 1, 3 and 4 of trainings: ``python -m modelpar.figures checkpoint=RUN_DIR``.
 
-``runs=[RUN,SWEEP,'runs/*']`` adds those runs to figure 3, and draws figure 1 of them.
+``runs=[RUN,SWEEP,'runs/*']`` adds these runs to figure 3 and draws figure 1 of them.
 """
 
 from pathlib import Path
@@ -8,32 +8,34 @@ from typing import NoReturn
 
 from matplotlib.figure import Figure
 
-from modelpar import launch
+from modelpar import launch, tables
 from modelpar.errors import DataError
 from modelpar.settings import FiguresSettings
-from modelpar.studies import curves, plots, portrait, snapshots
+from modelpar.studies import curves, plots, snapshots
 from modelpar.studies.runs import find, read
 
 
 def figures(settings: FiguresSettings) -> None:
-    """Look at the net and the runs; write pictures and tables, and print the short ones."""
+    """Write pictures and tables of the checkpoint and the runs, and print the short tables."""
     runs = [read(folder) for folder in find(settings.runs)]
-    seen = portrait.portrait(settings) if settings.checkpoint is not None else None
-    sources = snapshots.gathered(runs, seen.kernels if seen else None)
-    learnt = [run for run in runs if run.training]
-    if not (sources or learnt):
+    snapshot = snapshots.of_checkpoint(settings) if settings.checkpoint is not None else None
+    sources = snapshots.all_kernels(snapshot, runs)
+    learned = [run for run in runs if run.training]
+    if not (sources or learned):
         raise DataError(f"runs={settings.runs}: none has a checkpoint or a training error yet")
     pictures: dict[str, Figure] = {}
     texts: dict[str, str] = {}
-    if learnt:
-        pictures["figure1.png"] = plots.figure1(learnt)
+    if learned:
+        pictures["figure1.png"] = plots.figure1(learned)
     if sources:
         pictures["figure3.png"] = plots.figure3(sources)
-        texts["specialisation.csv"] = snapshots.as_csv(sources)
-    if seen:
-        pictures["figure4.png"] = plots.figure4(seen)
-        pictures["activations.png"] = plots.activations(seen.activity)
-        texts["activations.csv"] = portrait.as_csv(seen.activity)
+        texts["specialisation.csv"] = tables.comma_separated(
+            snapshots.HEAD, snapshots.kernel_rows(sources)
+        )
+    if snapshot:
+        pictures["figure4.png"] = plots.figure4(snapshot)
+        pictures["activations.png"] = plots.activations(snapshot.activity)
+        texts["activations.csv"] = snapshots.activations_csv(snapshot.activity)
     print(snapshots.report(sources, runs))  # noqa: T201
     if runs:
         print(f"\n{curves.report(runs)}")  # noqa: T201

@@ -1,1 +1,1 @@
-"""What runs show when they are held against each other."""
+"""Tables and figures over trainings."""

@@ -1,190 +1,190 @@
-"""One table for each data set: our errors over the seeds, their difference, the published one."""
+"""Compare runs: a table per data set of mean errors over seeds, controls and published errors."""
 
-import csv
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import mean, stdev
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Final
 
-from modelpar import config
+from modelpar import config, tables
 from modelpar.errors import SettingsError
-from modelpar.studies import experiments
-from modelpar.studies.runs import Run
+from modelpar.studies.runs import SIZES, Run, identity
+from modelpar.tables import mean_std
 
 HEAD: Final = (
     "experiment", "seeds", "steps", "views", "top-1 error, %", "top-5 error, %",
     "against", "difference, top-1", "published difference, top-1", "published",
 )  # fmt: skip
+NOTE: Final = (
+    "Each data set has its own table, since errors on different images cannot be compared. "
+    "Published errors are for the images that they name. If ours are for other images, compare "
+    "only the sign of a difference with the published one."
+)
+NET: Final = ("recipe.", "model.", "crossing.")  # what experiments are about
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one experiment on one data set, one a seed."""
+    """The runs of one experiment on one data set, sorted by seed."""
 
     label: str
     runs: tuple[Run, ...]
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What they have in common."""
-        return self.runs[0].settings
-
-    @property
     def counted(self) -> dict[int, Run]:
-        """The runs that came to their end, by seed; of one seed the first."""
-        return {run.seed: run for run in reversed(self.runs) if run.ended}
+        """The finished runs by seed; for each seed the first."""
+        return {run.seed: run for run in reversed(self.runs) if run.finished}
 
     def errors(self, which: int) -> dict[int, float]:
         """Return the last top-1 (1) or top-5 (2) error in % by seed."""
         return {seed: run.tests[-1][which] for seed, run in sorted(self.counted.items())}
 
-    @property
-    def steps(self) -> str:
-        """How long they ran."""
-        lengths = sorted({run.losses[-1][0] for run in self.runs if run.losses})
-        return "-".join(str(length) for length in dict.fromkeys((*lengths[:1], *lengths[-1:])))
-
-    @property
-    def claim(self) -> dict[str, Any]:
-        """What was published of it, nothing where it was told otherwise than its experiment."""
-        return {} if experiments.overridden(self.runs[0]) else self.settings.get("published") or {}
-
-    @property
-    def published(self) -> dict[str, Any] | None:
-        """The error that was published of it, None where none was."""
-        return self.claim if self.claim.get("top1") is not None else None
-
 
 def group(runs: Sequence[Run]) -> dict[str, list[Group]]:
-    """Return the groups of each data set, in the order in which the runs came."""
-    sets: dict[str, dict[str, list[Run]]] = {}
+    """Return the groups of each data set, in the order of the runs."""
+    sets: dict[str, list[list[Run]]] = {}
     for run in runs:
-        sets.setdefault(run.data, {}).setdefault(run.key, []).append(run)
-    return {data: _named(list(groups.values())) for data, groups in sets.items()}
+        groups = sets.setdefault(run.data, [])
+        kind = (run.label, run.identity)
+        same = next((one for one in groups if (one[0].label, one[0].identity) == kind), None)
+        if same is None:
+            groups.append([run])
+        else:
+            same.append(run)
+    return {data: _labelled(groups) for data, groups in sets.items()}
 
 
-def _named(groups: list[list[Run]]) -> list[Group]:
-    """Give each group a name of its own, however often an experiment was run another way."""
-    labels = [" ".join([runs[0].label, *experiments.overridden(runs[0])]) for runs in groups]
-    named: list[Group] = []
-    for place, runs in enumerate(groups):
-        same = labels[: place + 1].count(labels[place])
-        label = labels[place] if same == 1 else f"{labels[place]} ({runs[0].folder})"
-        named.append(Group(label, tuple(sorted(runs, key=lambda run: run.seed))))
-    return named
+def _labelled(groups: list[list[Run]]) -> list[Group]:
+    """Label each group by experiment and overrides; if that is taken, by its first folder too."""
+    found: dict[str, Group] = {}
+    for runs in groups:
+        label = " ".join([runs[0].label, *overrides(runs[0])])
+        label = f"{label} ({runs[0].folder})" if label in found else label
+        found[label] = Group(label, tuple(sorted(runs, key=lambda run: run.seed)))
+    return list(found.values())
 
 
-def published_difference(of: Group) -> float | None:
-    """Return the published top-1 error less its control's, where both are of the same images."""
-    own, name = of.published, of.settings.get("control")
-    if own is None or name is None:
+# -- experiments and their controls --------------------------------------------------------------
+
+
+@cache
+def experiment(name: str | None) -> dict[str, Any] | None:
+    """Return the settings of an experiment of ``conf/experiment/``; None if there is none."""
+    try:
+        return asdict(config.read("train", [f"experiment={name}"])) if name else None
+    except SettingsError:
         return None
-    control = of.settings.get("control_published")
-    if control is None:
-        try:
-            control = config.load_group("experiment", name).get("published") or {}
-        except SettingsError:  # an experiment of one's own
-            return None
-    files = experiments.changed(of.settings.get("experiment") or "", name) or {}
-    alike = [key for key in ("set", "views") if key not in files]
-    if any(control.get(key) != own.get(key) for key in alike) or control.get("top1") is None:
-        return None
-    return float(own["top1"]) - float(control["top1"])
 
 
-def difference(of: Group, groups: Sequence[Group]) -> tuple[str, list[float]]:
-    """Return the control's name, and our top-1 error less its for each seed that both have.
+def overrides(run: Run) -> list[str]:
+    """Return the settings of net and recipe with which a run overrides its experiment."""
+    settings = experiment(run.settings.get("experiment"))
+    expected = identity(settings) if settings else {}
+    other = {
+        key: run.identity[key].replace('"', "")
+        for key in expected.keys() & run.identity.keys() - set(SIZES)
+        if key.startswith(NET) and run.identity[key] != expected[key]
+    }
+    if name := other.pop("recipe.name", None):  # another recipe: do not list its values
+        other = {key: value for key, value in other.items() if not key.startswith("recipe.")}
+        other["recipe"] = name
+    return [f"{key}={value}" for key, value in sorted(other.items())]
 
-    The control was trained as ours was, but for what the two experiments' files have differently.
+
+def changes(name: str | None, control: str | None) -> dict[str, tuple[str, str]] | None:
+    """Return what differs between an experiment and its control; None if either is unknown."""
+    ours, theirs = experiment(name), experiment(control)
+    return _different(identity(ours), identity(theirs)) if ours and theirs else None
+
+
+def _different(ours: dict[str, str], theirs: dict[str, str]) -> dict[str, tuple[str, str]]:
+    shared = ours.keys() & theirs.keys()  # old runs lack the newest settings
+    return {key: (ours[key], theirs[key]) for key in shared if ours[key] != theirs[key]}
+
+
+def is_control(run: Run, other: Run) -> bool:
+    """Whether ``other`` is the control of ``run``, and they differ as their experiments do."""
+    name, control = run.settings.get("experiment"), run.settings.get("control")
+    if control is None or other.settings.get("experiment") != control:
+        return False
+    found, expected = _different(run.identity, other.identity), changes(name, control)
+    if expected is None:
+        return all(key.startswith(NET) for key in found)
+    shared = run.identity.keys() & other.identity.keys()
+    return found == {key: value for key, value in expected.items() if key in shared}
+
+
+def difference(of: Group, groups: Sequence[Group]) -> list[float]:
+    """Return our top-1 error minus the control's, for each seed that both have."""
+    control = next((one for one in groups if is_control(of.runs[0], one.runs[0])), None)
+    theirs = control.errors(1) if control else {}
+    return [error - theirs[seed] for seed, error in of.errors(1).items() if seed in theirs]
+
+
+def published(run: Run) -> tuple[float | None, str]:
+    """Return the published top-1 error minus its control's, and the published error in words.
+
+    None if they are for different images, nothing if the run overrides its experiment.
     """
-    name, first = of.settings.get("control"), of.runs[0]
-    control = next((one for one in groups if experiments.controls(first, one.runs[0])), None)
-    if name is None or control is None:
-        return name or "", []
-    ours, theirs = of.errors(1), control.errors(1)
-    return name, [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    ours = {} if overrides(run) else run.settings.get("published") or {}
+    if ours.get("top1") is None:
+        return None, ours.get("source") or ""
+    top5 = "" if ours["top5"] is None else f" / {ours['top5']:g}"
+    views = f"{ours['views']} view{'s' if ours['views'] != 1 else ''}"
+    text = f"{ours['top1']:g}{top5} on {ours['set']}, {views} ({ours['source']})"
+    control = run.settings.get("control")
+    theirs = run.settings.get("control_published") or (experiment(control) or {}).get("published")
+    if not theirs or theirs.get("top1") is None:
+        return None, text
+    differ = changes(run.settings.get("experiment"), control) or {}
+    same = all(ours[key] == theirs[key] for key in ("set", "views") if key not in differ)
+    return ours["top1"] - theirs["top1"] if same else None, text
 
 
-def rows(groups: Sequence[Group]) -> list[list[str]]:
-    """Return the cells of one data set's table."""
-    cells: list[list[str]] = []
+# -- tables --------------------------------------------------------------------------------------
+
+
+def rows(groups: Sequence[Group]) -> Iterator[list[str]]:
+    """Yield the rows of one data set's table."""
     for one in groups:
-        name, own = difference(one, groups)
-        theirs, figure = published_difference(one), one.published
-        source = one.claim.get("source") or ""
-        if figure:
-            views = f"{figure['views']} view{'s' if figure['views'] != 1 else ''}"
-            five = "" if figure["top5"] is None else f" / {figure['top5']:g}"
-            source = f"{figure['top1']:g}{five} on {figure['set']}, {views} ({source})"
-        cells.append(
-            [
-                one.label,
-                str(len(one.counted)),
-                one.steps,
-                str(one.settings.get("views", 1)),
-                spread(list(one.errors(1).values())),
-                spread(list(one.errors(2).values())),
-                name,
-                spread(own, signed=True),
-                "" if theirs is None else f"{theirs:+.2f}",
-                source,
-            ]
-        )
-    return cells
+        lengths = {run.losses[-1][0] for run in one.runs if run.losses}
+        settings, (claim, source) = one.runs[0].settings, published(one.runs[0])
+        yield [
+            one.label,
+            str(len(one.counted)),
+            "-".join(str(steps) for steps in sorted({min(lengths), max(lengths)}))
+            if lengths
+            else "",
+            str(settings.get("views", 1)),
+            mean_std(list(one.errors(1).values())),
+            mean_std(list(one.errors(2).values())),
+            settings.get("control") or "",
+            mean_std(difference(one, groups), signed=True),
+            "" if claim is None else f"{claim:+.2f}",
+            source,
+        ]
 
 
-def spread(values: Sequence[float], *, signed: bool = False) -> str:
-    """Return mean and standard deviation over the seeds."""
-    if not values:
-        return ""
-    sign = "+" if signed else ""
-    if len(values) == 1:
-        return f"{values[0]:{sign}.2f}"
-    return f"{mean(values):{sign}.2f} ± {stdev(values):.2f}"
-
-
-APART: Final = (
-    "Errors on different images cannot be compared: each data set has a table of its own."
-)
-BESIDE: Final = (
-    "Published errors are of the images they name. Where ours are others, only the sign of a "
-    "difference can be held against the published one."
-)
-
-
-def left_out(sets: dict[str, list[Group]]) -> list[str]:
-    """Return a line for each run that is in no mean, saying why."""
-    lines: list[str] = []
+def notes(sets: dict[str, list[Group]]) -> Iterator[str]:
+    """Yield what to know about the tables, and each run that no mean includes."""
     for one in (one for groups in sets.values() for one in groups):
         for run in one.runs:
-            if not run.ended:
-                lines.append(f"{run.folder}: has not come to its end, it is left out")
+            if not run.finished:
+                yield f"{run.folder}: left out, it is not finished"
             elif one.counted[run.seed] is not run:
-                lines.append(f"{run.folder}: seed {run.seed} once more, it is left out")
-    return lines
-
-
-def grid(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a table as Markdown."""
-    lines = [head, ["---"] * len(head), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+                yield f"{run.folder}: left out, another run has the same seed {run.seed}"
+    yield NOTE
 
 
 def markdown(sets: dict[str, list[Group]]) -> str:
     """Return all tables as Markdown."""
-    blocks = [APART] if len(sets) > 1 else []
+    blocks: list[str] = []
     for data, groups in sets.items():
         title = f"**{data}** (mean ± standard deviation over seeds)"
-        blocks += [title, grid(HEAD, rows(groups))]
-    return "\n\n".join([*blocks, *left_out(sets), BESIDE])
+        blocks += [title, tables.markdown(HEAD, rows(groups))]
+    return "\n\n".join([*blocks, *notes(sets)])
 
 
 def as_csv(sets: dict[str, list[Group]]) -> str:
-    """Return all tables as one CSV, the data set in the first column."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["data", *HEAD])
-    for data, groups in sets.items():
-        writer.writerows([data, *cells] for cells in rows(groups))
-    return text.getvalue()
+    """Return all tables as one CSV table, with the data set in the first column."""
+    lines = ([data, *cells] for data, groups in sets.items() for cells in rows(groups))
+    return tables.comma_separated(["data", *HEAD], lines)

@@ -1,54 +1,36 @@
-"""Figure 1: training error over the epochs, and when it first falls to a quarter."""
+"""Figure 1: training error over epochs, and how many epochs pass until it is 25 %."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import mean
 from typing import Final, NamedTuple
 
-from modelpar.studies.comparison import grid
+from modelpar import tables
 from modelpar.studies.runs import Run
 
 GOAL: Final = 25.0  # figure 1: training error in %
-PUBLISHED: Final = 6.0  # figure 1: times as many epochs with tanh as with ReLU
+PUBLISHED: Final = 6.0  # figure 1: tanh needs six times as many epochs as ReLU
 HEAD: Final = ("run", "activation", "rate", "seed", "epochs", f"epochs to {GOAL:g} % error")
-TUNED: Final = ("model.activation", "recipe.lr", "steps")  # what a race leaves to each side
+TUNED: Final = ("model.activation", "recipe.lr", "steps")  # chosen for each activation separately
 
 
-class Side(NamedTuple):
-    """An activation's best: the mean epochs that its runs took to the goal, at which rate."""
+class Best(NamedTuple):
+    """Mean epochs to the goal over the seeds, and the learning rate that needs the fewest."""
 
     epochs: float
     rate: float
 
 
-@dataclass(frozen=True)
-class Race:
-    """Runs that differ in activation, rate and seed alone; each activation by its best rate.
-
-    Section 3.1: "the learning rates for each network were chosen independently".
-    """
-
-    data: str
-    relu: Side
-    tanh: Side
-
-    @property
-    def ratio(self) -> float:
-        """Times as many epochs with tanh."""
-        return self.tanh.epochs / self.relu.epochs
-
-
 def activation(run: Run) -> str:
-    """Return the activation the run was told, or had without being told."""
+    """Return the run's activation, which by default is ReLU."""
     return run.settings["model"].get("activation") or "relu"
 
 
 def curve(run: Run) -> list[tuple[float, float]]:
-    """Return the middle of each epoch and the mean error in % of its steps.
+    """Return for each epoch its middle and the mean training error of its steps in %.
 
-    Of batches as they were trained on, augmented and with dropout, each before its update.
+    A step's error is that of its batch before the update, augmented and with dropout.
     """
     epochs: dict[int, list[float]] = {}
     for epoch, error in run.training:
@@ -56,8 +38,8 @@ def curve(run: Run) -> list[tuple[float, float]]:
     return [(epoch + 0.5, mean(errors)) for epoch, errors in sorted(epochs.items())]
 
 
-def reached(points: Sequence[tuple[float, float]], goal: float = GOAL) -> float | None:
-    """Return when a curve first is at ``goal``, straight between its points; None: never."""
+def epochs_to(points: Sequence[tuple[float, float]], goal: float = GOAL) -> float | None:
+    """Return when a curve first reaches ``goal``, by linear interpolation; None if never."""
     if points and points[0][1] <= goal:
         return points[0][0]
     for (before, high), (after, low) in pairwise(points):
@@ -66,59 +48,49 @@ def reached(points: Sequence[tuple[float, float]], goal: float = GOAL) -> float 
     return None
 
 
-def races(runs: Sequence[Run]) -> list[Race]:
-    """Return tanh against ReLU, where both have reached the goal on the same images."""
-    alike: dict[tuple[str, str], dict[str, dict[float, list[Run]]]] = {}
+def speed_ups(runs: Sequence[Run]) -> Iterator[tuple[str, Best, Best]]:
+    """Yield data set, ReLU and tanh for each kind of run in which both reached the goal.
+
+    Section 3.1: "the learning rates for each network were chosen independently".
+    """
+    kinds: dict[tuple[str, str], dict[str, dict[float, list[Run]]]] = {}
     for run in runs:
-        own = {key: value for key, value in run.told.items() if key not in TUNED}
-        rates = alike.setdefault((run.data, json.dumps(own)), {}).setdefault(activation(run), {})
+        same = {key: value for key, value in run.identity.items() if key not in TUNED}
+        kind = kinds.setdefault((run.data, json.dumps(same)), {})
+        rates = kind.setdefault(activation(run), {})
         rates.setdefault(float(run.settings["recipe"]["lr"]), []).append(run)
-    found = [
-        (data, {one: _best(rates) for one, rates in sides.items()})
-        for (data, _), sides in alike.items()
-    ]
-    return [
-        Race(data, relu, tanh)
-        for data, best in found
-        if (relu := best.get("relu")) and (tanh := best.get("tanh"))
-    ]
+    for (data, _), kind in kinds.items():
+        relu, tanh = (_best(kind.get(name, {})) for name in ("relu", "tanh"))
+        if relu and tanh:
+            yield data, relu, tanh
 
 
-def _best(rates: dict[float, list[Run]]) -> Side | None:
-    """Return the rate that was soonest at the goal, of those at which every seed came there."""
-    sides: list[Side] = []
+def _best(rates: dict[float, list[Run]]) -> Best | None:
+    """Return the fastest rate of those at which every seed reached the goal."""
+    found: list[Best] = []
     for rate, runs in rates.items():
-        times = [time for run in runs if (time := reached(curve(run))) is not None]
+        times = [time for run in runs if (time := epochs_to(curve(run))) is not None]
         if len(times) == len(runs):
-            sides.append(Side(mean(times), rate))
-    return min(sides, default=None)
-
-
-def rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Return the cells of figure 1's table."""
-    cells: list[list[str]] = []
-    for run in runs:
-        time = reached(curve(run))
-        trained = len(curve(run))
-        found = "not yet" if time is None else f"{time:.2f}"
-        rate = f"{run.settings['recipe']['lr']:g}"
-        cells.append([str(run.folder), activation(run), rate, str(run.seed), str(trained), found])
-    return cells
+            found.append(Best(mean(times), rate))
+    return min(found, default=None)
 
 
 def report(runs: Sequence[Run]) -> str:
-    """Return what is printed: the table, tanh against ReLU, and which runs cannot be shown."""
-    learnt = [run for run in runs if run.training]
-    lines = [grid(HEAD, rows(learnt)), ""] if learnt else []
+    """Return what is printed: the table, tanh against ReLU, and which runs are missing and why."""
+    shown = [run for run in runs if run.training]
+    rows: list[list[str]] = []
+    for run in shown:
+        points, rate = curve(run), f"{run.settings['recipe']['lr']:g}"
+        reached = "not reached" if (time := epochs_to(points)) is None else f"{time:.2f}"
+        about = [str(run.folder), activation(run), rate, str(run.seed), str(len(points))]
+        rows.append([*about, reached])
+    lines = [tables.markdown(HEAD, rows), ""] if shown else []
     lines += [
-        f"{race.data}: {race.ratio:.1f} times as many epochs with tanh ({race.tanh.epochs:.2f}, "
-        f"at a rate of {race.tanh.rate:g}) as with ReLU ({race.relu.epochs:.2f}, at "
-        f"{race.relu.rate:g}); figure 1 says {PUBLISHED:g}, on CIFAR-10"
-        for race in races(learnt)
+        f"{data}: tanh needs {tanh.epochs / relu.epochs:.1f} times as many epochs "
+        f"({tanh.epochs:.2f} at rate {tanh.rate:g}) as ReLU ({relu.epochs:.2f} at rate "
+        f"{relu.rate:g}); figure 1 has {PUBLISHED:g} times, on CIFAR-10"
+        for data, relu, tanh in speed_ups(shown)
     ]
-    lines += [
-        f"{run.folder}: its rows have no training error, it is not in figure 1"
-        for run in runs
-        if not run.training
-    ]
+    missing = (run for run in runs if not run.training)
+    lines += [f"{run.folder}: not in figure 1, it has no training errors" for run in missing]
     return "\n".join(lines)

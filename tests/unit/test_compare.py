@@ -1,4 +1,4 @@
-"""Runs held against each other, from metrics as they lie on a disk."""
+"""modelpar.compare: tables and page from run directories that a test has written."""
 
 import csv
 import json
@@ -11,12 +11,12 @@ import pytest
 
 from modelpar import compare, config
 from modelpar.errors import DataError, SettingsError
-from modelpar.studies import comparison, page, runs
+from modelpar.studies import comparison, plots, runs
 from modelpar.training import run_dir
 
 
 def stored(folder: Path, top1: float, *words: str, steps: int = 4) -> Path:
-    """Write a run as a training leaves it; its test error falls to ``top1``."""
+    """Write a run directory as a training does; its test error falls to ``top1``."""
     settings = config.read("train", [f"steps={steps}", *words])
     run_dir.write(folder, asdict(settings))
     rows: list[dict[str, Any]] = []
@@ -33,7 +33,7 @@ def stored(folder: Path, top1: float, *words: str, steps: int = 4) -> Path:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two experiments with two seeds each on photos, one on other images."""
+    """A folder with two experiments of two seeds on photos, and one run on other images."""
     monkeypatch.chdir(tmp_path)
     for seed, with_norm, without in ((0, 10.0, 13.0), (1, 12.0, 14.0)):
         stored(tmp_path / f"a/{seed}", with_norm, "experiment=two_columns", f"seed={seed}")
@@ -49,7 +49,7 @@ def cells(folder: Path, *patterns: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_errors_have_a_spread_over_seeds_and_a_difference_for_each(place: Path) -> None:
+def test_row_has_mean_and_deviation_over_seeds_and_difference_by_seed(place: Path) -> None:
     control, ours = cells(place, "a", "b")
     assert control["seeds"] == ours["seeds"] == "2"
     assert control["top-1 error, %"] == "11.00 ± 1.41"
@@ -62,24 +62,22 @@ def test_errors_have_a_spread_over_seeds_and_a_difference_for_each(place: Path) 
     assert control["views"] == "10"
 
 
-def test_data_sets_stand_apart(place: Path) -> None:
+def test_each_data_set_has_its_own_table(place: Path) -> None:
     found = cells(place, "*", "b/0")
     assert [row["data"] for row in found] == ["photos, 64 pixels"] * 2 + ["synthetic, 224 pixels"]
     assert not found[-1]["difference, top-1"]  # its control was run on other images
     text = comparison.markdown(comparison.group([runs.read(run) for run in runs.find(["*"])]))
-    assert comparison.APART in text
-    one = comparison.markdown(comparison.group([runs.read(run) for run in runs.find(["a"])]))
-    assert comparison.APART not in one
-    assert comparison.BESIDE in one
+    assert text.count("| experiment |") == 2
+    assert comparison.NOTE in text
 
 
-def test_a_control_of_its_own_images_gives_the_published_difference(place: Path) -> None:
+def test_published_difference_uses_the_control_on_the_same_images(place: Path) -> None:
     stored(place / "d", 9.0, "experiment=one_column")
     (row,) = cells(place, "d")
     assert row["published difference, top-1"] == "+1.70"  # 39.168 - 37.473, both of 2010
 
 
-def test_an_experiment_run_another_way_is_another_row(place: Path) -> None:
+def test_overridden_experiment_has_its_own_row_without_published_error(place: Path) -> None:
     stored(place / "d", 9.0, "experiment=no_lrn", "recipe.lr=0.001")
     stored(place / "e", 9.0, "experiment=no_lrn", "model.norm=batch")
     stored(place / "f", 9.0, "experiment=no_lrn", "recipe=paper")
@@ -97,7 +95,7 @@ def test_an_experiment_run_another_way_is_another_row(place: Path) -> None:
     assert [bool(row["difference, top-1"]) for row in found[1:]] == [True] + 4 * [False]
 
 
-def test_a_control_is_trained_as_its_run_was(place: Path) -> None:
+def test_control_has_the_same_other_settings_as_its_run(place: Path) -> None:
     words = ("epochs=36", "precision=bfloat16", "batch_size=32")
     stored(place / "d", 20.0, "experiment=two_columns", *words)
     stored(place / "e", 10.0, "experiment=no_lrn", *words)
@@ -105,7 +103,7 @@ def test_a_control_is_trained_as_its_run_was(place: Path) -> None:
     assert ours["difference, top-1"] == "-10.00"
 
 
-def test_one_view_is_held_against_ten(place: Path) -> None:
+def test_experiment_that_changes_views_is_compared_with_a_control_of_ten_views(place: Path) -> None:
     stored(place / "d", 13.0, "experiment=one_view")
     stored(place / "e", 13.0, "experiment=no_lrn", "views=1")
     _, one_view, other = cells(place, "a", "d", "e")
@@ -114,7 +112,7 @@ def test_one_view_is_held_against_ten(place: Path) -> None:
     assert not other["difference, top-1"]
 
 
-def test_folders_of_images_are_as_many_data_sets(place: Path) -> None:
+def test_each_image_folder_and_number_of_classes_is_a_data_set(place: Path) -> None:
     for name, error in (("d", 10.0), ("e", 50.0)):
         (place / f"images_{name}/train/cat").mkdir(parents=True)
         stored(place / name, error, "data=imagefolder", f"data.root=images_{name}")
@@ -127,7 +125,7 @@ def test_folders_of_images_are_as_many_data_sets(place: Path) -> None:
     assert row["data"] == "photos, 20 classes, 64 pixels"
 
 
-def test_what_has_not_ended_is_in_no_mean(place: Path) -> None:
+def test_unfinished_and_repeated_runs_are_left_out_of_the_means(place: Path) -> None:
     stored(place / "d", 90.0, "experiment=two_columns", "seed=2")
     begun = (place / "d/metrics.jsonl").read_text().splitlines(keepends=True)
     (place / "d/metrics.jsonl").write_text("".join(begun[:3]))  # two steps and their test
@@ -137,22 +135,36 @@ def test_what_has_not_ended_is_in_no_mean(place: Path) -> None:
     (row,) = cells(place, "a", "d", "e")
     assert (row["seeds"], row["top-1 error, %"]) == ("2", "11.00 ± 1.41")
     sets = comparison.group([runs.read(run) for run in runs.find(["a", "d", "e"])])
-    assert comparison.left_out(sets) == [
-        "e: seed 1 once more, it is left out",
-        "d: has not come to its end, it is left out",
+    assert list(comparison.notes(sets)) == [
+        "e: left out, another run has the same seed 1",
+        "d: left out, it is not finished",
+        comparison.NOTE,
     ]
     (place / "a/1/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (row,) = cells(place, "a")
     assert (row["seeds"], row["top-1 error, %"]) == ("1", "10.00")
 
 
-def test_a_run_without_an_experiment_is_named_by_its_switches(place: Path) -> None:
+def test_every_setting_of_a_training_identifies_it_or_is_known_not_to() -> None:
+    incidental = {
+        *("seed", "run_dir", "resume", "device", "threads", "workers", "cache_dir", "restarts"),
+        *("checkpoint_every", "keep_last", "keep_every", "keep_best", "log_every", "compile"),
+        *("channels_last", "columns", "replicas", "comm", "monitor", "tf32", "on_failure"),
+        *("published", "control_published", "control", "experiment"),
+    }
+    settings = asdict(config.read("train", ["data=synthetic"]))
+    identifying = {key.partition(".")[0] for key in runs.identity(settings)}
+    assert identifying | incidental == settings.keys()
+    assert not identifying & incidental
+
+
+def test_run_without_experiment_is_labelled_by_recipe_and_switches(place: Path) -> None:
     stored(place / "d", 9.0, "model.norm=none", "recipe=paper")
     (row,) = cells(place, "d")
     assert row["experiment"] == "paper norm=none"
 
 
-def test_the_command_writes_table_and_page(
+def test_command_prints_tables_and_writes_a_page_without_external_files(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["modelpar-compare", "runs=[a,b,c]"])
@@ -166,25 +178,25 @@ def test_the_command_writes_table_and_page(
         assert outside not in html
 
 
-def test_curves_are_means_over_seeds() -> None:
-    steps, losses = page.smoothed([[(1, 2.0), (2, 4.0)], [(1, 4.0), (2, 6.0), (3, 9.0)]])
+def test_loss_curves_are_means_over_seeds_at_common_steps() -> None:
+    steps, losses = plots.smoothed([[(1, 2.0), (2, 4.0)], [(1, 4.0), (2, 6.0), (3, 9.0)]])
     assert (steps, losses) == ([1, 2], [3.0, 5.0])
 
 
 @pytest.mark.parametrize("pattern", ["nowhere", "x*", "a/0/metrics.jsonl"])
-def test_a_pattern_without_runs_is_refused(place: Path, pattern: str) -> None:
+def test_pattern_without_runs_is_an_error(place: Path, pattern: str) -> None:
     with pytest.raises(SettingsError, match="no run there"):
         runs.find([pattern])
     assert runs.find(["a"]) == [runs.Path("a/0"), runs.Path("a/1")]
     del place
 
 
-def test_a_cut_last_line_is_no_damage(place: Path) -> None:
+def test_incomplete_last_line_is_ignored(place: Path) -> None:
     whole = (place / "a/0/metrics.jsonl").read_text()
     (place / "a/0/metrics.jsonl").write_text(whole + '{"kind": "train", "st')
     assert runs.read(place / "a/0").tests[-1] == (4, 10.0, 5.0)
     (place / "a/1/metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": null}\n')
-    with pytest.raises(DataError, match="a/1: not a run that can be read"):
+    with pytest.raises(DataError, match="a/1: cannot read this run"):
         runs.read(place / "a/1")
 
 
@@ -192,7 +204,7 @@ def test_a_run_counts_once_by_whatever_name(place: Path) -> None:
     assert len(runs.find(["a", "a/0", str(place / "a"), "./a"])) == 2
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(
+def test_output_folder_that_cannot_be_created_is_a_one_line_error(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["modelpar-compare", "runs=[a]", "out=/proc/x"])
@@ -204,7 +216,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
-def test_a_damaged_run_is_named(place: Path, name: str) -> None:
+def test_damaged_run_is_named_in_the_error(place: Path, name: str) -> None:
     (place / "a/0" / name).write_text("{ no\n")
-    with pytest.raises(DataError, match="a/0: not a run that can be read"):
+    with pytest.raises(DataError, match="a/0: cannot read this run"):
         runs.read(place / "a/0")

@@ -1,4 +1,4 @@
-"""The command that draws the paper's figures, on a run of two steps."""
+"""modelpar.figures on a run of two steps."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from PIL import Image
 
 from modelpar import config, figures
 from modelpar.distributed import Mesh
-from modelpar.studies import portrait
+from modelpar.studies import snapshots
 from modelpar.training import prepare, trainer
 
 SMALL = [
@@ -52,7 +52,7 @@ def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
 
 
-def drawn(*words: str) -> Any:
+def run_figures(*words: str) -> Any:
     """Run the command in this process; return its exit status."""
     sys.argv = ["modelpar-figures", *words]
     with pytest.raises(SystemExit) as end:
@@ -65,8 +65,8 @@ def table(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_all_figures_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert drawn("checkpoint=run", "runs=[run]", "workers=0", "out=all") == 0
+def test_checkpoint_and_run_give_all_figures_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_figures("checkpoint=run", "runs=[run]", "workers=0", "out=all") == 0
     for name in PICTURES:
         with Image.open(Path("all") / name) as picture:
             assert min(picture.size) > 400
@@ -74,24 +74,24 @@ def test_all_figures_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert [(row["run"], row["step"], row["column"], row["kernels"]) for row in kernels] == [
         ("run", "2", "0", "48"),
         ("run", "2", "1", "48"),
-    ]  # once, though it is named twice
-    assert float(kernels[0]["off_grey"]) == pytest.approx(2 / 3, abs=0.02)  # nothing is learnt
+    ]  # only once, although it is requested twice
+    assert float(kernels[0]["colour_share"]) == pytest.approx(2 / 3, abs=0.02)  # as random kernels have
     layers = table("all/activations.csv")
     assert len(layers) == 7 * 2 + 1
     assert layers[0].keys() == {"layer", "column", "mean", "std", "zeros", "dead"}
     assert layers[-1]["layer"] == "logits"
     out = capsys.readouterr().out
-    assert "| run | 0 | 2 | 0.6" in out
+    assert "| run | 0 | 2 | 0 | 48 | 0.6" in out
     assert "| run | relu | 0.01 | 0 | 1 | " in out
     assert "all: figure1.png, figure3.png, figure4.png, activations.png" in out
 
 
-def test_what_is_among_the_training_images_is_found_at_distance_0() -> None:
+def test_training_image_equal_to_a_test_image_is_its_nearest_at_distance_0() -> None:
     words = ["checkpoint=run", "workers=0", "training_images=41"]
-    seen = portrait.portrait(config.read("figures", words))
-    assert seen.answers.searched == 41
-    assert len(seen.answers.predictions) == 8
-    one, *others = seen.answers.neighbours
+    seen = snapshots.of_checkpoint(config.read("figures", words))
+    assert seen.figure4.searched == 41
+    assert len(seen.figure4.predictions) == 8
+    one, *others = seen.figure4.neighbours
     assert torch.equal(one.images[0], one.query)
     assert one.distances[0] == pytest.approx(0, abs=1e-3 * one.distances[1])
     assert one.distances == sorted(one.distances)
@@ -100,7 +100,7 @@ def test_what_is_among_the_training_images_is_found_at_distance_0() -> None:
         assert other.distances[0] > 0
 
 
-def test_runs_alone_need_no_images(capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_without_checkpoint_setting_need_no_images(capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("run", "sweep/0", dirs_exist_ok=True)
     shutil.copytree("run", "sweep/1", dirs_exist_ok=True)
     metrics = Path("sweep/1/metrics.jsonl")
@@ -110,16 +110,16 @@ def test_runs_alone_need_no_images(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in older))
     shutil.rmtree("sweep/1/checkpoints")
-    assert drawn("runs=[sweep]", "out=runs") == 0
+    assert run_figures("runs=[sweep]", "out=runs") == 0
     assert {path.name for path in Path("runs").iterdir()} == {
         "figure1.png",
         "figure3.png",
         "specialisation.csv",
     }
     out = capsys.readouterr().out
-    assert "sweep/1: its rows have no training error, it is not in figure 1" in out
-    assert "sweep/1: no checkpoint yet, it is not in figure 3" in out
-    assert drawn("runs=[sweep/1]", "out=none") == 3
+    assert "sweep/1: not in figure 1, it has no training errors" in out
+    assert "sweep/1: not in figure 3, it has no checkpoint yet" in out
+    assert run_figures("runs=[sweep/1]", "out=none") == 3
     assert "none has a checkpoint or a training error yet" in capsys.readouterr().err
     assert not Path("none").exists()
 
@@ -136,14 +136,14 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("words", "status", "said"), BAD, ids=lambda value: str(value)[:30])
-def test_what_is_wrong_is_one_line_and_makes_nothing(
-    capsys: pytest.CaptureFixture[str], words: list[str], status: int, said: str
+@pytest.mark.parametrize(("words", "status", "message"), BAD, ids=lambda value: str(value)[:30])
+def test_bad_setting_is_one_line_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], words: list[str], status: int, message: str
 ) -> None:
     before = sorted(Path().rglob("*"))
-    assert drawn(*words) == status
-    told = capsys.readouterr()
-    (line,) = told.err.splitlines()
-    assert said in line
-    assert not told.out
+    assert run_figures(*words) == status
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert message in line
+    assert not printed.out
     assert sorted(Path().rglob("*")) == before

@@ -10,7 +10,7 @@ import modelpar
 PACKAGE = Path(modelpar.__file__).parent
 # From the ground up; a module may import what stands before it.
 FLOORS = [
-    ["errors", "seeding"],
+    ["errors", "seeding", "tables"],
     ["shutdown", "settings", "environment", "files"],
     ["config", "device"],
     ["distributed"],
@@ -35,11 +35,9 @@ FLOORS = [
     ["training.trainer"],
     ["training.evaluation"],
     ["studies.runs"],
-    ["studies.experiments"],
-    ["studies.comparison"],
-    ["studies.page", "studies.curves", "studies.snapshots"],
-    ["studies.portrait"],
+    ["studies.comparison", "studies.curves", "studies.snapshots"],
     ["studies.plots"],
+    ["studies.page"],
     ["bench.wire", "bench.anatomy", "bench.steps"],
     ["bench.worlds", "bench.picture"],
     ["bench.measure", "bench.report"],

@@ -1,11 +1,11 @@
-"""Figure 1: when the training error falls to a quarter, and how much later with tanh."""
+"""Figure 1: epochs until the training error is 25 %, with ReLU and with tanh."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelpar.studies.curves import curve, races, reached, report
+from modelpar.studies.curves import Best, curve, epochs_to, report, speed_ups
 from modelpar.studies.runs import Run
 
 
@@ -19,17 +19,18 @@ def run_of(errors: list[float], name: str = "run", **model: Any) -> Run:
         "recipe": {"name": "code2012", "lr": rate},
         "seed": 0,
     }
-    return Run(Path(name), settings, [], [], rows)
+    train = [{"kind": "train", "step": 1, "loss": 1.0, "epoch": e, "top1": t} for e, t in rows]
+    return Run.of(Path(name), settings, train)
 
 
-def test_epochs_are_means_of_their_steps() -> None:
+def test_curve_has_the_mean_error_of_each_epoch() -> None:
     assert curve(run_of([80, 50, 30])) == [(0.5, 80), (1.5, 50), (2.5, 30)]
 
 
 @pytest.mark.parametrize(
     ("errors", "time"),
     [
-        ([80, 50, 20], 1.5 + 25 / 30),  # straight between the middles of epochs
+        ([80, 50, 20], 1.5 + 25 / 30),  # linear between the middles of epochs
         ([80, 25, 20], 1.5),
         ([20, 10], 0.5),
         ([80, 20, 40, 10], 0.5 + 55 / 60),  # the first time
@@ -37,12 +38,12 @@ def test_epochs_are_means_of_their_steps() -> None:
         ([], None),
     ],
 )
-def test_a_quarter_is_reached(errors: list[float], time: float | None) -> None:
-    found = reached(curve(run_of(errors)))
+def test_epochs_to_25_percent_are_interpolated(errors: list[float], time: float | None) -> None:
+    found = epochs_to(curve(run_of(errors)))
     assert found == (None if time is None else pytest.approx(time))
 
 
-def test_tanh_is_held_against_relu_of_the_same_net() -> None:
+def test_tanh_is_compared_with_relu_in_otherwise_equal_runs() -> None:
     runs = [
         run_of([50, 0]),  # 1.0
         run_of([50, 25], activation="relu"),  # 1.5
@@ -51,26 +52,24 @@ def test_tanh_is_held_against_relu_of_the_same_net() -> None:
         run_of([90, 80], net="no_crossing"),  # not there yet
         run_of([90, 80], net="no_crossing", activation="tanh"),
     ]
-    (race,) = races(runs)
-    assert (race.relu, race.tanh) == ((1.25, 0.01), (4.0, 0.01))
-    assert race.ratio == pytest.approx(3.2)
-    said = report([*runs, run_of([], "old")])
+    assert list(speed_ups(runs)) == [("photos, 64 pixels", Best(1.25, 0.01), Best(4.0, 0.01))]
+    text = report([*runs, run_of([], "old")])
     assert (
-        "photos, 64 pixels: 3.2 times as many epochs with tanh (4.00, at a rate of 0.01) as with "
-        "ReLU (1.25, at 0.01); figure 1 says 6, on CIFAR-10" in said
+        "photos, 64 pixels: tanh needs 3.2 times as many epochs (4.00 at rate 0.01) as ReLU "
+        "(1.25 at rate 0.01); figure 1 has 6 times, on CIFAR-10" in text
     )
-    assert "old: its rows have no training error, it is not in figure 1" in said
-    assert "| run | tanh | 0.01 | 0 | 2 | not yet |" in said
+    assert "old: not in figure 1, it has no training errors" in text
+    assert "| run | tanh | 0.01 | 0 | 2 | not reached |" in text
 
 
-def test_each_activation_has_its_best_rate() -> None:
+def test_each_activation_uses_its_best_rate() -> None:
     tanh = {"activation": "tanh"}
     runs = [
         run_of([90, 80, 70, 0]),
         run_of([50, 0], lr=0.001),  # 1.0
-        *(run_of(errors, **tanh) for errors in ([50, 0], [90, 80])),  # one seed never came there
+        *(run_of(errors, **tanh) for errors in ([50, 0], [90, 80])),  # one seed never reaches it
         run_of([90, 50, 0], **tanh, lr=0.02),  # 2.0
     ]
-    (race,) = races(runs)
-    assert (race.relu, race.tanh) == ((1.0, 0.001), (2.0, 0.02))
-    assert races(runs[:-1]) == []
+    ((_, relu, tanh_best),) = speed_ups(runs)
+    assert (relu, tanh_best) == ((1.0, 0.001), (2.0, 0.02))
+    assert not list(speed_ups(runs[:-1]))
