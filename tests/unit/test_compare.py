@@ -103,7 +103,9 @@ def test_control_has_the_same_other_settings_as_its_run(place: Path) -> None:
     assert ours["difference, top-1"] == "-10.00"
 
 
-def test_experiment_that_changes_views_is_compared_with_a_control_of_ten_views(place: Path) -> None:
+def test_experiment_that_changes_views_is_compared_with_a_control_of_ten_views(
+    place: Path,
+) -> None:
     stored(place / "d", 13.0, "experiment=one_view")
     stored(place / "e", 13.0, "experiment=no_lrn", "views=1")
     _, one_view, other = cells(place, "a", "d", "e")

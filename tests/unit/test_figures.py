@@ -65,7 +65,9 @@ def table(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_checkpoint_and_run_give_all_figures_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_and_run_give_all_figures_and_tables(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert run_figures("checkpoint=run", "runs=[run]", "workers=0", "out=all") == 0
     for name in PICTURES:
         with Image.open(Path("all") / name) as picture:
@@ -75,7 +77,9 @@ def test_checkpoint_and_run_give_all_figures_and_tables(capsys: pytest.CaptureFi
         ("run", "2", "0", "48"),
         ("run", "2", "1", "48"),
     ]  # only once, although it is requested twice
-    assert float(kernels[0]["colour_share"]) == pytest.approx(2 / 3, abs=0.02)  # as random kernels have
+    assert float(kernels[0]["colour_share"]) == pytest.approx(
+        2 / 3, abs=0.02
+    )  # as random kernels have
     layers = table("all/activations.csv")
     assert len(layers) == 7 * 2 + 1
     assert layers[0].keys() == {"layer", "column", "mean", "std", "zeros", "dead"}
@@ -100,7 +104,9 @@ def test_training_image_equal_to_a_test_image_is_its_nearest_at_distance_0() -> 
         assert other.distances[0] > 0
 
 
-def test_runs_without_checkpoint_setting_need_no_images(capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_without_checkpoint_setting_need_no_images(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     shutil.copytree("run", "sweep/0", dirs_exist_ok=True)
     shutil.copytree("run", "sweep/1", dirs_exist_ok=True)
     metrics = Path("sweep/1/metrics.jsonl")
