@@ -1,4 +1,4 @@
-"""Random generators that are functions of a seed and of what is drawn, and digests of tensors."""
+"""Random generators that depend only on a seed and on what is drawn, and hashes of tensors."""
 
 import hashlib
 from collections.abc import Iterable
@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 def generator(seed: int, *keys: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator that is a pure function of ``seed`` and ``keys``, on ``device``.
+    """Return a generator on ``device`` whose state is a pure function of ``seed`` and ``keys``.
 
-    The keys say what is drawn (a layer, an epoch, a step), never which rank draws it: that is
-    what makes one process and two follow the same trajectory.
+    The keys name what is drawn (a layer, an epoch, a step), never the rank that draws it.  That
+    is why one process and two follow the same trajectory.
     """
-    digest = hashlib.blake2b(repr((seed, *keys)).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    state = hashlib.blake2b(repr((seed, *keys)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(state, "little") >> 1)
 
 
 def digest(tensors: Iterable[Tensor]) -> int:
-    """Return 63 bits of a hash of the tensors' bytes."""
+    """Return a 63-bit hash of the bytes of all ``tensors``, in their order."""
     total = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

@@ -1,1 +1,1 @@
-"""What a trained net shows: kernels, activations, nearest images; knows no training."""
+"""Analysis of a trained net: conv1's kernels, activations and nearest images."""

@@ -1,7 +1,7 @@
-"""How far conv1's columns have specialised, in numbers: figure 3 and section 6.1.
+"""How conv1's columns have specialised, in numbers (figure 3 and section 6.1).
 
-The paper says of its picture that the kernels of one GPU are largely colour-agnostic, those of the
-other largely colour-specific, in every run.
+The paper reports that in every run the kernels of one GPU are largely colour-agnostic, and those
+of the other GPU largely colour-specific.
 """
 
 from dataclasses import dataclass
@@ -14,21 +14,18 @@ from torch.nn import functional
 from torchvision.utils import make_grid
 
 COLOURS: Final = 3
-RANDOM_SHARE: Final = (
-    1 - 1 / COLOURS
-)  # share off the grey axis of weights that have learnt nothing
-# An 11 x 11 kernel of random weights has .67 +- .035: 1 in 100 of them is called colour.
+RANDOM_SHARE: Final = 1 - 1 / COLOURS  # colour share of random weights
+# An 11 x 11 kernel of random weights has 0.67 +- 0.035: 1 in 100 of them counts as colour.
 COLOUR_SHARE: Final = 0.75
-
 KERNELS_PER_ROW: Final = 16  # three rows per column, as in figure 3
 GAP: Final = 3  # pixels between the columns, before the picture is enlarged
 
 
 def colour_share(kernels: Tensor) -> Tensor:
-    """Return the share of each kernel's energy off the grey axis: (C, 3, K, K) -> (C,).
+    """Return the share of each kernel's energy that is off the grey axis: (C, 3, K, K) -> (C,).
 
-    1 less the squared length of each pixel's projection on (1, 1, 1) / sqrt(3), over all pixels,
-    as a share of the kernel's energy.  0: grey; 1: colour alone; random weights: 2/3.
+    The energy on the grey axis is the squared length of each pixel's projection on
+    (1, 1, 1) / sqrt(3), summed over all pixels.  0: grey; 1: no grey; random weights: 2/3.
     """
     wide = kernels.double()
     energy = wide.square().sum((1, 2, 3))
@@ -37,11 +34,11 @@ def colour_share(kernels: Tensor) -> Tensor:
 
 
 def frequency(kernels: Tensor) -> Tensor:
-    """Return the spatial frequency of each kernel in cycles a pixel: (C, 3, K, K) -> (C,).
+    """Return the spatial frequency of each kernel in cycles per pixel: (C, 3, K, K) -> (C,).
 
-    The mean distance from 0 in the plane of the two-dimensional Fourier transform, weighed with
-    the power, which is summed over the colours.  What is constant counts too, at frequency 0: a
-    blob of one colour is low.  Random weights have the plane's own mean (.38 for 11 pixels).
+    This is the mean distance from 0 in the plane of the two-dimensional Fourier transform,
+    weighted by the power summed over the colours.  The constant part counts at frequency 0, so a
+    blob of one colour is low.  Random weights have the mean of the plane (0.38 for 11 pixels).
     """
     power = torch.fft.fft2(kernels.double()).abs().square().sum(1)
     cycles = torch.fft.fftfreq(kernels.shape[-1], dtype=power.dtype, device=power.device)
@@ -52,32 +49,32 @@ def frequency(kernels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Specialisation:
-    """Of each of a column's kernels: share off the grey axis, frequency in cycles a pixel."""
+    """Colour share and frequency (cycles per pixel) of each kernel of one column."""
 
     colour_share: Tensor
     frequency: Tensor
 
     @property
     def colour_kernels(self) -> int:
-        """How many kernels have more than ``COLOUR_SHARE`` of their energy off the grey axis."""
+        """The number of kernels whose colour share is above ``COLOUR_SHARE``."""
         return int((self.colour_share > COLOUR_SHARE).sum())
 
 
 def specialisation(kernels: Tensor, columns: int) -> list[Specialisation]:
-    """Return what the kernels (C, 3, K, K) of each column are."""
-    return [Specialisation(colour_share(own), frequency(own)) for own in kernels.chunk(columns)]
+    """Return the specialisation of each column; ``kernels`` (C, 3, K, K) are of all columns."""
+    return [Specialisation(colour_share(part), frequency(part)) for part in kernels.chunk(columns)]
 
 
 def colour_difference(columns: list[Specialisation]) -> tuple[float, float] | None:
-    """Return column 0's mean share off the grey axis less column 1's, and its standard error.
+    """Return column 0's mean colour share minus column 1's, and the standard error.
 
-    The error is that of two means over kernels.  None where there is one column.
+    The error is that of a difference of two means over kernels.  Returns None for one column.
     """
     if len(columns) == 1:
         return None
-    one, other = (column.colour_share for column in columns)
-    error = hypot(*(float(own.std()) / sqrt(len(own)) for own in (one, other)))
-    return float(one.mean() - other.mean()), error
+    first, second = (column.colour_share for column in columns)
+    error = hypot(*(float(share.std()) / sqrt(len(share)) for share in (first, second)))
+    return float(first.mean() - second.mean()), error
 
 
 def kernel_picture(kernels: Tensor, columns: int = 2) -> Tensor:
@@ -89,8 +86,8 @@ def kernel_picture(kernels: Tensor, columns: int = 2) -> Tensor:
     largest = kernels.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
     scaled = kernels.float() / largest / 2 + 0.5
     parts: list[Tensor] = []
-    for own in scaled.chunk(columns):
-        grid = make_grid(own, nrow=KERNELS_PER_ROW, padding=1, pad_value=1.0)
+    for part in scaled.chunk(columns):
+        grid = make_grid(part, nrow=KERNELS_PER_ROW, padding=1, pad_value=1.0)
         parts += [torch.ones(3, GAP, grid.shape[2]), grid]
     picture = torch.cat(parts[1:], dim=1)
     return functional.interpolate(picture[None], scale_factor=4, mode="nearest")[0]

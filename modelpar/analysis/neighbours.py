@@ -1,4 +1,4 @@
-"""Figure 4: what the net takes test images for, and which training images it finds most like them.
+"""Figure 4: the net's top predictions, and the training images nearest to test images.
 
 Section 6.1: "if two images produce feature activation vectors with a small Euclidean separation,
 we can say that the higher levels of the neural network consider them to be similar".
@@ -21,16 +21,17 @@ from modelpar.images.loader import TestLoader
 from modelpar.images.samples import Images, ImageSet
 from modelpar.seeding import generator
 
-SHOWN: Final = 8  # figure 4: test images with their likeliest classes
-LIKELIEST: Final = 5  # figure 4
-QUERIES: Final = 5  # figure 4: test images in the first column
-NEAREST: Final = 6  # figure 4: training images beside each
+# The numbers of figure 4:
+SHOWN: Final = 8  # test images with their top predictions
+TOP: Final = 5  # predictions per test image
+QUERIES: Final = 5  # test images in the first column of the right half
+NEAREST: Final = 6  # training images next to each query
 BORDER: Final = 2  # pixels around each picture
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A stored image (3, T, T), its class, the likeliest classes, and how likely they are."""
+    """A stored image (3, T, T), its class, the most probable classes and their probabilities."""
 
     image: Tensor
     label: int
@@ -40,7 +41,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """A stored test image, its class, the training images nearest to it and their distances."""
+    """A stored test image, its class, its nearest training images and their distances."""
 
     query: Tensor
     label: int
@@ -51,7 +52,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Figure4:
-    """Both halves of the figure, and how many training images were looked at."""
+    """Both halves of the figure, and the number of training images that were searched."""
 
     predictions: list[Prediction]
     neighbours: list[Neighbours]
@@ -59,18 +60,25 @@ class Figure4:
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """Return ``count`` places, or all, at equal distances: sets often lie sorted by class."""
+    """Return ``count`` of the indices 0..total-1, or all; data sets are often sorted by class."""
     count = min(total, count)
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
+def random_subset(total: int, count: int, seed: int) -> list[int]:
+    """Return ``count`` random indices of 0..total-1, or all, in increasing order."""
+    order = torch.randperm(total, generator=generator(seed, "figure4"))
+    return sorted(order[:count].tolist())
+
+
 @torch.no_grad()
 def features(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits (N, classes) and the last hidden units (N, D) of images (N, 3, S, S).
+    """Return the logits (N, classes) and the last hidden units (N, D) of images (N, 3, S, S).
 
-    In evaluation, before dropout halves them, which changes all distances alike: 4096 units, or
-    this column's 2048.  Where no activation can be seen, the logits themselves.  A collective of
-    the pair; the net's mode is as it was.
+    The net runs in evaluation mode and then returns to its previous mode.  The units are those
+    before the factor 0.5 of dropout, which scales all distances equally: 4096, or the 2048 of
+    this column.  A net without activation modules has its logits as features.  Collective over
+    the pair.
     """
     units: list[Tensor] = []
 
@@ -93,29 +101,27 @@ def features(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 def top_predictions(
     images: Sequence[Tensor], labels: Sequence[int], logits: Tensor
 ) -> list[Prediction]:
-    """Return the likeliest classes of each stored image, by its logits (N, classes)."""
-    shares = functional.softmax(logits.double(), dim=1)
-    found = shares.topk(min(LIKELIEST, shares.shape[1]), dim=1)
-    return [
-        Prediction(image, label, classes.tolist(), values.tolist())
-        for image, label, classes, values in zip(
-            images, labels, found.indices, found.values, strict=True
-        )
-    ]
+    """Return the most probable classes of each stored image; ``logits`` is (N, classes)."""
+    top = functional.softmax(logits.double(), dim=1).topk(min(TOP, logits.shape[1]), dim=1)
+    each = zip(images, labels, top.indices.tolist(), top.values.tolist(), strict=True)
+    return [Prediction(*one) for one in each]
 
 
 def squared_distances(
-    net: nn.Module, queries: Tensor, batches: Iterable[tuple[Tensor, Any]], lens: Augmentation
+    net: nn.Module,
+    queries: Tensor,
+    batches: Iterable[tuple[Tensor, Any]],
+    augmentation: Augmentation,
 ) -> Tensor:
-    """Return squared Euclidean distances (Q, M) of hidden units, one batch in memory at a time.
+    """Return the squared Euclidean distances (Q, M) between features, over this column's units.
 
-    ``queries`` (Q, D) against the stored images of ``batches``, M in all: over this column's units
-    alone.  A collective of the pair.
+    ``queries`` (Q, D) are features; ``batches`` hold M stored images, of which one batch at a
+    time is in memory.  Collective over the pair.
     """
     wide = queries.double()
     found: list[Tensor] = []
     for stored, _ in batches:
-        units = features(net, lens.center_crop(stored))[1].double()
+        units = features(net, augmentation.center_crop(stored))[1].double()
         found.append(torch.stack([(units - query).square().sum(1) for query in wide]))
     return torch.cat(found, dim=1)
 
@@ -123,9 +129,10 @@ def squared_distances(
 def nearest_distinct(
     images: Images, rows: Sequence[int], squared: Tensor, count: int = NEAREST
 ) -> tuple[list[Tensor], list[int], list[float]]:
-    """Return the ``count`` nearest of ``rows`` by their ``squared`` distances (M,).
+    """Return stored images, classes and distances of the ``count`` nearest of ``rows``.
 
-    Stored images, classes and distances.  Sets may show an image several times: once is enough.
+    ``squared`` (M,): their squared distances.  An image that appears several times in the data
+    set is returned once.
     """
     near: list[Tensor] = []
     labels: list[int] = []
@@ -142,46 +149,42 @@ def nearest_distinct(
     return near, labels, distances
 
 
-def random_subset(total: int, count: int, seed: int) -> list[int]:
-    """Return which of ``total`` training images are looked at: ``count`` of them, by the seed."""
-    order = torch.randperm(total, generator=generator(seed, "figure4"))
-    return sorted(order[:count].tolist())
-
-
 def figure4(
     net: nn.Module,
     mesh: Mesh,
     images: ImageSet,
-    lens: Augmentation,
+    augmentation: Augmentation,
     rows: Sequence[int],
     batch_size: int,
     workers: int,
 ) -> Figure4 | None:
-    """Return what figure 4 shows, looking at the training images ``rows``; on column 0 alone.
+    """Return the content of figure 4 on column 0, None on the other column.
 
-    A collective of the pair, which sums the distances once, at the end.
+    ``rows``: the training images to search.  Collective over the pair, which sums the squared
+    distances once at the end.
     """
-    places = [*evenly_spaced(len(images.test), SHOWN), *evenly_spaced(len(images.test), QUERIES)]
-    samples = [images.test[place] for place in places]
+    shown, queries = (evenly_spaced(len(images.test), count) for count in (SHOWN, QUERIES))
+    samples = [images.test[row] for row in (*shown, *queries)]
     stored, labels = [sample[0] for sample in samples], [int(sample[1]) for sample in samples]
-    logits, units = features(net, lens.center_crop(torch.stack(stored).to(mesh.device)))
-    half = len(evenly_spaced(len(images.test), SHOWN))
-    looked_at: Any = Subset(images.train, rows)  # pyright: ignore[reportArgumentType] - indexed is enough
-    batches = TestLoader(looked_at, batch_size, mesh.device, workers=workers)
-    squared = all_reduce_sum(squared_distances(net, units[half:], batches, lens), mesh.pair).cpu()
+    crops = augmentation.center_crop(torch.stack(stored).to(mesh.device))
+    logits, units = features(net, crops)
+    half = len(shown)
+    searched: Any = Subset(images.train, rows)  # pyright: ignore[reportArgumentType] - indexed is enough
+    batches = TestLoader(searched, batch_size, mesh.device, workers=workers)
+    squared = squared_distances(net, units[half:], batches, augmentation)
+    squared = all_reduce_sum(squared, mesh.pair).cpu()
     if mesh.column:
         return None
-    near = [nearest_distinct(images.train, rows, row) for row in squared]
-    likenesses = [
-        Neighbours(query, label, *found)
-        for query, label, found in zip(stored[half:], labels[half:], near, strict=True)
+    neighbours = [
+        Neighbours(query, label, *nearest_distinct(images.train, rows, row))
+        for query, label, row in zip(stored[half:], labels[half:], squared, strict=True)
     ]
-    answers = top_predictions(stored[:half], labels[:half], logits[:half].cpu())
-    return Figure4(answers, likenesses, len(rows))
+    predictions = top_predictions(stored[:half], labels[:half], logits[:half].cpu())
+    return Figure4(predictions, neighbours, len(rows))
 
 
 def nearest_picture(likenesses: Sequence[Neighbours]) -> Tensor:
-    """Return figure 4's right half (3, H, W) in 0..1: each query, a gap, what is nearest to it."""
+    """Return figure 4's right half (3, H, W) in 0..1: each query, a gap, its nearest images."""
     white = torch.full_like(likenesses[0].query, 255)
     rows = [[*one.images, *[white] * NEAREST][:NEAREST] for one in likenesses]
     queries = _grid([one.query for one in likenesses], 1)

@@ -1,1 +1,1 @@
-"""What the net sees: sets, their order, augmentation and batches; knows nothing of the net."""
+"""Images and batches: data sets, sample order, augmentation and loaders."""

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from modelpar.seeding import generator
 
-# Images that share a draw (released code: 32); of ``central`` nothing is used.
+# Images that share one random crop and flip (released code: 32); ``central`` uses neither.
 CHUNK: Final = {"per_image": 1, "per_32": 32, "central": 1}
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a training set looks like on average.
+    """Mean image and colour statistics of a training set, in units of 0-255.
 
-    ``mean`` (3, T, T) is the mean image at its stored size; ``std`` (3,) the standard deviations
-    of the pixels' colours along the principal axes ``axes`` (3, 3), one axis a row, largest first;
-    all in units of 0-255.
+    ``mean`` (3, T, T): the mean image at its stored size.  ``axes`` (3, 3): the principal axes of
+    the pixels' colours, one per row, largest first.  ``std`` (3,): the standard deviation along
+    each axis.
     """
 
     mean: Tensor
@@ -28,7 +28,7 @@ class Statistics:
 
 
 def principal_colours(mean: Tensor, second_moments: Tensor) -> Statistics:
-    """Return the statistics of a mean image (3, T, T) and the raw second moments (3, 3)."""
+    """Return the statistics for a mean image (3, T, T) and raw second moments (3, 3) of colour."""
     centre = mean.flatten(1).mean(1)
     values, vectors = torch.linalg.eigh(second_moments - torch.outer(centre, centre))
     return Statistics(
@@ -40,10 +40,10 @@ def principal_colours(mean: Tensor, second_moments: Tensor) -> Statistics:
 
 @dataclass(frozen=True)
 class CropFlipColour:
-    """One epoch's random numbers, by position in its order: crops, flips, colours.
+    """The random numbers of one epoch's augmentation, by position in the epoch's order.
 
-    ``corner`` (N, 2) the crop's top and left in pixels, ``flip`` (N,), ``colour`` (N, 3) normal
-    with standard deviation 1.
+    ``corner`` (N, 2): top and left of the crop in pixels.  ``flip`` (N,): whether the crop is
+    mirrored.  ``colour`` (N, 3): normal with standard deviation 1, one number per principal axis.
     """
 
     corner: Tensor
@@ -54,10 +54,11 @@ class CropFlipColour:
     def of_epoch(
         cls, seed: int, epoch: int, num_samples: int, border: int, crops: str
     ) -> "CropFlipColour":
-        """Draw for all positions of ``epoch``; ``border`` is stored size less crop size.
+        """Return the random numbers for all positions of ``epoch``.
 
-        A function of its arguments alone, so that it does not matter which rank or worker asks.
-        With ``crops`` ``central`` each image shows its middle, and is never flipped.
+        ``border`` is the stored size minus the crop size.  The result depends on the arguments
+        alone, not on the rank or the loader worker that calls this.  If ``crops`` is ``central``,
+        each image is cropped at its centre and never flipped.
         """
         chunk = CHUNK[crops]
         chunks = -(-num_samples // chunk)
@@ -74,15 +75,15 @@ class CropFlipColour:
         )
 
     def at(self, positions: slice) -> "CropFlipColour":
-        """Return the draws of some positions."""
+        """Return the random numbers of some positions."""
         return CropFlipColour(self.corner[positions], self.flip[positions], self.colour[positions])
 
 
 class Augmentation:
-    """Turns stored images into the net's input: pixels 0-255 less the mean's central window.
+    """Converts stored images to the net's input: pixels 0-255 minus the mean's central window.
 
-    ``size`` is the side of a crop.  ``scaled``: after the colour noise the image is divided by 1
-    plus its standard deviation, as the released code did.
+    ``size`` is the side of a crop in pixels.  If ``scaled``, the image is divided by 1 plus the
+    standard deviation of the colour noise, as the released code did.
     """
 
     def __init__(
@@ -96,9 +97,9 @@ class Augmentation:
         self.colours = (statistics.std[:, None] * statistics.axes).to(device)  # std_i * p_i, rows
 
     def train(self, images: Tensor, draws: CropFlipColour, noise: float) -> Tensor:
-        """Crop, flip, subtract the mean, add colour noise of standard deviation ``noise``.
+        """Crop, flip, subtract the mean and add colour noise of standard deviation ``noise``.
 
-        ``images`` (N, 3, T, T) uint8; returns (N, 3, S, S) float32.
+        ``images``: (N, 3, T, T) uint8.  Returns (N, 3, S, S) float32.
         """
         size = self.size
         out = torch.empty(len(images), 3, size, size, device=images.device)
@@ -108,8 +109,9 @@ class Augmentation:
             target.copy_(crop.flip(-1) if flip else crop)
         out -= self.mean
         if noise:
-            # Differs: section 4.1 weighs the draws by the eigenvalues; in units of 0-255 that is
-            # a noise of hundreds, so both recipes take standard deviations, as the code did.
+            # Differs: section 4.1 multiplies the random numbers by the eigenvalues.  For pixels of
+            # 0-255 that would be noise of several hundred, so both recipes multiply by standard
+            # deviations, as the released code did.
             shift = noise * draws.colour.to(self.colours) @ self.colours  # (N, 3)
             out += shift[:, :, None, None]
             if self.scaled:
@@ -117,11 +119,11 @@ class Augmentation:
         return out
 
     def center_crop(self, images: Tensor) -> Tensor:
-        """Return the central crop less the mean: (N, 3, T, T) uint8 -> (N, 3, S, S) float32."""
+        """Return the central crop minus the mean: (N, 3, T, T) uint8 -> (N, 3, S, S) float32."""
         return self._crop(images, self.border // 2, self.border // 2)
 
     def ten_crop(self, images: Tensor) -> Iterator[Tensor]:
-        """Yield the ten views: four corners and centre, and their mirrors (section 4.1)."""
+        """Yield ten views (N, 3, S, S): four corners, the centre, and their mirror images."""
         end, middle = self.border, self.border // 2
         for top, left in ((0, 0), (0, end), (end, 0), (end, end), (middle, middle)):
             for source in (images, images.flip(-1)):

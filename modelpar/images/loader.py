@@ -1,8 +1,9 @@
-"""Batches: the same on both columns, each a function of seed, epoch and position."""
+"""Loaders: batches that are equal on both columns and depend only on seed, epoch and position."""
 
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,49 +20,70 @@ from modelpar.images.samples import Images
 from modelpar.seeding import digest
 from modelpar.shutdown import ignore_signals
 
-PIXELS_EVERY: Final = 100  # batches: to hash the 25 MB of one takes a few hundredths of a second
+PIXELS_EVERY: Final = 100  # batches; hashing the 25 MB of one takes a few hundredths of a second
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - torch's loaders pass their batches here
+PREFETCHED: Final = 2  # batches that a loader process keeps ready: torch's default
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch on its device, and how long the step waited for it in s."""
+    """A batch on its device; ``waited`` is the time in s that the step waited for it.
+
+    ``digest`` is a hash of what was read.  It must be equal on all columns; otherwise they would
+    train on different images.
+    """
 
     images: Tensor  # (N, 3, S, S) float32
     labels: Tensor  # (N,)
     waited: float
-    digest: int = 0  # of what was read: equal on all columns, or they train on different things
+    digest: int = 0
 
 
-def _load(images: Images, device: torch.device, workers: int, **how: Any) -> DataLoader[Any]:
-    """Return torch's loader; a generator of its own keeps it off the global one."""
+def _hide_image_warnings() -> None:
+    """Hide Pillow's warnings about metadata; an image that cannot be decoded is an error."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _start_worker(worker: int) -> None:
+    ignore_signals(worker)
+    _hide_image_warnings()
+
+
+def _data_loader(
+    images: Images, device: torch.device, workers: int, batches: Any
+) -> DataLoader[Any]:
+    """Return torch's loader, with a generator that leaves the global one unchanged."""
+    if not workers:  # this process decodes the images
+        _hide_image_warnings()
     return DataLoader(
-        images,  # pyright: ignore[reportArgumentType] - sized and indexed is enough
+        images,  # pyright: ignore[reportArgumentType] - it needs only a length and an index
+        batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
-        worker_init_fn=ignore_signals,
-        **how,
+        worker_init_fn=_start_worker,
     )
 
 
-def _fetch(source: Iterator[Any]) -> tuple[Tensor, Tensor] | None:
-    """Return the next batch, None at the end.
+def _next(source: Iterator[Any]) -> tuple[Tensor, Tensor] | None:
+    """Return the next batch, or None at the end.
 
-    A worker's DataError comes back as one line; LaunchError says that a worker was ended.
+    Raises DataError, in one line, for an image that cannot be read, and LaunchError if a loader
+    process was killed.
     """
     try:
         return next(source, None)
     except DataError as error:  # torch puts the worker's traceback before the message
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if not (ended := worker_killed_message(error)):
+        if not (message := worker_killed_message(error)):
             raise
-        raise LaunchError(ended) from None
+        raise LaunchError(message) from None
 
 
-def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Copy and augment the next batch on a stream of its own while the net has the last one."""
+def _prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copy and augment the next batch on a second CUDA stream while the net uses the current."""
     stream = torch.cuda.Stream(device)
 
     def load() -> Batch | None:
@@ -72,7 +94,7 @@ def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     while ready is not None:
         current = torch.cuda.current_stream(device)
         current.wait_stream(stream)
-        ready.images.record_stream(current)  # its memory is not reused before the net is done
+        ready.images.record_stream(current)  # so that its memory is not reused while in use
         ready.labels.record_stream(current)
         following = load()
         yield ready
@@ -80,52 +102,57 @@ def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 class TrainLoader:
-    """The training batches of one replica, resumable at any batch of any epoch."""
+    """The training batches of one replica; it can start at any batch of any epoch."""
 
     def __init__(
         self,
         images: Images,
         order: BatchOrder,
-        lens: Augmentation,
+        augmentation: Augmentation,
         device: torch.device,
         *,
         crops: str,
         workers: int = 0,
     ) -> None:
         self.order = order
-        self.lens = lens
+        self.augmentation = augmentation
         self.device = device
         self.crops = crops
-        self.loader = _load(images, device, workers, batch_sampler=order)
+        self.loader = _data_loader(images, device, workers, order)
 
     def epoch(self, epoch: int, start: int, noise: float) -> Iterator[Batch]:
-        """Yield the batches of ``epoch`` from number ``start`` on, augmented on the device."""
+        """Yield the batches of ``epoch`` from number ``start``, augmented on the device.
+
+        Raises DataError for an image that cannot be read, LaunchError if a loader process was
+        killed.
+        """
         batches = self._batches(epoch, start, noise)
-        return _ahead(batches, self.device) if self.device.type == "cuda" else batches
+        return _prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
     def _batches(self, epoch: int, start: int, noise: float) -> Iterator[Batch]:
         order = self.order
         order.epoch, order.start = epoch, start
-        draws = CropFlipColour.of_epoch(
-            order.seed, epoch, order.num_samples, self.lens.border, self.crops
-        )
+        border = self.augmentation.border
+        draws = CropFlipColour.of_epoch(order.seed, epoch, order.num_samples, border, self.crops)
         samples = order.samples()
         source = iter(self.loader)
         for number in range(start, len(order)):
             began = time.perf_counter()
-            stored = _fetch(source)
+            stored = _next(source)
             if stored is None:
                 return
-            places = order.positions(number)
-            read = [samples[places], stored[1], *stored[: number % PIXELS_EVERY == 0]]
-            images = stored[0].to(self.device, non_blocking=True)
-            labels = stored[1].to(self.device, non_blocking=True)
-            ready = self.lens.train(images, draws.at(places), noise)
-            yield Batch(ready, labels, time.perf_counter() - began, digest(read))
+            positions = order.positions(number)
+            read = [samples[positions], stored[1], *stored[: number % PIXELS_EVERY == 0]]
+            images, labels = (part.to(self.device, non_blocking=True) for part in stored)
+            augmented = self.augmentation.train(images, draws.at(positions), noise)
+            yield Batch(augmented, labels, time.perf_counter() - began, digest(read))
 
 
 class TestLoader:
-    """Every test image once, shared out over the replicas without padding."""
+    """Batches of stored images, each image once, divided among the replicas without padding.
+
+    ``common`` is the number of full batches that every replica has.
+    """
 
     __test__ = False  # pytest: not a test
 
@@ -140,35 +167,27 @@ class TestLoader:
         workers: int = 0,
     ) -> None:
         self.device = device
-        self.common = len(images) // replicas // batch_size  # batches that every replica has
-        own = range(replica, len(images), replicas)
-        batches = [
-            list(own[first : first + batch_size]) for first in range(0, len(own), batch_size)
-        ]
-        self.loader = _load(images, device, workers, batch_sampler=batches)
+        self.common = len(images) // replicas // batch_size
+        rows = range(replica, len(images), replicas)
+        batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+        self.loader = _data_loader(images, device, workers, batches)
 
     def __len__(self) -> int:
-        """Return the batches of this replica."""
+        """Return the number of batches of this replica."""
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield stored images (N, 3, T, T) uint8 and their labels."""
+        """Yield images (N, 3, T, T) uint8 and labels (N,); raises the errors of TrainLoader."""
         source = iter(self.loader)
-        while (stored := _fetch(source)) is not None:
-            yield (
-                stored[0].to(self.device, non_blocking=True),
-                stored[1].to(self.device, non_blocking=True),
-            )
-
-
-SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where torch's loaders pass their batches
-PREFETCHED: Final = 2  # batches a loader process has ready: torch's default
+        while (stored := _next(source)) is not None:
+            images, labels = (part.to(self.device, non_blocking=True) for part in stored)
+            yield images, labels
 
 
 def check_shared_memory(workers: int, batch_bytes: int, processes: int) -> None:
-    """Raise LaunchError where the loaders' batches do not fit into /dev/shm.
+    """Raise LaunchError if the loaders' batches do not fit into /dev/shm.
 
-    A loader that finds no room there dies with a bus error.
+    Without this check a loader process would die from a bus error.
     """
     needed = workers * PREFETCHED * batch_bytes * processes
     if not needed or not SHARED_MEMORY.is_dir():
@@ -176,25 +195,26 @@ def check_shared_memory(workers: int, batch_bytes: int, processes: int) -> None:
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         raise LaunchError(
-            f"{SHARED_MEMORY}: {workers} loader processes for each of {processes} need "
+            f"{SHARED_MEMORY}: {workers} loader processes for each of {processes} ranks need "
             f"{needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make it larger "
-            "(docker run --shm-size), or give workers=0"
+            "(docker run --shm-size), or use workers=0"
         )
 
 
 def worker_killed_message(error: Exception) -> str:
-    """Say in one line that a loader's process was ended, if that is what ``error`` says; else "".
+    """Return a one-line message if ``error`` means that a loader process was killed, else "".
 
-    torch says it by a RuntimeError at any place of the main thread, or of who reads the batch;
-    the connection by which a batch comes may break before.
+    torch reports it as a RuntimeError at any place in the main thread, or while a batch is read.
+    The connection that transfers a batch may break before that.
     """
-    told = f"{error} {error.__cause__ or ''}"
-    broken = isinstance(error, (ConnectionError, EOFError)) and "Caught" not in told  # by a worker
-    if not broken and "DataLoader worker (pid" not in told:
+    text = f"{error} {error.__cause__ or ''}"
+    from_worker = "Caught" in text  # an error that a worker raised itself
+    broken = isinstance(error, (ConnectionError, EOFError)) and not from_worker
+    if not broken and "DataLoader worker (pid" not in text:
         return ""
-    number = re.search(r"killed by signal: ([\w ]+)", told)
+    number = re.search(r"killed by signal: ([\w ]+)", text)
     how = f" by signal: {number[1].strip()}" if number else ""
     return (
-        f"a loader process was ended{how}, likely out of memory; "
-        f"give fewer workers=, or more memory, also for {SHARED_MEMORY}"
+        f"a loader process was killed{how}, probably out of memory; "
+        f"use fewer workers, or more memory (also for {SHARED_MEMORY})"
     )

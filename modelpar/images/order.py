@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of seed, epoch and position, so that it can be resumed."""
+"""The order of samples: a pure function of seed, epoch and position, so a run can resume in it."""
 
 from collections.abc import Iterator
 
@@ -11,11 +11,13 @@ from modelpar.seeding import generator
 
 
 def sample_order(seed: int, epoch: int, num_samples: int, shuffle: str) -> Tensor:
-    """Return the samples of ``epoch`` (from 0) in their order: a permutation of 0..N-1.
+    """Return the order of the samples in ``epoch`` (counted from 0): a permutation of 0..N-1.
 
-    Differs: the released code read its files in one fixed order, shuffled once when they were
-    made; here the seed does that with ``shuffle="once"``.  ``every_epoch`` draws a new order for
-    each epoch, ``never`` keeps that of the set.
+    ``shuffle``: ``once`` uses the same permutation in each epoch, ``every_epoch`` a new one, and
+    ``never`` keeps the order of the data set.
+
+    Differs: the released code shuffled its files once, when it wrote them, and then always read
+    them in that order; here the seed determines the order of ``once``.
     """
     if shuffle == "never":
         return torch.arange(num_samples)
@@ -24,10 +26,11 @@ def sample_order(seed: int, epoch: int, num_samples: int, shuffle: str) -> Tenso
 
 
 class BatchOrder(Sampler[list[int]]):
-    """The batches of one replica in one epoch, from ``start`` on.
+    """Batch sampler of one replica: the sample numbers of each batch of ``epoch`` from ``start``.
 
-    Global batch k holds the positions k * batch_size * replicas onwards of the epoch's order, and
-    replica r the r-th ``batch_size`` of them; a ragged last batch is dropped.
+    Global batch k holds ``batch_size * replicas`` consecutive positions of the epoch's order,
+    and replica r takes the r-th ``batch_size`` of them.  An incomplete last batch is dropped.
+    Raises SettingsError if the data has less than one global batch.
     """
 
     def __init__(
@@ -50,25 +53,26 @@ class BatchOrder(Sampler[list[int]]):
         self.start = 0
         if len(self) < 1:
             raise SettingsError(
-                f"batch_size={batch_size}: {batch_size * replicas} images a step, but the data "
-                f"has only {num_samples}; give less"
+                f"batch_size={batch_size}: one step needs {batch_size * replicas} images "
+                f"(batch_size * replicas), but the data has only {num_samples}; use a "
+                "smaller batch_size"
             )
 
     def __len__(self) -> int:
-        """Return the batches of a whole epoch."""
+        """Return the number of batches in a whole epoch."""
         return self.num_samples // (self.batch_size * self.replicas)
 
     def positions(self, batch: int) -> slice:
-        """Return which positions of the epoch's order this replica's ``batch`` holds."""
+        """Return the positions in the epoch's order that ``batch`` of this replica holds."""
         first = (batch * self.replicas + self.replica) * self.batch_size
         return slice(first, first + self.batch_size)
 
     def samples(self) -> Tensor:
-        """Return the sample numbers of the whole epoch in their order."""
+        """Return the sample numbers of the whole epoch in order."""
         return sample_order(self.seed, self.epoch, self.num_samples, self.shuffle)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the sample numbers of each batch from ``start`` to the epoch's end."""
+        """Yield the sample numbers of each batch, from ``start`` to the end of the epoch."""
         order = self.samples()
         for batch in range(self.start, len(self)):
             yield order[self.positions(batch)].tolist()

@@ -1,7 +1,6 @@
-"""Images as samples: of whatever size and mode, they come as RGB of one size."""
+"""Images as samples: images of any size and mode are returned as RGB of one size."""
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -15,15 +14,13 @@ from torchvision.transforms import v2
 from modelpar.errors import DataError, one_line
 
 Sample = tuple["Tensor", int]  # (3, T, T) uint8, label
-MAX_PIXELS: Final = 89_478_485  # Pillow's own, over which it warns of a bomb and decodes it
-DEEP: Final = ("I;16", "I;16B", "I;16L", "I;16N")  # 16 bits a pixel, which Pillow clips to 8
-RAW: Final = ("I", "F")  # 32 bits a pixel: of no known range
-# Of odd metadata, one line an image; what cannot be decoded is an error of its own.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+MAX_PIXELS: Final = 89_478_485  # Pillow's limit; above it Pillow only warns of a bomb and decodes
+DEEP: Final = ("I;16", "I;16B", "I;16L", "I;16N")  # 16 bits per pixel; Pillow clips them to 8
+RAW: Final = ("I", "F")  # 32 bits per pixel; their range is unknown
 
 
 class Images(Protocol):
-    """A sized source of samples."""
+    """A source of samples with a length and an index."""
 
     def __len__(self) -> int: ...
 
@@ -34,8 +31,8 @@ class Images(Protocol):
 class ImageSet:
     """A data set: training and test images at their stored size, and the names of the classes.
 
-    ``fingerprint`` changes with the images: their pixels where they are in memory, else their
-    names and sizes.  ``shuffled``: whether training may mix them.
+    ``fingerprint`` is a hash of the pixels if the images are in memory, otherwise of their names
+    and sizes.  ``shuffled``: whether training may shuffle them.
     """
 
     name: str
@@ -48,7 +45,10 @@ class ImageSet:
 
 
 class InMemory(Dataset[Sample]):
-    """Images (N, C, T, T) uint8 that fit in memory, grey ones with C = 1, and their labels."""
+    """Images (N, C, T, T) uint8 in memory (C = 1 for grey ones), and their labels.
+
+    Sample i is image ``rows[i]``; an image may appear in more than one sample.
+    """
 
     def __init__(self, images: Tensor, labels: Sequence[int], rows: Sequence[int]) -> None:
         self.images = images
@@ -56,7 +56,7 @@ class InMemory(Dataset[Sample]):
         self.rows = rows
 
     def __len__(self) -> int:
-        """Return the number of samples, which may show an image more than once."""
+        """Return the number of samples."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
@@ -66,20 +66,16 @@ class InMemory(Dataset[Sample]):
 
 
 class Resized(Dataset[Sample]):
-    """Images of any size and mode as RGB, shorter side scaled, central square (section 2).
+    """Images of any size and mode as RGB: shorter side resized, then central square (section 2).
 
-    ``source[i]`` gives a PIL image, or a path to one, and its label.
+    ``source(i)`` returns a PIL image, or the path to one, and its label.
     """
 
     def __init__(self, source: Callable[[int], tuple[Any, int]], length: int, size: int) -> None:
         self.source = source
         self.length = length
         self.transform = v2.Compose(
-            [
-                v2.Resize(size, antialias=True),
-                v2.CenterCrop(size),
-                v2.PILToTensor(),
-            ]
+            [v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
         )
 
     def __len__(self) -> int:
@@ -89,28 +85,32 @@ class Resized(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Return one image as (3, T, T) uint8 and its label; raises DataError with its name."""
         image, label = self.source(index)
-        name = image if isinstance(image, (str, os.PathLike)) else f"image {index}"
+        is_path = isinstance(image, (str, os.PathLike))
         try:
-            if isinstance(image, (str, os.PathLike)):
+            if is_path:
                 with Image.open(image) as opened:
                     return self.transform(as_rgb(opened)), label
             return self.transform(as_rgb(image)), label
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"{name}: not a readable image ({one_line(error)}); mend or remove it"
-            ) from None
+            raise DataError(unreadable(image if is_path else f"image {index}", error)) from None
+
+
+def unreadable(name: object, error: Exception) -> str:
+    """Return the message for an image that cannot be read."""
+    reason = getattr(error, "strerror", None) or one_line(error)
+    return f"{name}: cannot read image ({reason}); fix or delete it"
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return ``image`` as RGB: grey repeated, 16 bits scaled to 8, what is transparent ignored.
+    """Return ``image`` as RGB: grey is repeated, 16 bits are scaled to 8, transparency is ignored.
 
-    Raises ValueError for what has no such meaning, before any of it is decoded.
+    Raises ValueError, before decoding, if the image is too large or its range is unknown.
     """
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS}")
     if image.mode in RAW:
-        raise ValueError(f"mode {image.mode}, 32 bits a pixel")
+        raise ValueError(f"mode {image.mode}, 32 bits per pixel")
     if image.mode in DEEP:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:

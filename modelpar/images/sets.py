@@ -1,9 +1,10 @@
-"""Data sets by name: where their images come from, their classes, their mean and colours."""
+"""The data sets by name: where their images are, and their classes."""
 
 import gzip
 import hashlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Final
@@ -14,42 +15,29 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
-from modelpar.config import refuse_choice
 from modelpar.errors import DataError, SettingsError, one_line
-from modelpar.images.samples import ImageSet, InMemory, Resized
+from modelpar.images.samples import ImageSet, InMemory, Resized, unreadable
 from modelpar.images.statistics import locked
 from modelpar.seeding import generator
-from modelpar.settings import DataSettings
+from modelpar.settings import DataSettings, refuse_choice
 
-# Differs: the paper's stored images are 256 pixels wide for crops of 224 (section 4.1); smaller
-# crops keep that proportion.
+# Differs: the paper stores images of 256 pixels for crops of 224 (section 4.1); other crop sizes
+# keep that ratio.
 STORED_PER_CROP: Final = 256 / 224
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
 
 
-# -- photos ------------------------------------------------------------------------------------
+# -- photos ---------------------------------------------------------------------------------------
 
-# The photographs inside the scikit-image wheel, by the names of its own functions.
+# The photographs in the scikit-image wheel, by the names of the functions that return them.
 PHOTOGRAPHS: Final = (
-    "astronaut",
-    "chelsea",
-    "coffee",
-    "rocket",
-    "stereo_motorcycle",
-    "hubble_deep_field",
-    "retina",
-    "immunohistochemistry",
-    "camera",
-    "brick",
-    "grass",
-    "gravel",
-    "coins",
-    "moon",
-)
-CELL: Final = 96  # pixels: stored size; crops of 64 lie wholly inside one cell
-FLAT: Final = 8.0  # a cell whose grey standard deviation is below says nothing (sky, black)
+    "astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle", "hubble_deep_field",
+    "retina", "immunohistochemistry", "camera", "brick", "grass", "gravel", "coins", "moon",
+)  # fmt: skip
+CELL: Final = 96  # pixels: the stored size; a crop of 64 is always inside one cell
+FLAT: Final = 8.0  # cells whose grey standard deviation is below this are dropped (sky, black)
 TEST_SHARE: Final = 5  # one cell in five is held out
-TRAIN_PER_CLASS: Final = 160  # so that an epoch is 17 batches of 128
+TRAIN_PER_CLASS: Final = 160  # an epoch is then 17 batches of 128
 TEST_PER_CLASS: Final = 20
 
 
@@ -61,13 +49,14 @@ def _cells(photograph: Tensor) -> Tensor:
 
 
 def photos(settings: DataSettings, cache: Path) -> ImageSet:
-    """Which photograph is this crop from: 14 photographs of the scikit-image wheel.
+    """Crops of 14 photographs of the scikit-image wheel; the class is the photograph.
 
-    Cells of a grid, a fifth of each photograph's held out: no test pixel is ever trained on.
-    Classes are balanced by showing the cells of small photographs more often.
+    Each photograph is cut into the cells of a grid, and a fifth of its cells is held out, so no
+    test pixel is ever trained on.  Classes are balanced by repeating the cells of small
+    photographs.
     """
     del settings, cache
-    from skimage import data  # noqa: PLC0415 - half a second, and only this set needs it
+    from skimage import data  # noqa: PLC0415 - takes half a second, and only this set needs it
 
     cells: list[Tensor] = []
     labels: list[int] = []
@@ -78,17 +67,18 @@ def photos(settings: DataSettings, cache: Path) -> ImageSet:
             pixels: Any = getattr(data, name)()
         except (OSError, ModuleNotFoundError, AttributeError) as error:
             raise DataError(
-                f"photos: scikit-image has no {name} in its wheel ({one_line(error)})"
+                f"data=photos: scikit-image has no {name} in its wheel ({one_line(error)}); "
+                "install scikit-image again"
             ) from None
         pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # left eye of the stereo pair
         photograph = torch.from_numpy(np.array(pixels))
         if photograph.ndim == 2:  # noqa: PLR2004 - grey (H, W)
             photograph = photograph[:, :, None].expand(-1, -1, 3)
-        own = _cells(photograph.permute(2, 0, 1))
-        first, count = len(labels), len(own)
+        found = _cells(photograph.permute(2, 0, 1))
+        first, count = len(labels), len(found)
         shuffled = torch.randperm(count, generator=generator(0, "photos", name)).tolist()
         held_out = max(2, count // TEST_SHARE)
-        cells.append(own)
+        cells.append(found)
         labels += [label] * count
         test += _balanced(shuffled[:held_out], first, TEST_PER_CLASS)
         train += _balanced(shuffled[held_out:], first, TRAIN_PER_CLASS)
@@ -104,124 +94,102 @@ def photos(settings: DataSettings, cache: Path) -> ImageSet:
 
 
 def _balanced(rows: list[int], first: int, count: int) -> list[int]:
-    """Return ``count`` of ``rows``, each as often as the others, give or take one."""
+    """Return ``count`` times ``first + row``, each row as often as the others (at most 1 more)."""
     return [first + rows[place % len(rows)] for place in range(count)]
 
 
-# -- sets that are read from a folder ------------------------------------------------------------
+# -- data sets in folders ------------------------------------------------------------------------
 
 
 def _folder(settings: DataSettings, cache: Path) -> Path:
-    """Return ``data.root``, or the folder downloads go to; raises DataError where neither is."""
+    """Return ``data.root``, or the download folder; raises DataError if there is neither."""
     if settings.root is not None:
         root = Path(settings.root).expanduser()
         if not root.is_dir() and not settings.download:
             raise DataError(
-                f"data.root={root}: no such folder; give the folder of {settings.name}, "
+                f"data.root={root}: no such folder; use the folder of {settings.name}, "
                 "or data.download=true"
             )
         return root
     if settings.download:
         return cache / "downloads"
-    raise DataError(f"data={settings.name}: give data.root=FOLDER, or data.download=true")
+    raise DataError(f"data={settings.name}: use data.root=FOLDER, or data.download=true")
 
 
-def _stored(settings: DataSettings) -> int:
+def _stored_size(settings: DataSettings) -> int:
     return round(settings.image_size * STORED_PER_CROP)
 
 
-def _opened(name: str, root: Path, build: Callable[[], Any]) -> Any:
-    """Build a torchvision data set; its many complaints become one DataError."""
+def _open_parts(
+    name: str, root: Path, build: Callable[[Any], Any], parts: Sequence[Any] = ("train", "val")
+) -> list[Any]:
+    """Return torchvision's data set for each of ``parts``; its errors become one DataError."""
     try:
-        return build()
+        return [build(part) for part in parts]
     except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
         raise DataError(
-            f"data.root={root}: no {name} there ({one_line(error)[:200]}); give the folder that "
-            "holds it, or data.download=true"
+            f"data.root={root}: no {name} there ({one_line(error)[:200]}); use the folder that "
+            "contains it, or data.download=true"
         ) from None
 
 
-def _of_torchvision(
-    settings: DataSettings, root: Path, train: Any, test: Any, stored: int | None = None
-) -> ImageSet:
-    """Wrap two torchvision data sets whose items are (PIL image, label)."""
-    size = stored or _stored(settings)
+def _image_set(settings: DataSettings, root: Path, train: Any, test: Any) -> ImageSet:
+    """Return two torchvision data sets, whose items are (PIL image, label), as an ImageSet."""
+    size = _stored_size(settings)
     classes = [str(name) for name in train.classes]
     if [str(name) for name in test.classes] != classes:
         raise DataError(
-            f"data.root={root}: train and test name different classes; make them equal"
+            f"data.root={root}: train and test have different classes; use the same classes"
         )
-    samples = getattr(train, "samples", None)
-    if samples is None:  # all in memory
+    if hasattr(train, "samples"):  # paths and labels
+        train, test = train.samples, test.samples
+        try:
+            content = "\n".join(
+                f"{Path(path).relative_to(root)} {label} {Path(path).stat().st_size}"
+                for path, label in [*train, *test]
+            )
+        except OSError as error:  # a broken link, as git-annex leaves
+            raise DataError(unreadable(error.filename, error)) from None
+    else:  # all in memory
         content = _digest(np.asarray(train.data).tobytes(), np.asarray(test.data).tobytes())
-        return ImageSet(
-            settings.name,
-            Resized(train.__getitem__, len(train), size),
-            Resized(test.__getitem__, len(test), size),
-            classes,
-            size,
-            _digest(content.encode(), str(size).encode()),
-        )
-    try:
-        names = "\n".join(
-            f"{Path(path).relative_to(root)} {label} {Path(path).stat().st_size}"
-            for path, label in [*train.samples, *test.samples]
-        )
-    except OSError as error:  # a link to nothing, as git-annex leaves
-        raise DataError(
-            f"{error.filename}: not a readable image ({error.strerror}); remove or replace it"
-        ) from None
     return ImageSet(
         settings.name,
-        Resized(train.samples.__getitem__, len(train.samples), size),
-        Resized(test.samples.__getitem__, len(test.samples), size),
+        Resized(train.__getitem__, len(train), size),
+        Resized(test.__getitem__, len(test), size),
         classes,
         size,
-        _digest(names.encode(errors="surrogateescape"), str(size).encode()),
+        _digest(content.encode(errors="surrogateescape"), str(size).encode()),
     )
 
 
 def cifar10(settings: DataSettings, cache: Path) -> ImageSet:
-    """CIFAR-10, 50,000 and 10,000 images of 32 pixels, enlarged."""
+    """CIFAR-10: 50,000 and 10,000 images of 32 pixels, enlarged."""
     root = _folder(settings, cache)
-    train, test = (
-        _opened(
-            "CIFAR-10",
-            root,
-            lambda part=part: datasets.CIFAR10(root, train=part, download=settings.download),
-        )
-        for part in (True, False)
-    )
-    return _of_torchvision(settings, root, train, test)
+
+    def build(train: bool) -> Any:  # noqa: FBT001 - as torchvision has it
+        return datasets.CIFAR10(root, train, download=settings.download)
+
+    return _image_set(settings, root, *_open_parts("CIFAR-10", root, build, (True, False)))
 
 
 def imagenette(settings: DataSettings, cache: Path) -> ImageSet:
-    """Imagenette: ten classes of ImageNet, shorter side 320 pixels as fast.ai publishes it."""
+    """Imagenette: ten classes of ImageNet, shorter side 320 pixels as published by fast.ai."""
     root = _folder(settings, cache)
-    present = (root / "imagenette2-320").is_dir()
-    train, test = (
-        _opened(
-            "Imagenette",
-            root,
-            lambda part=part: datasets.Imagenette(
-                root, part, size="320px", download=settings.download and not present
-            ),
-        )
-        for part in ("train", "val")
-    )
-    train.samples, test.samples = train._samples, test._samples  # noqa: SLF001 - no public name
-    train.classes = test.classes = [names[0] for names in train.classes]
-    return _of_torchvision(settings, root, train, test)
+    download = settings.download and not (root / "imagenette2-320").is_dir()
+
+    def build(part: str) -> Any:
+        found: Any = datasets.Imagenette(root, part, size="320px", download=download)
+        found.samples = found._samples  # noqa: SLF001 - it has no public name
+        return _first_names(found)
+
+    return _image_set(settings, root, *_open_parts("Imagenette", root, build))
 
 
 def imagefolder(settings: DataSettings, cache: Path) -> ImageSet:
-    """A folder ``train`` and a folder ``val``, in each a folder of images for each class."""
+    """Folders ``train`` and ``val``, each with one folder of images per class."""
     root = _folder(settings, cache)
-    train, test = (
-        _opened(settings.name, root / part, lambda part=part: datasets.ImageFolder(root / part))
-        for part in ("train", "val")
-    )
-    return _of_torchvision(settings, root, train, test)
+    parts = _open_parts(settings.name, root, lambda part: datasets.ImageFolder(root / part))
+    return _image_set(settings, root, *parts)
 
 
 def imagenet(settings: DataSettings, cache: Path) -> ImageSet:
@@ -229,42 +197,49 @@ def imagenet(settings: DataSettings, cache: Path) -> ImageSet:
     root = _folder(settings, cache)
     if not any((root / name).exists() for name in ("meta.bin", "ILSVRC2012_devkit_t12.tar.gz")):
         return imagefolder(settings, cache)
-    train, test = (
-        _opened("ImageNet", root, lambda part=part: datasets.ImageNet(root, part))
-        for part in ("train", "val")
-    )
-    train.classes = test.classes = [names[0] for names in train.classes]
-    return _of_torchvision(settings, root, train, test)
+    parts = _open_parts("ImageNet", root, lambda part: _first_names(datasets.ImageNet(root, part)))
+    return _image_set(settings, root, *parts)
+
+
+def _first_names(found: Any) -> Any:
+    """Keep the first of the synonyms that name each class of ImageNet."""
+    found.classes = [names[0] for names in found.classes]
+    return found
+
+
+# -- Fashion-MNIST --------------------------------------------------------------------------------
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """Read a gzip'ed IDX file of bytes: magic with the number of dimensions, sizes, values."""
+    """Read a gzipped IDX file of bytes: magic number with the number of dimensions, sizes, values.
+
+    Raises DataError.
+    """
     try:
         content = gzip.decompress(path.read_bytes())
         sizes = np.frombuffer(content, ">i4", count=content[3], offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sizes)
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise DataError(
-            f"{path}: not a readable IDX file ({one_line(error)}); install it again"
+            f"{path}: cannot read IDX file ({one_line(error)}); download or install it again"
         ) from None
 
 
 class _Idx:
-    """One part of Debian's Fashion-MNIST, in the form of torchvision's class."""
+    """One part of Debian's Fashion-MNIST, with the interface of torchvision's class."""
 
     classes = datasets.FashionMNIST.classes
 
     def __init__(self, root: Path, part: str) -> None:
         self.data = _read_idx(root / f"{part}-images-idx3-ubyte.gz")
         self.targets: list[int] = _read_idx(root / f"{part}-labels-idx1-ubyte.gz").tolist()
+        problem = ""
         if len(self.data) != len(self.targets):
-            raise DataError(
-                f"{root}: {part} has {len(self.data)} images, {len(self.targets)} labels"
-            )
-        if self.targets and max(self.targets) >= len(self.classes):
-            raise DataError(
-                f"{root}: {part} has label {max(self.targets)} of {len(self.classes)} classes"
-            )
+            problem = f"{len(self.data)} images but {len(self.targets)} labels"
+        elif self.targets and max(self.targets) >= len(self.classes):
+            problem = f"label {max(self.targets)}, but there are {len(self.classes)} classes"
+        if problem:
+            raise DataError(f"{root}: {part} has {problem}; download or install it again")
 
     def __len__(self) -> int:
         return len(self.data)
@@ -274,33 +249,29 @@ class _Idx:
 
 
 def fashion_mnist(settings: DataSettings, cache: Path) -> ImageSet:
-    """Fashion-MNIST: torchvision's layout, or Debian's package as it lies in its folder."""
+    """Fashion-MNIST: torchvision's layout, or the folder of Debian's package."""
     if settings.root is None and not settings.download and DEBIAN_FASHION_MNIST.is_dir():
         root = DEBIAN_FASHION_MNIST
     else:
         root = _folder(settings, cache)
     if (root / "train-images-idx3-ubyte.gz").is_file():
-        return _of_torchvision(settings, root, _Idx(root, "train"), _Idx(root, "t10k"))
-    train, test = (
-        _opened(
-            "Fashion-MNIST",
-            root,
-            lambda part=part: datasets.FashionMNIST(root, train=part, download=settings.download),
-        )
-        for part in (True, False)
-    )
-    return _of_torchvision(settings, root, train, test)
+        return _image_set(settings, root, _Idx(root, "train"), _Idx(root, "t10k"))
+
+    def build(train: bool) -> Any:  # noqa: FBT001 - as torchvision has it
+        return datasets.FashionMNIST(root, train, download=settings.download)
+
+    return _image_set(settings, root, *_open_parts("Fashion-MNIST", root, build, (True, False)))
 
 
-# -- synthetic -----------------------------------------------------------------------------------
+# -- synthetic ------------------------------------------------------------------------------------
 
-SYNTHETIC_STEPS: Final = 1000  # an epoch
+SYNTHETIC_STEPS: Final = 1000  # steps per epoch
 
 
 def synthetic(settings: DataSettings, seed: int, batch: int) -> ImageSet:
-    """Noise with random labels, for benchmarks only: one batch, shown again at every step."""
+    """Noise with random labels, for benchmarks only: one batch, repeated in each step."""
     source = generator(seed, "synthetic")
-    size = _stored(settings)
+    size = _stored_size(settings)
     num_classes = settings.num_classes or 1000
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=source)
     labels = torch.randint(0, num_classes, (batch,), generator=source).tolist()
@@ -316,6 +287,8 @@ def synthetic(settings: DataSettings, seed: int, batch: int) -> ImageSet:
     )
 
 
+# -- opening a set by its name --------------------------------------------------------------------
+
 SETS: Final[dict[str, Callable[[DataSettings, Path], ImageSet]]] = {
     "photos": photos,
     "fashion_mnist": fashion_mnist,
@@ -327,50 +300,35 @@ SETS: Final[dict[str, Callable[[DataSettings, Path], ImageSet]]] = {
 
 
 def _digest(*parts: bytes) -> str:
-    digest = hashlib.sha256()
+    total = hashlib.sha256()
     for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def check_root(settings: DataSettings, cache: Path) -> None:
-    """Raise DataError where the set's folder is missing, before anything is made."""
-    if settings.name not in {*SETS, "synthetic"}:
-        refuse_choice("data", settings.name, (*SETS, "synthetic"))
-    if settings.name in {"photos", "synthetic"}:
-        return
-    if (
-        settings.name == "fashion_mnist"
-        and settings.root is None
-        and DEBIAN_FASHION_MNIST.is_dir()
-    ):
-        return
-    _folder(settings, cache)
+        total.update(part)
+    return total.hexdigest()
 
 
 def open_set(settings: DataSettings, cache: Path, seed: int = 0, batch: int = 128) -> ImageSet:
-    """Open the data set ``settings.name``; downloads, if asked to, into ``cache`` under a lock.
+    """Return the data set ``settings.name``; downloads into ``cache`` happen under a file lock.
 
-    ``seed`` and ``batch`` (images a step, of all replicas) are what synthetic is made from.
-    Raises DataError where images are missing, SettingsError where the classes do not fit.
+    ``seed`` and ``batch`` (images per step, of all replicas) determine the synthetic images.
+    Raises DataError if images are missing or damaged, SettingsError if the name, the number of
+    classes or the image size does not fit.
     """
-    check_root(settings, cache)
-    if settings.download and settings.name in SETS:
-        with locked(cache / "download.lock"):
-            found = SETS[settings.name](settings, cache)
-    elif settings.name == "synthetic":
+    if settings.name == "synthetic":
         found = synthetic(settings, seed, batch)
+    elif settings.name in SETS:
+        with locked(cache / "download.lock") if settings.download else nullcontext():
+            found = SETS[settings.name](settings, cache)
     else:
-        found = SETS[settings.name](settings, cache)
+        refuse_choice("data", settings.name, (*SETS, "synthetic"))
     wanted = settings.num_classes
     if wanted is not None and wanted != len(found.classes):
         raise SettingsError(
             f"model.num_classes={wanted}: data={found.name} has {len(found.classes)} classes; "
-            "leave model.num_classes out"
+            "leave model.num_classes unset"
         )
     if found.stored_size < settings.image_size:
         raise SettingsError(
             f"model.image_size={settings.image_size}: data={found.name} is stored at "
-            f"{found.stored_size} pixels; give that or less"
+            f"{found.stored_size} pixels; use {found.stored_size} or less"
         )
     return found

@@ -193,14 +193,14 @@ def changed(place: Path) -> None:
 DATA: list[tuple[str, Callable[[Path], None], str]] = [
     ("17 empty class", empty_class, "none"),
     ("18 other classes", other_class, "different classes"),
-    ("19 no bytes", no_bytes, "3.png: not a readable image"),
-    ("19 a page", a_page, "3.png: not a readable image"),
-    ("19 a dead link", a_dead_link, "3.png: not a readable image (No such file"),
-    ("20 cut", cut, "3.png: not a readable image"),
+    ("19 no bytes", no_bytes, "3.png: cannot read image"),
+    ("19 a page", a_page, "3.png: cannot read image"),
+    ("19 a dead link", a_dead_link, "3.png: cannot read image (No such file"),
+    ("20 cut", cut, "3.png: cannot read image"),
     ("21 a bomb", bomb, "10000 x 9000 pixels"),
-    ("21 a huge bomb", huge_bomb, "3.png: not a readable image"),
-    ("23 no 8 bits", float_pixels, "big.tiff: not a readable image (mode F"),
-    ("29 name", strange_name, ".png: not a readable image"),
+    ("21 a huge bomb", huge_bomb, "3.png: cannot read image"),
+    ("23 no 8 bits", float_pixels, "big.tiff: cannot read image (mode F"),
+    ("29 name", strange_name, ".png: cannot read image"),
     ("30 changed", changed, "not the images that run/checkpoints/step-000000"),
 ]
 

@@ -33,7 +33,7 @@ class Numbered:
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if index == self.damaged:
-            raise DataError(f"photo {index}.jpg: not a readable image")
+            raise DataError(f"photo {index}.jpg: cannot read image")
         return torch.full((3, 10, 10), index, dtype=torch.uint8), index
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_image_is_one_line(workers: int) -> None:
     tests = TestLoader(Numbered(9, damaged=7), 2, CPU, workers=workers)
     with pytest.raises(DataError) as error:
         list(tests)
-    assert str(error.value) == "photo 7.jpg: not a readable image"
+    assert str(error.value) == "photo 7.jpg: cannot read image"
 
 
 class Deadly(Numbered):
@@ -136,7 +136,7 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path: Path, seconds: float) -> 
 
     settings = SimpleNamespace(precision="float32")
     job = jobs.Job("train", lambda *_: None, work)
-    with pytest.raises(LaunchError, match=r"a loader process was ended.*, likely out of memory"):
+    with pytest.raises(LaunchError, match=r"a loader process was killed.*, probably out of memory"):
         jobs.work(job, None, settings, Mesh(CPU), tmp_path, 0)
 
 
@@ -146,7 +146,7 @@ def test_a_worker_that_is_killed_is_told_with_its_signal() -> None:
     unexpected.__cause__ = killed
     for error in (killed, unexpected):
         said = loaders.worker_killed_message(error)
-        assert said.startswith("a loader process was ended by signal: Killed, likely out of")
+        assert said.startswith("a loader process was killed by signal: Killed, probably out of")
     assert loaders.worker_killed_message(ConnectionResetError(104, "Connection reset by peer"))
     for other in (RuntimeError, EOFError):  # a worker's own, not its end
         assert not loaders.worker_killed_message(

@@ -98,7 +98,7 @@ def test_a_damaged_image_is_named(tmp_path: Path, content: bytes) -> None:
     root = folder(tmp_path)
     (root / "train" / "ant" / "broken.png").write_bytes(content)
     found = open_set(settings("imagefolder", root=str(root)), tmp_path)
-    with pytest.raises(DataError, match=r"broken\.png: not a readable image"):
+    with pytest.raises(DataError, match=r"broken\.png: cannot read image"):
         _ = [found.train[index] for index in range(len(found.train))]
 
 
@@ -121,7 +121,7 @@ def test_a_missing_root_is_named_with_its_mend(tmp_path: Path, name: str) -> Non
     missing = tmp_path / "nowhere"
     with pytest.raises(DataError, match=r"data\.root=.*nowhere: no such folder"):
         open_set(settings(name, root=str(missing)), tmp_path / "cache")
-    with pytest.raises(DataError, match=r"give data\.root=FOLDER"):
+    with pytest.raises(DataError, match=r"use data\.root=FOLDER"):
         open_set(settings(name), tmp_path / "cache")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -241,7 +241,7 @@ def test_a_damaged_idx_file_is_named(tmp_path: Path, damage: str) -> None:
     content[len(content) // 2] ^= 255
     damaged = {"cut": content[:-40], "flip": content, "other": b"<html>"}
     path.write_bytes(damaged[damage])
-    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: not a readable IDX"):
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: cannot read IDX"):
         open_set(settings("fashion_mnist", root=str(tmp_path)), tmp_path)
 
 
@@ -289,7 +289,7 @@ def test_statistics_are_those_of_the_training_images_and_kept(
     assert torch.allclose(rebuilt, covariance, rtol=1e-4, atol=1e-2)
     assert measured.std[0] > measured.std[1] > measured.std[2]
     monkeypatch.setattr(
-        "modelpar.images.statistics._measure", lambda *_: pytest.fail("measured twice")
+        "modelpar.images.statistics._compute", lambda *_: pytest.fail("computed twice")
     )
     again = statistics(found, tmp_path)
     assert torch.equal(again.mean, measured.mean)
