@@ -136,7 +136,9 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path: Path, seconds: float) -> 
 
     settings = SimpleNamespace(precision="float32")
     job = jobs.Job("train", lambda *_: None, work)
-    with pytest.raises(LaunchError, match=r"a loader process was killed.*, probably out of memory"):
+    with pytest.raises(
+        LaunchError, match=r"a loader process was killed.*, probably out of memory"
+    ):
         jobs.work(job, None, settings, Mesh(CPU), tmp_path, 0)
 
 
