@@ -1,9 +1,10 @@
-"""Order, draws and batches: functions of seed, epoch and position, of nothing else."""
+"""Order, augmentation and batches depend only on seed, epoch and position."""
 
 import os
 import random
 import signal
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,51 +38,47 @@ class Numbered:
         return torch.full((3, 10, 10), index, dtype=torch.uint8), index
 
 
-def lens() -> Augmentation:
-    return Augmentation(
-        Statistics(torch.zeros(3, 10, 10), torch.ones(3), torch.eye(3)),
-        8,
-        scaled=False,
-        device="cpu",
-    )
+def augmentation() -> Augmentation:
+    statistics = Statistics(torch.zeros(3, 10, 10), torch.ones(3), torch.eye(3))
+    return Augmentation(statistics, 8, scaled=False, device="cpu")
 
 
 def loader(workers: int = 0, **how: int | bool) -> TrainLoader:
     order = BatchOrder(50, 8 // int(how.get("replicas", 1)), seed=1, **how)  # type: ignore[arg-type]
-    return TrainLoader(Numbered(50), order, lens(), CPU, crops="per_32", workers=workers)
+    return TrainLoader(Numbered(50), order, augmentation(), CPU, crops="per_32", workers=workers)
 
 
-def test_once_means_the_same_order_in_each_epoch() -> None:
+def test_shuffle_once_uses_the_same_order_in_each_epoch() -> None:
     orders = [sample_order(3, epoch, 100, "once") for epoch in range(3)]
     assert torch.equal(orders[0], orders[2])
     assert sorted(orders[0].tolist()) == list(range(100))
     assert not torch.equal(orders[0], sample_order(4, 0, 100, "once"))
 
 
-def test_every_epoch_draws_anew() -> None:
+def test_shuffle_every_epoch_uses_a_new_order() -> None:
     one, other = (sample_order(3, epoch, 100, "every_epoch") for epoch in (0, 1))
     assert not torch.equal(one, other)
     assert torch.equal(other, sample_order(3, 1, 100, "every_epoch"))
 
 
-def test_a_ragged_last_batch_is_dropped() -> None:
+def test_incomplete_last_batch_is_dropped() -> None:
     assert len(BatchOrder(50, 8, 0)) == 6
     assert len(BatchOrder(50, 4, 0, replicas=2)) == 6
 
 
-def test_a_batch_larger_than_the_data_is_refused() -> None:
+def test_batch_larger_than_the_data_is_an_error() -> None:
     with pytest.raises(SettingsError, match="batch_size=51"):
         BatchOrder(50, 51, 0)
 
 
-def test_replicas_share_the_global_batch() -> None:
+def test_replicas_split_the_global_batch() -> None:
     whole = list(BatchOrder(50, 8, 1))
     parts = [list(BatchOrder(50, 4, 1, replica=replica, replicas=2)) for replica in (0, 1)]
     assert whole == [one + other for one, other in zip(*parts, strict=True)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_can_be_entered_anywhere(workers: int) -> None:
+def test_epoch_can_start_at_any_batch(workers: int) -> None:
     whole = [(b.images, b.labels) for b in loader().epoch(2, 0, 0.1)]
     rest = [(b.images, b.labels) for b in loader(workers).epoch(2, 4, 0.1)]
     assert len(whole) == 6
@@ -91,7 +88,7 @@ def test_an_epoch_can_be_entered_anywhere(workers: int) -> None:
         assert torch.equal(labels, labels_again)
 
 
-def test_two_replicas_see_what_one_process_sees() -> None:
+def test_two_replicas_read_the_images_of_one_process() -> None:
     whole = list(loader().epoch(0, 0, 0.1))
     parts = [list(loader(replica=replica, replicas=2).epoch(0, 0, 0.1)) for replica in (0, 1)]
     for number, batch in enumerate(whole):
@@ -100,7 +97,7 @@ def test_two_replicas_see_what_one_process_sees() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_loader_leaves_every_generator_alone(workers: int) -> None:
+def test_loaders_do_not_use_the_global_generators(workers: int) -> None:
     torch.manual_seed(3)
     random.seed(3)
     before = torch.get_rng_state(), random.getstate()
@@ -110,8 +107,16 @@ def test_the_loader_leaves_every_generator_alone(workers: int) -> None:
     assert random.getstate() == before[1]
 
 
+def test_warnings_of_pillow_are_hidden_when_a_loader_exists() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        for _ in range(2):
+            warnings.warn_explicit("odd metadata", UserWarning, "f", 1, module="PIL.TiffTags")
+            TestLoader(Numbered(5), 2, CPU)
+    assert len(shown) == 1
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_one_line(workers: int) -> None:
+def test_damaged_image_is_reported_in_one_line(workers: int) -> None:
     tests = TestLoader(Numbered(9, damaged=7), 2, CPU, workers=workers)
     with pytest.raises(DataError) as error:
         list(tests)
@@ -119,7 +124,7 @@ def test_a_damaged_image_is_one_line(workers: int) -> None:
 
 
 class Deadly(Numbered):
-    """Whoever reads image 20 is killed, as when memory is short."""
+    """The process that reads image 20 is killed, as if memory were short."""
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if index == 20:
@@ -127,8 +132,8 @@ class Deadly(Numbered):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.3], ids=["in a fetch", "in a step"])
-def test_a_worker_that_is_killed_is_one_line(tmp_path: Path, seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.3], ids=["while fetching", "during a step"])
+def test_killed_worker_is_reported_in_one_line(tmp_path: Path, seconds: float) -> None:
     def work(*_: object) -> float:
         for _ in TestLoader(Deadly(40), 2, CPU, workers=1):
             time.sleep(seconds)
@@ -142,63 +147,64 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path: Path, seconds: float) -> 
         jobs.work(job, None, settings, Mesh(CPU), tmp_path, 0)
 
 
-def test_a_worker_that_is_killed_is_told_with_its_signal() -> None:
+def test_killed_worker_is_reported_with_its_signal() -> None:
     killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     unexpected = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
     unexpected.__cause__ = killed
     for error in (killed, unexpected):
-        said = loaders.worker_killed_message(error)
-        assert said.startswith("a loader process was killed by signal: Killed, probably out of")
+        message = loaders.worker_killed_message(error)
+        assert message.startswith("a loader process was killed by signal: Killed, probably out of")
     assert loaders.worker_killed_message(ConnectionResetError(104, "Connection reset by peer"))
-    for other in (RuntimeError, EOFError):  # a worker's own, not its end
+    for other in (RuntimeError, EOFError):  # raised by a worker that is alive
         assert not loaders.worker_killed_message(
             other("Caught one in DataLoader worker process 0.\nno")
         )
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_every_test_image_is_seen_once(replicas: int) -> None:
-    seen: list[int] = []
+def test_every_test_image_is_read_once(replicas: int) -> None:
+    found: list[int] = []
     for replica in range(replicas):
         for _, labels in TestLoader(Numbered(10), 4, CPU, replica=replica, replicas=replicas):
-            seen += labels.tolist()
-    assert sorted(seen) == list(range(10))
+            found += labels.tolist()
+    assert sorted(found) == list(range(10))
 
 
-def test_crop_and_flip_are_shared_by_32_or_drawn_for_each() -> None:
+def test_crop_and_flip_are_shared_by_32_images_or_drawn_per_image() -> None:
     shared = CropFlipColour.of_epoch(0, 0, 100, 32, "per_32")
     for first in range(0, 100, 32):
         chunk = shared.at(slice(first, min(first + 32, 100)))
         assert len(chunk.corner.unique(dim=0)) == 1
         assert len(chunk.flip.unique()) == 1
-        assert len(chunk.colour.unique(dim=0)) == len(chunk.colour)  # colour is each image's own
-    alone = CropFlipColour.of_epoch(0, 0, 20_000, 32, "per_image")
-    assert len(alone.corner.unique(dim=0)) == 33 * 33  # offsets 0 to 32 in each direction
-    assert float(alone.flip.float().mean()) == pytest.approx(0.5, abs=0.03)
+        assert len(chunk.colour.unique(dim=0)) == len(
+            chunk.colour
+        )  # each image has its own colour noise
+    single = CropFlipColour.of_epoch(0, 0, 20_000, 32, "per_image")
+    assert len(single.corner.unique(dim=0)) == 33 * 33  # offsets 0 to 32 in each direction
+    assert float(single.flip.float().mean()) == pytest.approx(0.5, abs=0.03)
     assert not torch.equal(
-        alone.corner, CropFlipColour.of_epoch(0, 1, 20_000, 32, "per_image").corner
+        single.corner, CropFlipColour.of_epoch(0, 1, 20_000, 32, "per_image").corner
     )
 
 
-def test_central_crops_are_what_a_test_sees() -> None:
-    view = lens()
+def test_central_crops_equal_those_of_an_evaluation() -> None:
+    crops = augmentation()
     images = torch.randint(0, 256, (5, 3, 10, 10), dtype=torch.uint8)
-    draws = CropFlipColour.of_epoch(0, 3, 5, view.border, "central")
-    assert torch.equal(view.train(images, draws, 0.0), view.center_crop(images))
+    draws = CropFlipColour.of_epoch(0, 3, 5, crops.border, "central")
+    assert torch.equal(crops.train(images, draws, 0.0), crops.center_crop(images))
 
 
-def test_training_view_is_the_crop_flipped_less_the_central_mean() -> None:
+def test_training_image_is_the_flipped_crop_minus_the_central_mean() -> None:
     mean = torch.randn(3, 10, 10)
-    view = Augmentation(
-        Statistics(mean, torch.ones(3), torch.eye(3)), 8, scaled=True, device="cpu"
-    )
+    statistics = Statistics(mean, torch.ones(3), torch.eye(3))
+    crops = Augmentation(statistics, 8, scaled=True, device="cpu")
     image = torch.randint(0, 256, (2, 3, 10, 10), dtype=torch.uint8)
     draws = CropFlipColour(
         torch.tensor([[0, 2], [1, 0]]), torch.tensor([True, False]), torch.zeros(2, 3)
     )
-    seen = view.train(image, draws, 0.0)
+    found = crops.train(image, draws, 0.0)
     window = mean[:, 1:9, 1:9]
-    assert torch.equal(seen[0], image[0, :, 0:8, 2:10].flip(-1).float() - window)
-    assert torch.equal(seen[1], image[1, :, 1:9, 0:8].float() - window)
-    noisy = view.train(image, draws, 0.1)
-    assert torch.allclose(noisy, seen / 1.1)  # scaled although these draws are zero
+    assert torch.equal(found[0], image[0, :, 0:8, 2:10].flip(-1).float() - window)
+    assert torch.equal(found[1], image[1, :, 1:9, 0:8].float() - window)
+    noisy = crops.train(image, draws, 0.1)
+    assert torch.allclose(noisy, found / 1.1)  # scaled although the colour noise is zero

@@ -1,4 +1,4 @@
-"""Each data set on small made files of its own layout, and on what the machine carries."""
+"""Each data set, on small generated files of the same layout, and on data installed here."""
 
 import gzip
 import pickle
@@ -58,14 +58,14 @@ def test_photos_train_and_test_cells_are_disjoint(tmp_path: Path) -> None:
     assert label == 0
     cells = {bytes(train.images[row].numpy().tobytes()) for row in set(train.rows)}
     held_out = {bytes(test.images[row].numpy().tobytes()) for row in set(test.rows)}
-    assert not cells & held_out  # no test pixel is ever trained on
+    assert not cells & held_out  # no test pixel is trained on
 
 
 # -- folders of images ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["imagefolder", "imagenet"])
-def test_folders_of_images(tmp_path: Path, name: str) -> None:
+def test_image_folders_are_read(tmp_path: Path, name: str) -> None:
     found = open_set(settings(name, root=str(folder(tmp_path))), tmp_path)
     assert list(found.classes) == ["ant", "bee"]
     assert (len(found.train), len(found.test)) == (4, 4)
@@ -84,17 +84,26 @@ def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (500, 33), (33, 500)])
-def test_images_of_any_size_become_the_central_square(
-    tmp_path: Path, size: tuple[int, int]
-) -> None:
+def test_images_of_any_size_become_a_central_square(tmp_path: Path, size: tuple[int, int]) -> None:
     root = folder(tmp_path)
     picture(root / "train" / "ant" / "a.png", size)
     found = open_set(settings("imagefolder", root=str(root)), tmp_path)
     assert {found.train[index][0].shape[1:] for index in range(5)} == {(73, 73)}
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_image_is_one_line_while_statistics_are_computed(
+    tmp_path: Path, workers: int
+) -> None:
+    root = folder(tmp_path)
+    (root / "train" / "ant" / "broken.png").write_bytes(b"")
+    found = open_set(settings("imagefolder", root=str(root)), tmp_path)
+    with pytest.raises(DataError, match=r"^\S*broken\.png: cannot read image .*delete it$"):
+        statistics(found, tmp_path, workers)
+
+
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n cut"])
-def test_a_damaged_image_is_named(tmp_path: Path, content: bytes) -> None:
+def test_damaged_image_is_named(tmp_path: Path, content: bytes) -> None:
     root = folder(tmp_path)
     (root / "train" / "ant" / "broken.png").write_bytes(content)
     found = open_set(settings("imagefolder", root=str(root)), tmp_path)
@@ -102,14 +111,14 @@ def test_a_damaged_image_is_named(tmp_path: Path, content: bytes) -> None:
         _ = [found.train[index] for index in range(len(found.train))]
 
 
-def test_other_classes_in_val_are_refused(tmp_path: Path) -> None:
+def test_different_classes_in_val_are_an_error(tmp_path: Path) -> None:
     root = folder(tmp_path)
     picture(root / "val" / "cow" / "0.png")
     with pytest.raises(DataError, match="different classes"):
         open_set(settings("imagefolder", root=str(root)), tmp_path)
 
 
-def test_an_empty_class_is_refused(tmp_path: Path) -> None:
+def test_empty_class_is_an_error(tmp_path: Path) -> None:
     root = folder(tmp_path)
     (root / "train" / "empty").mkdir()
     with pytest.raises(DataError, match="empty"):
@@ -117,7 +126,7 @@ def test_an_empty_class_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["imagefolder", "imagenet", "imagenette", "cifar10"])
-def test_a_missing_root_is_named_with_its_mend(tmp_path: Path, name: str) -> None:
+def test_missing_root_is_named_with_the_fix(tmp_path: Path, name: str) -> None:
     missing = tmp_path / "nowhere"
     with pytest.raises(DataError, match=r"data\.root=.*nowhere: no such folder"):
         open_set(settings(name, root=str(missing)), tmp_path / "cache")
@@ -130,28 +139,28 @@ def test_a_missing_root_is_named_with_its_mend(tmp_path: Path, name: str) -> Non
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_number_of_classes_must_fit(tmp_path: Path) -> None:
+def test_wrong_number_of_classes_is_an_error(tmp_path: Path) -> None:
     root = str(folder(tmp_path))
     with pytest.raises(SettingsError, match=r"num_classes=5: data=imagefolder has 2"):
         open_set(settings("imagefolder", root=root, num_classes=5), tmp_path)
 
 
-def test_an_unknown_set_names_the_nearest(tmp_path: Path) -> None:
+def test_unknown_data_set_suggests_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="did you mean photos"):
         open_set(settings("photo"), tmp_path)
 
 
-def test_a_damaged_meta_file_is_named(tmp_path: Path) -> None:
+def test_damaged_meta_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "meta.bin").write_bytes(b"no pickle")
     with pytest.raises(DataError, match="no ImageNet there"):
         open_set(settings("imagenet", root=str(folder(tmp_path))), tmp_path)
 
 
-def test_the_fingerprint_changes_with_the_images(tmp_path: Path) -> None:
+def test_fingerprint_changes_with_the_images(tmp_path: Path) -> None:
     root = folder(tmp_path)
     before = open_set(settings("imagefolder", root=str(root)), tmp_path).fingerprint
     assert open_set(settings("imagefolder", root=str(root)), tmp_path).fingerprint == before
-    picture(root / "train" / "bee" / "0.png", (91, 70))  # the same name
+    picture(root / "train" / "bee" / "0.png", (91, 70))  # the same name, another size
     after = open_set(settings("imagefolder", root=str(root)), tmp_path).fingerprint
     assert after != before
     picture(root / "train" / "bee" / "more.png")
@@ -161,7 +170,7 @@ def test_the_fingerprint_changes_with_the_images(tmp_path: Path) -> None:
 # -- torchvision's layouts ------------------------------------------------------------------------
 
 
-def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / datasets.CIFAR10.base_folder
     base.mkdir()
     pixels = torch.randint(0, 256, (4, 3072), dtype=torch.uint8).numpy()
@@ -177,7 +186,7 @@ def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.train[3][1] == 9
 
 
-def test_imagenette(tmp_path: Path) -> None:
+def test_imagenette_is_read(tmp_path: Path) -> None:
     for part in ("train", "val"):
         for wnid in datasets.Imagenette._WNID_TO_CLASS:
             picture(tmp_path / "imagenette2-320" / part / wnid / "0.JPEG")
@@ -187,7 +196,7 @@ def test_imagenette(tmp_path: Path) -> None:
     assert found.train[9][1] == 9
 
 
-def test_imagenet_as_torchvision_unpacks_it(tmp_path: Path) -> None:
+def test_imagenet_in_torchvisions_layout(tmp_path: Path) -> None:
     wnids = {"n01": ("tench", "Tinca"), "n02": ("goldfish",)}
     for part in ("train", "val"):
         for wnid in wnids:
@@ -205,7 +214,7 @@ def idx(values: torch.Tensor) -> bytes:
     return bytes([0, 0, 8, values.ndim]) + sizes + values.numpy().tobytes()
 
 
-def made_fashion(root: Path, count: int = 6) -> Path:
+def write_fashion(root: Path, count: int = 6) -> Path:
     for part in ("train", "t10k"):
         images = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8)
         labels = (torch.arange(count) % 10).to(torch.uint8)
@@ -214,20 +223,20 @@ def made_fashion(root: Path, count: int = 6) -> Path:
     return root
 
 
-def test_fashion_mnist_as_debian_lays_it(tmp_path: Path) -> None:
-    found = open_set(settings("fashion_mnist", root=str(made_fashion(tmp_path))), tmp_path)
+def test_fashion_mnist_in_debians_layout(tmp_path: Path) -> None:
+    found = open_set(settings("fashion_mnist", root=str(write_fashion(tmp_path))), tmp_path)
     assert (len(found.train), len(found.test)) == (6, 6)
     image, label = found.train[5]
     assert image.shape == (3, 73, 73)
-    assert torch.equal(image[0], image[2])  # grey made RGB
+    assert torch.equal(image[0], image[2])  # grey is repeated
     assert label == 5
     assert "Sneaker" in found.classes
 
 
-def test_fashion_mnist_as_torchvision_lays_it(tmp_path: Path) -> None:
+def test_fashion_mnist_in_torchvisions_layout(tmp_path: Path) -> None:
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    for path in made_fashion(raw).glob("*.gz"):
+    for path in write_fashion(raw).glob("*.gz"):
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
     found = open_set(settings("fashion_mnist", root=str(tmp_path)), tmp_path)
@@ -235,8 +244,8 @@ def test_fashion_mnist_as_torchvision_lays_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "other"])
-def test_a_damaged_idx_file_is_named(tmp_path: Path, damage: str) -> None:
-    path = made_fashion(tmp_path) / "train-images-idx3-ubyte.gz"
+def test_damaged_idx_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = write_fashion(tmp_path) / "train-images-idx3-ubyte.gz"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
     damaged = {"cut": content[:-40], "flip": content, "other": b"<html>"}
@@ -249,7 +258,7 @@ def test_a_damaged_idx_file_is_named(tmp_path: Path, damage: str) -> None:
     not sets.DEBIAN_FASHION_MNIST.is_dir(),
     reason="Debian's dataset-fashion-mnist is not installed",
 )
-def test_debians_package(tmp_path: Path) -> None:
+def test_installed_debian_package_is_read(tmp_path: Path) -> None:
     found = open_set(settings("fashion_mnist"), tmp_path)
     assert (len(found.train), len(found.test)) == (60_000, 10_000)
 
@@ -257,7 +266,7 @@ def test_debians_package(tmp_path: Path) -> None:
 # -- synthetic, statistics ------------------------------------------------------------------------
 
 
-def test_synthetic_is_one_batch_again_and_again(tmp_path: Path) -> None:
+def test_synthetic_repeats_one_batch(tmp_path: Path) -> None:
     found = open_set(settings("synthetic", num_classes=7), tmp_path, seed=3)
     assert len(found.train) == 1000 * 128
     assert len(found.classes) == 7
@@ -268,32 +277,32 @@ def test_synthetic_is_one_batch_again_and_again(tmp_path: Path) -> None:
             torch.equal(found.train[one][0], found.train[other][0])
             for one, other in zip(first[0], batch, strict=True)
         )
-    mean = statistics(found, tmp_path).mean  # of one pass over the batch
+    mean = statistics(found, tmp_path).mean  # from one pass over the batch
     assert torch.allclose(mean, found.test.images.float().mean(0), atol=1e-3)  # type: ignore[attr-defined]
     other = open_set(settings("synthetic", num_classes=7), tmp_path, seed=4)
     assert not torch.equal(found.train[0][0], other.train[0][0])
 
 
-def test_statistics_are_those_of_the_training_images_and_kept(
+def test_statistics_are_computed_from_the_training_images_and_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = open_set(settings("photos"), tmp_path)
-    measured = statistics(found, tmp_path)
+    computed = statistics(found, tmp_path)
     images = torch.stack([found.train[index][0] for index in range(len(found.train))]).double()
-    assert torch.allclose(measured.mean.double(), images.mean(0), atol=1e-3)
+    assert torch.allclose(computed.mean.double(), images.mean(0), atol=1e-3)
     pixels = images.transpose(0, 1).flatten(1)
     covariance = torch.cov(pixels, correction=0)
     rebuilt = (
-        measured.axes.double().T @ torch.diag(measured.std.double() ** 2) @ measured.axes.double()
+        computed.axes.double().T @ torch.diag(computed.std.double() ** 2) @ computed.axes.double()
     )
     assert torch.allclose(rebuilt, covariance, rtol=1e-4, atol=1e-2)
-    assert measured.std[0] > measured.std[1] > measured.std[2]
+    assert computed.std[0] > computed.std[1] > computed.std[2]
     monkeypatch.setattr(
         "modelpar.images.statistics._compute", lambda *_: pytest.fail("computed twice")
     )
     again = statistics(found, tmp_path)
-    assert torch.equal(again.mean, measured.mean)
-    (kept,) = (tmp_path / "statistics").glob("*.safetensors")
-    kept.write_bytes(b"damaged")
+    assert torch.equal(again.mean, computed.mean)
+    (cached,) = (tmp_path / "statistics").glob("*.safetensors")
+    cached.write_bytes(b"damaged")
     with pytest.raises(DataError, match="damaged"):
         statistics(found, tmp_path)

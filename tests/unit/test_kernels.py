@@ -1,4 +1,4 @@
-"""Figure 3 in numbers, on kernels whose colour and frequency are known."""
+"""Figure 3 in numbers: kernels whose colour share and frequency are known."""
 
 import math
 
@@ -16,7 +16,7 @@ from modelpar.analysis.kernels import (
 
 
 def grating(waves: int, angle: str = "across") -> torch.Tensor:
-    """One wave pattern (11, 11) of so many whole waves across the kernel."""
+    """Return (11, 11): a cosine with ``waves`` periods across the kernel."""
     wave = torch.cos(2 * math.pi * waves * torch.arange(11) / 11)
     if angle == "across":
         return wave.expand(11, 11)
@@ -28,7 +28,7 @@ def coloured(pattern: torch.Tensor, red: float, green: float, blue: float) -> to
 
 
 @pytest.mark.parametrize("waves", [1, 2, 5])
-def test_a_grey_grating_has_no_colour_and_its_own_frequency(waves: int) -> None:
+def test_grey_grating_has_no_colour_and_its_frequency(waves: int) -> None:
     kernels = coloured(grating(waves), 1, 1, 1)
     assert float(colour_share(kernels)) == pytest.approx(0, abs=1e-9)
     assert float(frequency(kernels)) == pytest.approx(waves / 11, abs=1e-6)
@@ -36,41 +36,41 @@ def test_a_grey_grating_has_no_colour_and_its_own_frequency(waves: int) -> None:
     assert float(frequency(slanted)) == pytest.approx(math.sqrt(2) * waves / 11, abs=1e-6)
 
 
-def test_red_less_green_is_colour_alone() -> None:
+def test_red_minus_green_is_all_colour() -> None:
     blob = coloured(torch.ones(11, 11), 1, -1, 0)
     assert float(colour_share(blob)) == pytest.approx(1)
-    assert float(frequency(blob)) == pytest.approx(0, abs=1e-9)  # what is constant counts
+    assert float(frequency(blob)) == pytest.approx(0, abs=1e-9)  # the constant part counts
     red = coloured(grating(2), 1, 0, 0)
     assert float(colour_share(red)) == pytest.approx(2 / 3)
 
 
-def test_random_weights_are_where_nothing_is_learnt() -> None:
+def test_random_weights_have_the_documented_shares() -> None:
     kernels = 0.01 * torch.randn(2000, 3, 11, 11)
     share = colour_share(kernels)
     assert float(share.mean()) == pytest.approx(RANDOM_SHARE, abs=0.005)
-    assert float(share.std()) == pytest.approx(0.035, abs=0.003)  # as COLOUR_SHARE's comment says
+    assert float(share.std()) == pytest.approx(0.035, abs=0.003)  # the comment at COLOUR_SHARE
     assert float((share > COLOUR_SHARE).double().mean()) < 0.02
     assert float(frequency(kernels).mean()) == pytest.approx(0.38, abs=0.005)
 
 
-def test_a_kernel_of_zeros_is_neither() -> None:
+def test_kernel_of_zeros_has_no_colour_and_no_frequency() -> None:
     assert float(colour_share(torch.zeros(1, 3, 11, 11))) == 0
     assert float(frequency(torch.zeros(1, 3, 11, 11))) == 0
 
 
-def test_columns_are_told_apart() -> None:
+def test_grey_and_colour_columns_differ() -> None:
     grey = coloured(grating(3), 1, 1, 1).repeat(48, 1, 1, 1)
     colour = coloured(torch.ones(11, 11), 1, 0, -1).repeat(48, 1, 1, 1)
     found = specialisation(torch.cat([grey, colour]), columns=2)
-    assert [own.colour_kernels for own in found] == [0, 48]
-    apart = colour_difference(found)
-    assert apart is not None
-    assert apart == pytest.approx((-1, 0), abs=1e-6)
-    spread = specialisation(torch.cat([grey, colour, colour, colour]), columns=2)
-    assert colour_difference(spread) == pytest.approx((-0.5, 0.5 / math.sqrt(95)), abs=1e-6)
+    assert [part.colour_kernels for part in found] == [0, 48]
+    difference = colour_difference(found)
+    assert difference is not None
+    assert difference == pytest.approx((-1, 0), abs=1e-6)
+    mixed = specialisation(torch.cat([grey, colour, colour, colour]), columns=2)
+    assert colour_difference(mixed) == pytest.approx((-0.5, 0.5 / math.sqrt(95)), abs=1e-6)
 
 
-def test_one_column_has_no_other() -> None:
+def test_one_column_has_no_difference() -> None:
     (only,) = specialisation(torch.randn(64, 3, 5, 5), columns=1)
     assert len(only.colour_share) == 64
     assert colour_difference([only]) is None

@@ -1,4 +1,4 @@
-"""Figure 4: the likeliest classes, and the nearest training images, on nets and images made so."""
+"""Figure 4: top predictions and nearest training images, on a tiny net and generated images."""
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ from modelpar.distributed import Mesh
 from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.samples import ImageSet, InMemory
 
-ALONE = Mesh(torch.device("cpu"))
+MESH = Mesh(torch.device("cpu"))
 
 
 class Tiny(nn.Module):
-    """Brightness of two halves; its only activation is torch's."""
+    """Two units, the brightness of two halves of the values; its only activation is torch's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Tiny(nn.Module):
         return self.last(self.relu(self.hidden(images.flatten(1))))
 
 
-def made(shades: list[int], tests: list[int]) -> ImageSet:
+def shaded(shades: list[int], tests: list[int]) -> ImageSet:
     """Images of 4 x 4 pixels of one shade each."""
     pixels = torch.tensor([*shades, *tests], dtype=torch.uint8)[:, None, None, None]
     images = pixels.expand(-1, 3, 4, 4).contiguous()
@@ -55,18 +55,17 @@ def made(shades: list[int], tests: list[int]) -> ImageSet:
     )
 
 
-def lens(size: int) -> Augmentation:
-    nothing = Statistics(torch.zeros(3, size, size), torch.zeros(3), torch.eye(3))
-    return Augmentation(nothing, size, scaled=False, device="cpu")
+ZERO_MEAN = Statistics(torch.zeros(3, 4, 4), torch.zeros(3), torch.eye(3))
+AUGMENTATION = Augmentation(ZERO_MEAN, 4, scaled=False, device="cpu")
 
 
-def test_the_same_image_is_nearest_at_distance_0_and_shown_once() -> None:
-    images = made([10, 200, 90, 90, 91, 100, 60, 95, 90, 150], tests=[90, 210])
-    found = figure4(Tiny(), ALONE, images, lens(4), list(range(10)), batch_size=3, workers=0)
+def test_identical_image_is_nearest_with_distance_0_and_returned_once() -> None:
+    images = shaded([10, 200, 90, 90, 91, 100, 60, 95, 90, 150], tests=[90, 210])
+    found = figure4(Tiny(), MESH, images, AUGMENTATION, list(range(10)), batch_size=3, workers=0)
     assert found is not None
     one = found.neighbours[0]
     assert [int(image[0, 0, 0]) for image in one.images] == [90, 91, 95, 100, 60, 150]
-    # A shade's step moves both units by 24.
+    # One step of shade changes both units by 24.
     expected = [24 * 2**0.5 * step for step in (0, 1, 5, 10, 30, 60)]
     assert one.distances == pytest.approx(expected)
     assert one.labels == [0, 0, 0, 1, 0, 1]
@@ -74,17 +73,17 @@ def test_the_same_image_is_nearest_at_distance_0_and_shown_once() -> None:
     assert found.searched == 10
 
 
-def test_only_the_rows_asked_for_are_looked_at() -> None:
-    images = made([10, 200, 90, 91], tests=[90])
-    found = figure4(Tiny(), ALONE, images, lens(4), [0, 1, 3], batch_size=2, workers=0)
+def test_only_the_requested_rows_are_searched() -> None:
+    images = shaded([10, 200, 90, 91], tests=[90])
+    found = figure4(Tiny(), MESH, images, AUGMENTATION, [0, 1, 3], batch_size=2, workers=0)
     assert found is not None
     (one,) = found.neighbours
     assert [int(image[0, 0, 0]) for image in one.images] == [91, 10, 200]
     picture = nearest_picture([one])
-    assert picture.shape == (3, 8, 7 * 8 + 4)  # what is missing is white
+    assert picture.shape == (3, 8, 7 * 8 + 4)  # missing neighbours are white
 
 
-def test_the_likeliest_classes_come_first() -> None:
+def test_most_probable_classes_come_first() -> None:
     images = [torch.zeros(3, 4, 4, dtype=torch.uint8)] * 2
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0, -2.0, -3.0], [5.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
     one, other = top_predictions(images, [2, 0], logits)
@@ -95,13 +94,13 @@ def test_the_likeliest_classes_come_first() -> None:
     assert other.probabilities[0] == pytest.approx(float(logits[1].softmax(0)[0]))
 
 
-def test_few_classes_are_all_shown() -> None:
+def test_all_classes_are_returned_if_there_are_few() -> None:
     images = [torch.zeros(3, 4, 4, dtype=torch.uint8)]
     (one,) = top_predictions(images, [1], torch.zeros(1, 3))
     assert len(one.classes) == 3
 
 
-def test_the_hidden_units_are_fc7s_and_the_net_is_left_as_it_was() -> None:
+def test_features_are_those_of_fc7_and_the_net_is_unchanged() -> None:
     net = AlexNet.from_recipe("code2012", 10, 64, seed=0).train()
     images = 100 * torch.randn(2, 3, 64, 64)
     logits, units = features(net, images)
@@ -113,17 +112,17 @@ def test_the_hidden_units_are_fc7s_and_the_net_is_left_as_it_was() -> None:
     assert not any(module._forward_hooks for module in net.modules())
 
 
-def test_activations_are_found_by_their_layers() -> None:
+def test_activations_are_found_with_the_names_of_their_layers() -> None:
     net = AlexNet.from_recipe("code2012", 10, 64, seed=0)
     names = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7"]
     assert list(activations_of(net)) == names
     assert list(activations_of(Tiny())) == ["hidden"]
     assert not activations_of(nn.Linear(3, 2))
     logits, units = features(nn.Linear(3, 2), torch.randn(4, 3))
-    assert torch.equal(logits, units)  # nothing else can be seen
+    assert torch.equal(logits, units)  # there is no activation module
 
 
-def test_places_are_spread_and_rows_drawn_by_the_seed() -> None:
+def test_indices_are_evenly_spaced_or_drawn_from_the_seed() -> None:
     assert evenly_spaced(280, 8) == [17, 52, 87, 122, 157, 192, 227, 262]
     assert evenly_spaced(3, 8) == [0, 1, 2]
     assert (
@@ -132,4 +131,4 @@ def test_places_are_spread_and_rows_drawn_by_the_seed() -> None:
         != random_subset(1000, 5, seed=1)
     )
     assert random_subset(4, 2000, seed=0) == [0, 1, 2, 3]
-    assert nearest_distinct(made([1], [1]).train, [0], torch.tensor([4.0]))[2] == [2.0]
+    assert nearest_distinct(shaded([1], [1]).train, [0], torch.tensor([4.0]))[2] == [2.0]

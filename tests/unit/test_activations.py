@@ -1,4 +1,4 @@
-"""What the layers give: counted in one forward or in parts, without touching the net."""
+"""Activation statistics: over whole batches or parts of them, without changing the net."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from modelpar import AlexNet
 from modelpar.analysis.activations import ActivationStats
 from modelpar.distributed import Mesh
 
-ALONE = Mesh(torch.device("cpu"))
+MESH = Mesh(torch.device("cpu"))
 
 
 def net_of(activation: str = "relu", **switches: object) -> AlexNet:
@@ -16,18 +16,18 @@ def net_of(activation: str = "relu", **switches: object) -> AlexNet:
 
 
 @torch.no_grad()
-def test_it_counts_what_torch_counts_and_changes_nothing() -> None:
+def test_statistics_equal_those_of_torch_and_the_net_is_unchanged() -> None:
     net, images = net_of(), 60 * torch.randn(6, 3, 64, 64)
-    net.fc7.weight[5] = 0  # a unit that is dead
+    net.fc7.weight[5] = 0  # a dead unit
     net.fc7.bias[5] = -1
     plain = net(images)
-    with ActivationStats(net, 2, ALONE, images=6) as seen:
+    with ActivationStats(net, 2, MESH, images=6) as stats:
         assert torch.equal(net(images), plain)
-    assert torch.equal(net(images), plain)  # gone
+    assert torch.equal(net(images), plain)  # the hooks are gone
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in net.modules())
-    rows = {(row.layer, row.column): row for row in seen.result()}
+    rows = {(row.layer, row.column): row for row in stats.result()}
     assert len(rows) == 7 * 2 + 1
-    units = torch.relu(net.fc7(net.blocks.after_fc6(net.fc6(flat(net, images)))))
+    units = torch.relu(net.fc7(net.blocks.after_fc6(net.fc6(flattened(net, images)))))
     for column, own in enumerate(units.chunk(2, 1)):
         row = rows["fc7", column]
         assert row.mean == pytest.approx(float(own.mean()), rel=1e-5)
@@ -39,7 +39,7 @@ def test_it_counts_what_torch_counts_and_changes_nothing() -> None:
     assert rows["logits", None].std == pytest.approx(float(plain.std(correction=0)), rel=1e-5)
 
 
-def flat(net: AlexNet, images: torch.Tensor) -> torch.Tensor:
+def flattened(net: AlexNet, images: torch.Tensor) -> torch.Tensor:
     blocks = net.blocks
     x = blocks.after_conv2(
         net.conv2(blocks.after_conv1(net.conv1(blocks.pad(images, net.conv1.weight))))
@@ -50,23 +50,23 @@ def flat(net: AlexNet, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_the_first_images_of_each_batch_are_enough() -> None:
+def test_only_the_first_images_of_each_batch_are_counted() -> None:
     net, images = net_of(), 60 * torch.randn(6, 3, 64, 64)
-    with ActivationStats(net, 2, ALONE, images=2) as some:
+    with ActivationStats(net, 2, MESH, images=2) as some:
         net(images[:3])
         net(images[3:])
-    with ActivationStats(net, 2, ALONE, images=4) as all_of_them:
+    with ActivationStats(net, 2, MESH, images=4) as every:
         net(images[[0, 1, 3, 4]])
-    for one, other in zip(some.result(), all_of_them.result(), strict=True):
+    for one, other in zip(some.result(), every.result(), strict=True):
         assert one.mean == pytest.approx(other.mean, rel=1e-5)
         assert one.dead == other.dead
 
 
 @torch.no_grad()
-def test_one_column_and_another_activation() -> None:
+def test_net_of_one_column_with_tanh_has_statistics_too() -> None:
     net, images = net_of("tanh", net="one_column"), 60 * torch.randn(2, 3, 64, 64)
-    with ActivationStats(net, 1, ALONE, images=2) as seen:
+    with ActivationStats(net, 1, MESH, images=2) as stats:
         net(images)
-    rows = seen.result()
+    rows = stats.result()
     assert [row.column for row in rows] == [0] * 7 + [None]
     assert all(abs(row.mean) <= 1 for row in rows if row.layer != "logits")
