@@ -1,17 +1,12 @@
 """Fixtures of all tests: processes held for the session, seeds, a cache of the run's own."""
 
 import os
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from collections.abc import Iterator
-
+from catalogue import write_images
 from ranks import Ranks
 
 
@@ -61,13 +56,5 @@ def two_replicas() -> Iterator[Ranks]:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty training images of two classes: five steps of eight an epoch."""
     root = tmp_path_factory.mktemp("images")
-    source = torch.Generator().manual_seed(0)
-    for part, count in (("train", 20), ("val", 5)):
-        for label, name in enumerate(("dark", "light")):
-            (root / part / name).mkdir(parents=True)
-            for number in range(count):
-                noise = torch.randint(0, 128, (80, 80, 3), dtype=torch.uint8, generator=source)
-                Image.fromarray((noise + 100 * label).numpy()).save(
-                    root / part / name / f"{number}.png"
-                )
+    write_images(root, train=20, val=5)
     return root

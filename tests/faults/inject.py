@@ -1,14 +1,15 @@
-"""Break trainings at random moments and see that nothing is lost, nothing hangs, nothing lies.
+"""Inject faults into training runs at random moments: nothing may be lost, and nothing may hang.
 
-    python tests/faults/inject.py --tries 50 --seed 0 [--only kill,save] [--out table.md]
+    python tests/faults/inject.py --tries 20 --seed 0 [--only kill,save] [--out table.md]
 
-Each try starts the real command, does its harm from outside, and compares what the run ends with,
-bit for bit, with a run that nobody disturbed.
+Each try starts the real command and causes one fault from outside. The run then continues, by
+itself or started again. Its last checkpoint must equal that of an undisturbed run bit for bit.
 """
 
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -16,60 +17,51 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
 
-import torch
-from PIL import Image
-
-from modelpar.training import checkpoint
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from collections.abc import Callable
-from typing import TextIO
-
-from unit.test_bad_input import DATA, WORDS
+from catalogue import IMAGES, SETTINGS, contents, write_images
+from processes import children, send, still_alive
 
 from modelpar.errors import CheckpointError
+from modelpar.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY = 30, 5  # three epochs of ten steps, an evaluation after each
-HANG = 240.0  # s after which a run counts as hung
-TIMEOUT = 8  # comm.timeout where a process is stopped or cut off
-ONE_LINE = 10.0  # s within which wrong input should be told, on a busy machine too
-TOGETHER = 5  # tries at once: most of the time is waiting
-HOW = [
-    "data=imagefolder",
-    "model.image_size=64",
-    "batch_size=8",
-    "workers=0",
-    "compile=false",
-    f"steps={STEPS}",
-    f"checkpoint_every={EVERY}",
-    "monitor.progress=false",
-    "monitor.tensorboard=false",
+STEPS, EVERY = 30, 5  # three epochs of ten steps, each followed by an evaluation
+HUNG_AFTER = 240.0  # s from the start of a run
+TIMEOUT = 8  # s, comm.timeout in runs with a stopped process or a cut link
+SLOW_ERROR = 10.0  # s; a bad input that takes longer to be reported is printed
+PARALLEL_TRIES = 5  # a run waits most of the time
+TRAIN = (
+    "data=imagefolder model.image_size=64 batch_size=8 workers=0 threads=1 compile=false "
+    f"steps={STEPS} checkpoint_every={EVERY} monitor.progress=false monitor.tensorboard=false"
+).split()
+LAUNCHER = [sys.executable, "-m", "modelpar.train"]
+TORCHRUN = [
+    *("torchrun", "--standalone", "--nproc-per-node=2"),
+    "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # as in the scripts of launch/
+    *("-m", "modelpar.train"),
 ]
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+TWO_HOSTS = ["bash", str(ROOT / "launch/slow_link.sh"), "10000", "modelpar.train"]
 
 
 @dataclass
-class Kind:
-    """One kind of fault and what came of its tries."""
+class Fault:
+    """One kind of fault and the outcome of its tries."""
 
     name: str
     tries: int = 0
     survived: int = 0
-    lost: list[int] = field(default_factory=list)  # steps done again
-    noticed: list[float] = field(default_factory=list)  # s until the others knew
-    goodput: list[float] = field(default_factory=list)  # time undisturbed / time it took
+    lost: list[int] = field(default_factory=list)  # steps that were trained again
+    noticed: list[float] = field(default_factory=list)  # s until the other processes reacted
+    goodput: list[float] = field(default_factory=list)  # undisturbed time / time with faults
     failures: list[str] = field(default_factory=list)
 
     def add(self, failure: str = "") -> None:
-        """Count one try."""
+        """Count one try, which survived unless ``failure`` describes what went wrong."""
         self.tries += 1
         self.survived += not failure
         if failure:
@@ -79,17 +71,13 @@ class Kind:
     def row(self) -> str:
         """Return the row of the table."""
 
-        def both(values: list[float], digits: int) -> str:
-            if not values:
-                return ""
-            return f"{statistics.median(values):.{digits}f}, {max(values):.{digits}f}"
+        def median_and_max(values: list[float] | list[int], digits: int) -> str:
+            shown = (statistics.median(values), max(values)) if values else ()
+            return ", ".join(f"{value:.{digits}f}" for value in shown)
 
-        good = f"{100 * statistics.mean(self.goodput):.0f} %" if self.goodput else ""
-        lost = both([float(one) for one in self.lost], 0)
-        return (
-            f"| {self.name} | {self.tries} | {self.survived} | {lost} "
-            f"| {both(self.noticed, 1)} | {good} |"
-        )
+        lost, noticed = median_and_max(self.lost, 0), median_and_max(self.noticed, 1)
+        goodput = f"{100 * statistics.mean(self.goodput):.0f} %" if self.goodput else ""
+        return f"| {self.name} | {self.tries} | {self.survived} | {lost} | {noticed} | {goodput} |"
 
 
 HEADER = (
@@ -98,582 +86,433 @@ HEADER = (
 )
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """Return the environment of the commands: this Python's programs, one cache for all runs."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+
+
 class Run:
-    """A training as a user starts it, through either door."""
+    """A training run that is started as a user starts it.
+
+    ``script`` is a shell script for its own mount namespace; COMMAND stands for the command.
+    """
 
     def __init__(
-        self, place: Path, name: str, *words: str, torchrun: int | None = None, under: str = ""
+        self, folder: Path, name: str, *words: str, start: list[str] = LAUNCHER, script: str = ""
     ) -> None:
-        self.run_dir = place / name
-        self.log = place / f"{name}.log"
-        launcher = [sys.executable, "-m", "modelpar.train"]
-        if torchrun is not None:
-            flags = ["--standalone", "--max-restarts", str(torchrun), "--shutdown-timeout", "120"]
-            flags += ["--signals-to-handle", SIGNALS, "--nproc-per-node", "2"]
-            launcher = [sys.executable, "-m", "torch.distributed.run", *flags]
-            launcher += ["-m", "modelpar.train"]
-        command = [*launcher, *HOW, f"data.root={place / 'images'}", f"run_dir={self.run_dir}"]
-        command += words
-        if under:
-            script = under.replace("COMMAND", " ".join(f"'{word}'" for word in command))
-            command = ["unshare", "-m", "sh", "-c", script]
+        self.name, self.run_dir, self.log = name, folder / name, folder / f"{name}.log"
+        paths = [f"data.root={folder / 'images'}", f"run_dir={self.run_dir}"]
+        command = [*start, *TRAIN, *paths, *words]
+        if script:
+            quoted = " ".join(f"'{word}'" for word in command)
+            command = ["unshare", "-m", "sh", "-c", script.replace("COMMAND", quoted)]
         self.began = time.monotonic()
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, **_how(place, log))
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=environment(folder), stdout=log, stderr=log
+            )
 
     def ranks(self) -> list[int]:
-        """Return the processes of the ranks that are there now."""
+        """Return the process ids of the ranks that exist now."""
         found = []
-        for child in _children(self.process.pid):
+        for child in children(self.process.pid):
             with suppress(OSError):
-                words = Path(f"/proc/{child}/cmdline").read_text()
-                if "spawn_main" in words or "modelpar.train" in words:
+                if "modelpar.train" in Path(f"/proc/{child}/cmdline").read_text():
                     found.append(child)
         return sorted(found)
 
     def step(self) -> int:
-        """Return the step of the last row."""
+        """Return the step of the last row of metrics.jsonl, 0 without one."""
         with suppress(OSError, IndexError, ValueError):
             last = (self.run_dir / "metrics.jsonl").read_text().splitlines()[-1]
             return int(last.partition('"step": ')[2].partition(",")[0])
         return 0
 
     def saved(self) -> int:
-        """Return the newest checkpoint's step, 0 for none."""
+        """Return the step of the newest checkpoint, 0 without one."""
         names = [path.name for path in (self.run_dir / "checkpoints").glob("step-*")]
         return max((int(name.removeprefix("step-")) for name in names), default=0)
 
     def saving(self) -> bool:
-        """Whether a save is under way."""
+        """Return whether a checkpoint is being written."""
         return any((self.run_dir / "checkpoints").glob(".tmp-*"))
 
-    def until(self, what: Callable[[], bool], within: float = HANG) -> bool:
-        """Wait until ``what`` is so; False where the run ended or it took too long."""
-        deadline = time.monotonic() + within
-        while not what():
+    def wait_until(self, condition: Callable[[], bool], seconds: float = HUNG_AFTER) -> bool:
+        """Wait for a condition; return False if the run ended before or it took too long."""
+        deadline = time.monotonic() + seconds
+        while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 return False
             time.sleep(0.005)
         return True
 
-    def end(self) -> int | None:
-        """Wait for the end; return the exit status, None for a hang, which is ended."""
+    def wait(self) -> int | None:
+        """Wait for the end; return the exit status, or None for a hung run, which is killed."""
         try:
-            return self.process.wait(max(1.0, self.began + HANG - time.monotonic()))
+            return self.process.wait(max(1.0, self.began + HUNG_AFTER - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self.kill()
+            for child in [*children(self.process.pid, deep=True), self.process.pid]:
+                send(signal.SIGKILL, child)
+            self.process.wait()
             return None
 
-    def kill(self) -> None:
-        """End everything of this run at once."""
-        for child in [*_children(self.process.pid, deep=True), self.process.pid]:
-            with suppress(OSError):
-                os.kill(child, signal.SIGKILL)
-        self.process.wait()
-
     def lines(self) -> list[str]:
-        """Return what it said on stderr in its own name."""
-        said = self.log.read_text().splitlines()
-        return [line for line in said if line.startswith("modelpar: ")]
+        """Return the lines that modelpar itself printed."""
+        text = self.log.read_text()
+        return [line for line in text.splitlines() if line.startswith("modelpar: ")]
 
 
-def _how(place: Path, log: TextIO | int) -> dict[str, Any]:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "XDG_CACHE_HOME": str(place / "cache"),
-        "PYTHONPATH": str(ROOT),
-    }
-    return {"cwd": place, "env": environment, "stdout": log, "stderr": log}
-
-
-def _children(of: int, *, deep: bool = False) -> list[int]:
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            number, _, rest = status.read_text().partition(" ")
-            if int(rest.rpartition(")")[2].split()[1]) == of:
-                found.append(int(number))
-    return found + ([one for child in found for one in _children(child, deep=True)] * deep)
-
-
-def alive(number: int) -> bool:
-    """Whether the process runs, and is no zombie."""
-    with suppress(OSError):
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+def is_root(fault: Fault, program: str) -> bool:
+    """Return whether this is root and has the program; print that the fault is left out if not."""
+    if os.geteuid() == 0 and shutil.which(program):
+        return True
+    print(f"  {fault.name}: left out, it needs root and {program}")
     return False
 
 
-def hashes(run_dir: Path) -> dict[str, str]:
-    """Verify every file of the newest checkpoint; return step and hashes."""
-    found = checkpoint.newest(run_dir)
-    if found is None:
-        return {}
-    for name, told in found.manifest["files"].items():
-        checkpoint.read_tensors(found.folder / name, told)
-    told = {name: one["sha256"] for name, one in found.manifest["files"].items()}
-    return {"step": str(found.step), **told}
+def verify(run_dir: Path) -> tuple[int, dict[str, str], str]:
+    """Return the newest checkpoint's step, the hash of each of its files, and its damage.
+
+    Reads every file. The step is 0 without a checkpoint; an empty text means no damage.
+    """
+    try:
+        newest = checkpoint.newest(run_dir)
+        files = newest.manifest["files"] if newest else {}
+        for name, entry in files.items():
+            checkpoint.read_tensors(newest.folder / name, entry)
+    except CheckpointError as error:
+        return 0, {}, str(error)
+    hashes = {name: entry["sha256"] for name, entry in files.items()}
+    return newest.step if newest else 0, hashes, ""
 
 
-class Harm:
-    """All tries of all kinds, in one folder."""
+class Injector:
+    """All faults, on runs in one folder. The public methods are the kinds of faults."""
 
-    def __init__(self, place: Path, tries: int, seed: int) -> None:
-        self.place, self.tries = place, tries
-        self.seed = seed
+    def __init__(self, folder: Path, tries: int, seed: int) -> None:
+        self.folder, self.tries, self.seed = folder, tries, seed
         self.random = random.Random(seed)
-        _images(place / "images")
-        first = Run(place, "first")  # measures the mean image
-        assert first.end() == 0, first.log.read_text()
-        once = Run(place, "once")
-        assert once.end() == 0, once.log.read_text()
-        self.time = time.monotonic() - once.began
-        self.expected = hashes(once.run_dir)
-        assert self.expected == hashes(first.run_dir), "two runs are not the same run"
+        write_images(folder / "images", train=40, val=10)
+        first = Run(folder, "first")  # also measures the mean image
+        assert first.wait() == 0, first.log.read_text()
+        reference = Run(folder, "reference")
+        assert reference.wait() == 0, reference.log.read_text()
+        self.seconds = time.monotonic() - reference.began
+        self.expected = verify(reference.run_dir)
+        assert self.expected == verify(first.run_dir), "two undisturbed runs differ"
 
-    def judge(self, run: Run, code: int | None) -> str:
-        """Return what is wrong with how a run ended that should have ended well."""
-        if code is None:
-            return f"{run.run_dir.name}: hung"
-        if code != 0:
-            return f"{run.run_dir.name}: ended with {code}: {run.lines()[-1:]}"
-        try:
-            ended = hashes(run.run_dir)
-        except CheckpointError as error:
-            return str(error)
+    def verdict(self, run: Run, status: int | None) -> str:
+        """Return what is wrong with a run that should have finished, an empty text if nothing."""
+        if status is None:
+            return f"{run.name}: hung"
+        if status != 0:
+            return f"{run.name}: exit status {status}: {run.lines()[-1:]}"
+        ended = verify(run.run_dir)
         rows = (run.run_dir / "metrics.jsonl").read_text()
-        twice = any(rows.count(f'"train", "step": {step},') != 1 for step in range(1, STEPS + 1))
-        if twice:
-            return f"{run.run_dir.name}: a step stands in metrics.jsonl twice, or not at all"
-        return "" if ended == self.expected else f"{run.run_dir.name}: other weights"
+        if any(rows.count(f'"train", "step": {step},') != 1 for step in range(1, STEPS + 1)):
+            return f"{run.name}: metrics.jsonl has a step twice, or lacks one"
+        same = ended == self.expected
+        return "" if same else f"{run.name}: not the undisturbed run's weights: {ended}"
 
-    def together(self, one: Callable[[int, random.Random], None]) -> None:
-        """Do the tries, several at a time, each with its own draws."""
-        draws = [random.Random(f"{self.seed} {one.__qualname__} {n}") for n in range(self.tries)]
-        with ThreadPoolExecutor(TOGETHER) as pool:
-            list(pool.map(one, range(self.tries), draws))
+    def in_parallel(self, fault: Fault, attempt: Callable[[int, random.Random], str]) -> Fault:
+        """Make the tries of one fault, several at a time, each with its own random numbers.
 
-    # -- killed, and started again by itself --
+        Each attempt returns what went wrong, an empty text if nothing did.
+        """
+        draws = [random.Random(f"{self.seed} {fault.name} {n}") for n in range(self.tries)]
+        with ThreadPoolExecutor(PARALLEL_TRIES) as pool:
+            for wrong in pool.map(attempt, range(self.tries), draws):
+                fault.add(wrong)
+        return fault
 
-    def kill(self) -> Kind:
-        """SIGKILL either rank at any moment, from its first import to its last save."""
-        return self._killed(Kind("a rank killed, at any moment"), in_save=False)
+    def pause(self, draw: random.Random, run: Run) -> None:
+        """Wait for the first step, then for a random time."""
+        run.wait_until(lambda: run.step() > 0)
+        time.sleep(draw.uniform(0, self.seconds / 3))
 
-    def save(self) -> Kind:
-        """SIGKILL either rank, or both, inside a save."""
-        return self._killed(Kind("a rank, or both, killed inside a save"), in_save=True)
-
-    def _killed(self, kind: Kind, *, in_save: bool) -> Kind:
-        number = 0
-        while kind.tries < self.tries:
-            number += 1
-            door = None if number % 2 else 99  # by turns: our own door, torchrun's
-            words = ["checkpoint_every=2"] if in_save else []
-            words += ["restarts=99"] if door is None else []
-            name = f"{'save' if in_save else 'kill'}-{number}"
-            run = Run(self.place, name, *words, torchrun=door)
-            done = 0
-            before, wrong = 0, ""
-            while kind.tries + done < self.tries:
-                if not run.until(lambda run=run: len(run.ranks()) == 2):
-                    break
-                if in_save and not self._inside_a_save(run):
-                    break
-                if not in_save:
-                    time.sleep(self.random.uniform(0, self.time))
-                ranks = run.ranks()
-                if len(ranks) != 2 or run.process.poll() is not None:
-                    break
-                both = in_save and self.random.random() < 1 / 3
-                step, doomed = run.step(), ranks if both else [self.random.choice(ranks)]
-                when = time.monotonic()
-                for one in doomed:
-                    os.kill(one, signal.SIGKILL)
-                done += 1
-                if run.until(lambda ranks=ranks: not any(map(alive, ranks)), 60):
-                    kind.noticed.append(time.monotonic() - when)
-                try:
-                    newest = int(hashes(run.run_dir).get("step", 0))  # reads and verifies it all
-                    wrong = wrong or (f"{name}: fell back" if newest < before else "")
-                    kind.lost.append(max(0, step - newest))
-                    before = newest
-                except CheckpointError as error:
-                    wrong = wrong or str(error)
-            code = run.end()
-            wrong = wrong or self.judge(run, code)
-            if done:
-                kind.goodput.append(min(1.0, self.time / (time.monotonic() - run.began)))
-            for _ in range(done):
-                kind.add(wrong)
-                wrong = ""
-            if wrong:
-                kind.failures.append(wrong)
-            shutil.rmtree(run.run_dir, ignore_errors=True)
-        return kind
-
-    def _inside_a_save(self, run: Run) -> bool:
-        for _ in range(self.random.randint(1, 3)):
-            if not run.until(lambda: not run.saving()) or not run.until(run.saving):
-                return False
-        time.sleep(self.random.uniform(0, 0.6))
-        return True
-
-    # -- asked to stop, and started again by hand --
-
-    def stop(self) -> Kind:
-        """SIGTERM, SIGINT or SIGUSR1 to the launcher, to one rank, or to all."""
-        kind = Kind("asked to stop, by TERM, INT or USR1")
-
-        def one(number: int, draw: random.Random) -> None:
-            run = Run(self.place, f"stop-{number}", torchrun=0 if number % 2 else None)
-            run.until(lambda: run.step() > 0)
-            time.sleep(draw.uniform(0, self.time / 3))
-            asked = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-            who = draw.choice(["launcher", "rank", "all"])
-            ranks = run.ranks()
-            whom = {"launcher": [run.process.pid], "rank": ranks[:1]}.get(
-                who, [run.process.pid, *ranks]
-            )
-            step, when = run.step(), time.monotonic()
-            for one in whom:
-                with suppress(OSError):
-                    os.kill(one, asked)
-            code = run.end()
-            kind.noticed.append(time.monotonic() - when)
-            own = 75 if number % 2 == 0 else 1  # torchrun flattens every status to 1
-            if code not in {0, own}:
-                kind.add(f"{run.run_dir.name}: {asked.name} to {who}: status {code}")
-                return
-            kind.lost.append(max(0, step - run.saved()))
-            self._goes_on(kind, run)
-
-        self.together(one)
-        return kind
-
-    def _goes_on(self, kind: Kind, run: Run) -> None:
-        """Start the run again, as its user would; count the try."""
-        again = Run(self.place, run.run_dir.name, f"workers={self.random.randint(0, 1)}")
-        kind.add(self.judge(again, again.end()))
+    def resume(self, fault: Fault, run: Run, step: int) -> str:
+        """Start a run that ended after ``step`` again, as its user would; return the verdict."""
+        fault.lost.append(max(0, step - run.saved()))
+        again = Run(self.folder, run.name, f"workers={step % 2}")
+        verdict = self.verdict(again, again.wait())
         shutil.rmtree(run.run_dir, ignore_errors=True)
+        return verdict
 
-    # -- a process that does not answer --
+    # -- killed ranks; the run restarts by itself --
 
-    def stopped(self) -> Kind:
-        """SIGSTOP either rank: it lives, and does not answer."""
-        kind = Kind(f"a rank stopped, comm.timeout={TIMEOUT}")
+    def kill(self) -> Fault:
+        """Send SIGKILL to a rank at any moment, from its first import to its last save."""
+        return self._kill_ranks(Fault("a rank killed, at any moment"), during_save=False)
 
-        def one(number: int, draw: random.Random) -> None:
-            run = Run(self.place, f"stopped-{number}", f"comm.timeout={TIMEOUT}")
-            run.until(lambda: run.step() > 0)
-            time.sleep(draw.uniform(0, self.time / 3))
-            ranks = run.ranks()
-            if len(ranks) != 2:
-                self._goes_on(kind, run)
-                return
-            step, still = run.step(), draw.choice(ranks)
-            when = time.monotonic()
-            os.kill(still, signal.SIGSTOP)
-            code = run.end()
-            kind.noticed.append(time.monotonic() - when)
-            left = [rank for rank in ranks if alive(rank)]
-            if code != 6 or left or len(run.lines()) != 2:  # the first line says what it runs on
-                said = f"status {code}, left {left}, said {run.lines()[1:]}"
-                kind.add(f"{run.run_dir.name}: {said}")
-                return
-            kind.lost.append(max(0, step - run.saved()))
-            self._goes_on(kind, run)
+    def save(self) -> Fault:
+        """Send SIGKILL to one rank or both during a save."""
+        return self._kill_ranks(Fault("a rank, or both, killed inside a save"), during_save=True)
 
-        self.together(one)
-        return kind
+    def _kill_ranks(self, fault: Fault, *, during_save: bool) -> Fault:
+        """Kill ranks of one run after another; each run is killed until it finishes."""
+        number = 0
+        while fault.tries < self.tries:
+            number += 1
+            name = f"{'save' if during_save else 'kill'}-{number}"
+            settings = [f"checkpoint_every={2 if during_save else EVERY}"]
+            if number % 2:  # the launcher and torchrun in turn
+                run = Run(self.folder, name, *settings, "restarts=99")
+            else:
+                again = [TORCHRUN[0], "--max-restarts=99", *TORCHRUN[1:]]
+                run = Run(self.folder, name, *settings, start=again)
+            kills, newest, wrong = 0, 0, ""
+            while fault.tries + kills < self.tries:
+                killed_at = self._kill_once(run, fault, during_save=during_save)
+                if killed_at is None:
+                    break
+                kills += 1
+                step, _, damage = verify(run.run_dir)
+                lost = f"{name}: a checkpoint was lost" if step < newest else ""
+                wrong = wrong or damage or lost
+                fault.lost.append(max(0, killed_at - step))
+                newest = step
+            wrong = self.verdict(run, run.wait()) or wrong
+            if kills:
+                fault.goodput.append(min(1.0, self.seconds / (time.monotonic() - run.began)))
+            elif wrong:
+                fault.failures.append(wrong)
+            for _ in range(kills):  # a failure counts once
+                fault.add(wrong)
+                wrong = ""
+            shutil.rmtree(run.run_dir, ignore_errors=True)
+        return fault
 
-    def cut(self) -> Kind:
-        """Take down the wire between two hosts (network namespaces: root)."""
-        kind = Kind(f"the wire cut, comm.timeout={TIMEOUT}")
-        if os.geteuid() != 0 or shutil.which("ip") is None:
-            print("  the wire cut: needs root and iproute2, left out")
-            return kind
+    def _kill_once(self, run: Run, fault: Fault, *, during_save: bool) -> int | None:
+        """Kill one rank or both; return the step at that moment, None if the run finished."""
+        if not run.wait_until(lambda: len(run.ranks()) == 2):
+            return None
+        if during_save:
+            for _ in range(self.random.randint(1, 3)):
+                if not (run.wait_until(lambda: not run.saving()) and run.wait_until(run.saving)):
+                    return None
+            time.sleep(self.random.uniform(0, 0.6))
+        else:
+            time.sleep(self.random.uniform(0, self.seconds))
+        ranks = run.ranks()
+        if len(ranks) != 2 or run.process.poll() is not None:
+            return None
+        both = during_save and self.random.random() < 1 / 3
+        step, now = run.step(), time.monotonic()
+        for rank in ranks if both else [self.random.choice(ranks)]:
+            send(signal.SIGKILL, rank)
+        if not still_alive(ranks, 60):
+            fault.noticed.append(time.monotonic() - now)
+        return step
 
-        def one(number: int, draw: random.Random) -> None:
-            with _Wire(self.place, f"cut-{number}", number) as wire:
-                if not wire.until(lambda: wire.run.step() > 0):
-                    kind.add(f"{wire.name}: did not start: {wire.lines()}")
-                    return
-                time.sleep(draw.uniform(0, self.time / 3))
-                step, when = wire.run.step(), time.monotonic()
-                wire.cut()
-                codes = wire.end()
-                kind.noticed.append(time.monotonic() - when)
-                kind.lost.append(max(0, step - wire.run.saved()))
-                if None in codes:
-                    kind.add(f"{wire.name}: hung")
-                    return
-            self._goes_on(kind, wire.run)
+    # -- requests to stop, hung processes, a killed launcher; the run is started again by hand --
 
-        self.together(one)
-        return kind
+    def stop(self) -> Fault:
+        """Send SIGTERM, SIGINT or SIGUSR1 to the launcher, to one rank, or to all processes."""
+        fault = Fault("asked to stop, by TERM, INT or USR1")
 
-    def launcher(self) -> Kind:
-        """SIGKILL the launcher: its ranks must not live on."""
-        kind = Kind("the launcher killed")
+        def attempt(number: int, draw: random.Random) -> str:
+            start, stopped = ((LAUNCHER, 75), (TORCHRUN, 1))[number % 2]  # torchrun ends with 1
+            run = Run(self.folder, f"stop-{number}", start=start)
+            self.pause(draw, run)
+            request = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+            ranks, launcher = run.ranks(), run.process.pid
+            receivers = {"launcher": [launcher], "rank": ranks[:1], "all": [launcher, *ranks]}
+            receiver = draw.choice(list(receivers))
+            step, now = run.step(), time.monotonic()
+            for process in receivers[receiver]:
+                send(request, process)
+            status = run.wait()
+            fault.noticed.append(time.monotonic() - now)
+            if status not in {0, stopped}:
+                return f"{run.name}: {request.name} to {receiver}: exit status {status}"
+            return self.resume(fault, run, step)
 
-        def one(number: int, draw: random.Random) -> None:
-            run = Run(self.place, f"launcher-{number}", torchrun=0 if number % 2 else None)
-            run.until(lambda: len(run.ranks()) == 2)
-            time.sleep(draw.uniform(0, self.time))
-            ranks, step, when = run.ranks(), run.step(), time.monotonic()
+        return self.in_parallel(fault, attempt)
+
+    def stopped(self) -> Fault:
+        """Send SIGSTOP to a rank: the process exists and does not answer."""
+        fault = Fault(f"a rank stopped, comm.timeout={TIMEOUT}")
+
+        def attempt(number: int, draw: random.Random) -> str:
+            run = Run(self.folder, f"stopped-{number}", f"comm.timeout={TIMEOUT}")
+            self.pause(draw, run)
+            ranks, step, now = run.ranks(), run.step(), time.monotonic()
+            if len(ranks) == 2:
+                send(signal.SIGSTOP, draw.choice(ranks))
+                status = run.wait()
+                fault.noticed.append(time.monotonic() - now)
+                left, lines = still_alive(ranks), run.lines()[1:]  # the first names the device
+                if status != 6 or left or len(lines) != 1:
+                    return f"{run.name}: exit status {status}, left {left}, printed {lines}"
+            return self.resume(fault, run, step)
+
+        return self.in_parallel(fault, attempt)
+
+    def cut(self) -> Fault:
+        """Take down the link between two hosts, which are network namespaces (needs root)."""
+        fault = Fault(f"the wire cut, comm.timeout={TIMEOUT}")
+
+        def attempt(number: int, draw: random.Random) -> str:
+            run = Run(self.folder, f"cut-{number}", f"comm.timeout={TIMEOUT}", start=TWO_HOSTS)
+            self.pause(draw, run)
+            processes = children(run.process.pid, deep=True)
+            step, now = run.step(), time.monotonic()
+            link = ["ip", "-n", f"modelpar-{run.process.pid}-0", "link", "set", "wire", "down"]
+            if subprocess.run(link, check=False, capture_output=True).returncode:
+                return f"{run.name}: did not run: {run.log.read_text().splitlines()[-3:]}"
+            run.wait()
+            if left := still_alive(processes, HUNG_AFTER):
+                return f"{run.name}: hung, left {left}"
+            fault.noticed.append(time.monotonic() - now)
+            return self.resume(fault, run, step)
+
+        return self.in_parallel(fault, attempt) if is_root(fault, "ip") else fault
+
+    def launcher(self) -> Fault:
+        """Send SIGKILL to the launcher: its ranks must end too."""
+        fault = Fault("the launcher killed")
+
+        def attempt(number: int, draw: random.Random) -> str:
+            start = (LAUNCHER, TORCHRUN)[number % 2]
+            run = Run(self.folder, f"launcher-{number}", start=start)
+            run.wait_until(lambda: len(run.ranks()) == 2)
+            time.sleep(draw.uniform(0, self.seconds))
+            ranks, step, now = run.ranks(), run.step(), time.monotonic()
             run.process.kill()
             run.process.wait()
-            while any(map(alive, ranks)) and time.monotonic() < when + 60:
-                time.sleep(0.05)
-            if any(map(alive, ranks)):
-                kind.add(f"{run.run_dir.name}: orphans")
-                return
-            kind.noticed.append(time.monotonic() - when)
-            kind.lost.append(max(0, step - run.saved()))
-            self._goes_on(kind, run)
+            if left := still_alive(ranks, 60):
+                return f"{run.name}: ranks {left} outlive their launcher"
+            fault.noticed.append(time.monotonic() - now)
+            return self.resume(fault, run, step)
 
-        self.together(one)
-        return kind
+        return self.in_parallel(fault, attempt)
 
-    # -- disks and files --
+    # -- disks, files and settings --
 
-    def disk(self) -> Kind:
-        """A disk that fills up between saves, or inside one (tmpfs: root)."""
-        kind = Kind("the disk full")
-        if os.geteuid() != 0:
-            print("  the disk full: needs root, left out")
-            return kind
+    def disk(self) -> Fault:
+        """Fill the disk between saves, or during one (a tmpfs, which needs root)."""
+        fault = Fault("the disk full")
 
-        def one(number: int, draw: random.Random) -> None:
-            disk, out = self.place / f"disk-{number}", self.place / f"left-{number}"
+        def attempt(number: int, draw: random.Random) -> str:
+            disk, copy = self.folder / f"disk-{number}", self.folder / f"copy-{number}"
             disk.mkdir()
-            size = draw.randint(200, 560)  # MB; a checkpoint here has 162
-            wait = draw.uniform(0, 0.5)
+            size = draw.randint(200, 560)  # MB; a checkpoint has 162
             fill = (
                 f"(until ls {disk}/run/checkpoints/.tmp-* >/dev/null 2>&1; do sleep .02; done; "
-                f"sleep {wait:.2f}; dd if=/dev/zero of={disk}/fill bs=1M >/dev/null 2>&1) & "
+                f"sleep {draw.uniform(0, 0.5):.2f}; dd if=/dev/zero of={disk}/fill bs=1M) & "
             )
             script = (
                 f"mount -t tmpfs -o size={size}m none {disk}; {fill if number % 2 else ''}"
-                f"COMMAND; code=$?; rm -f {disk}/fill; mkdir {out}; cp -r {disk}/run {out}/; "
+                f"COMMAND; code=$?; rm -f {disk}/fill; mkdir {copy}; cp -r {disk}/run {copy}/; "
                 "exit $code"
             )
-            words = ["checkpoint_every=4", f"monitor.tensorboard={str(number % 3 == 0).lower()}"]
-            run = Run(self.place, f"disk-{number}/run", *words, under=script)
-            code = run.end()
-            run.run_dir = out / "run"
-            if code not in {0, 4} or (code == 4 and len(run.lines()) != 2):
-                kind.add(f"disk-{number}: status {code}, said {run.lines()}")
-            elif code == 4 and not run.run_dir.is_dir():
-                kind.add()  # refused before anything was made
-            else:
-                kind.add(self._whole(run) or self._room_again(number))
-            shutil.rmtree(out, ignore_errors=True)
+            settings = ["checkpoint_every=4", f"monitor.tensorboard={number % 3 == 0}"]
+            run = Run(self.folder, f"disk-{number}/run", *settings, script=script)
+            status = run.wait()
+            if status not in {0, 4} or (status == 4 and len(run.lines()) != 2):
+                return f"{run.name}: exit status {status}, printed {run.lines()}"
+            if status == 4 and not (copy / "run").is_dir():
+                return ""  # refused before anything was written
+            _, _, wrong = verify(copy / "run")
+            if not wrong:  # continue where there is room
+                again = Run(self.folder, f"copy-{number}/run", "checkpoint_every=4")
+                wrong = self.verdict(again, again.wait())
+            shutil.rmtree(copy)
+            return wrong
 
-        self.together(one)
-        return kind
+        return self.in_parallel(fault, attempt) if is_root(fault, "unshare") else fault
 
-    def _whole(self, run: Run) -> str:
-        try:
-            hashes(run.run_dir)
-        except CheckpointError as error:
-            return str(error)
-        return ""
-
-    def _room_again(self, number: int) -> str:
-        again = Run(self.place, f"left-{number}/run", "checkpoint_every=4")
-        return self.judge(again, again.end())
-
-    def flip(self) -> Kind:
-        """One bit of each file of a checkpoint, at a random place."""
-        kind = Kind("one bit of a checkpoint's file flipped")
-        source = self.place / "once"
-        (newest,) = sorted((source / "checkpoints").glob("step-*"))[-1:]
+    def flip(self) -> Fault:
+        """Flip one random bit in each file of a checkpoint, each file at least once."""
+        fault = Fault("one bit of a checkpoint's file flipped")
+        source = self.folder / "reference"
+        newest = max((source / "checkpoints").glob("step-*"))
         names = sorted(path.name for path in newest.iterdir())
-        for number in range(max(self.tries, len(names))):  # each file at least once
-            name = names[number % len(names)]
-            place = self.place / "flipped"
-            shutil.copytree(source, place, copy_function=os.link)
-            path = place / "checkpoints" / newest.name / name
+        for number in range(max(self.tries, len(names))):
+            name, copy = names[number % len(names)], self.folder / "flipped"
+            shutil.copytree(source, copy, copy_function=os.link)
+            path = copy / "checkpoints" / newest.name / name
             content = bytearray(path.read_bytes())
             content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
             path.unlink()
             path.write_bytes(content)
-            run = Run(self.place, "flipped", f"steps={STEPS + 1}")
-            code, said = run.end(), " ".join(run.lines())
+            run = Run(self.folder, "flipped", f"steps={STEPS + 1}")
+            status, text = run.wait(), " ".join(run.lines())
             run.log.unlink()
-            named = code == 4 and name in said and "goes on from step-000000" in said
-            kind.add("" if named else f"{name}: status {code}, said {said}")
-            shutil.rmtree(place)
-        return kind
+            # The line names the damaged file and the checkpoint from which the run can continue.
+            good = status == 4 and name in text and re.search(r"from step-000000\d\d", text)
+            fault.add("" if good else f"{name}: exit status {status}, printed {text}")
+            shutil.rmtree(copy)
+        return fault
 
-    def input(self) -> Kind:
-        """Wrong settings and images, as real commands: one line, at once, nothing touched."""
-        kind = Kind("wrong settings or images")
-        rows = [(name, words, None, code, said) for name, words, code, said in WORDS]
-        rows += [(name, [], spoil, 3, said) for name, spoil, said in DATA]
-        for name, words, spoil, code, said in self.random.sample(rows, min(self.tries, len(rows))):
-            place = self.place / "input"
-            (place / "run").mkdir(parents=True)
-            shutil.copytree(self.place / "images", place / "images", copy_function=os.link)
-            shutil.copytree(
-                self.place / "once", place / "run", copy_function=os.link, dirs_exist_ok=True
-            )
+    def input(self) -> Fault:
+        """Use wrong settings and images: one line at once, and no file is touched."""
+        fault = Fault("wrong settings or images")
+        rows = [(name, words, None, status, text) for name, words, status, text in SETTINGS]
+        rows += [(name, ["run_dir=run"], spoil, 3, text) for name, spoil, text in IMAGES]
+        self.random.shuffle(rows)
+        for name, words, spoil, status, text in rows[: self.tries]:
+            place = self.folder / "input"
+            shutil.copytree(self.folder / "images", place / "images", copy_function=os.link)
+            shutil.copytree(self.folder / "reference", place / "run", copy_function=os.link)
             if spoil:
                 spoil(place)
-            held = {os.fsencode(path): path.lstat().st_mtime_ns for path in place.rglob("*")}
-            began = time.monotonic()
-            base = [*HOW, "data.root=images", *(["run_dir=run"] if spoil else [])]
+            before, began = contents(place), time.monotonic()
             done = subprocess.run(
-                [sys.executable, "-m", "modelpar.train", *base, *words],
-                **{
-                    **_how(place, subprocess.PIPE),
-                    "stdout": subprocess.PIPE,
-                    "stderr": subprocess.PIPE,
-                },
+                [sys.executable, "-m", "modelpar.train", *TRAIN, "data.root=images", *words],
+                cwd=place,
+                env=environment(self.folder),
+                capture_output=True,
                 check=False,
             )
-            took = time.monotonic() - began
-            kind.noticed.append(took)
-            if took > ONE_LINE:
-                print(f"  {name}: {took:.1f} s")
-            now = {os.fsencode(path): path.lstat().st_mtime_ns for path in place.rglob("*")}
+            fault.noticed.append(time.monotonic() - began)
+            if fault.noticed[-1] > SLOW_ERROR:
+                print(f"  {name}: {fault.noticed[-1]:.1f} s")
             lines = done.stderr.decode(errors="replace").splitlines()
-            fine = (
-                done.returncode == code and len(lines) == 1 and said.partition(":")[0] in lines[0]
-            )
-            now = {key: value for key, value in now.items() if b"/cache" not in key}
-            kind.add("" if fine and now == held else f"{name}: {done.returncode}, {lines}")
+            good = done.returncode == status and len(lines) == 1 and text in lines[0]
+            good = good and contents(place) == before
+            fault.add("" if good else f"{name}: exit status {done.returncode}, printed {lines}")
             shutil.rmtree(place)
-        return kind
-
-
-class _Wire:
-    """The two columns on two hosts made of network namespaces, one torchrun on each."""
-
-    def __init__(self, place: Path, name: str, number: int) -> None:
-        self.place, self.name = place, name
-        self.hosts = [f"faults-{os.getpid()}-{number}-{side}" for side in (0, 1)]
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.run = Run.__new__(Run)
-        self.run.run_dir, self.run.log = place / name, place / f"{name}.log"
-
-    def __enter__(self) -> Self:
-        one, other = self.hosts
-        for host in self.hosts:
-            _ip("netns", "add", host)
-        _ip(
-            "link",
-            "add",
-            "wire",
-            "netns",
-            one,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "wire",
-            "netns",
-            other,
-        )
-        for side, host in enumerate(self.hosts):
-            _ip("-n", host, "address", "add", f"10.79.0.{side + 1}/24", "dev", "wire")
-            _ip("-n", host, "link", "set", "wire", "up")
-            _ip("-n", host, "link", "set", "lo", "up")
-        for side, host in enumerate(self.hosts):
-            flags = ["--nnodes", "2", "--node-rank", str(side), "--nproc-per-node", "1"]
-            flags += ["--master-addr", "10.79.0.1", "--master-port", "29513"]
-            words = [f"data.root={self.place / 'images'}", f"run_dir={self.run.run_dir}"]
-            with self.run.log.open("a") as log:
-                how = _how(self.place, log)
-                how["env"] = {**how["env"], "GLOO_SOCKET_IFNAME": "wire"}
-                command = ["ip", "netns", "exec", host, sys.executable, "-m"]
-                command += ["torch.distributed.run", *flags, "-m", "modelpar.train"]
-                command += [*HOW, *words, f"comm.timeout={TIMEOUT}"]
-                self.processes.append(subprocess.Popen(command, **how))
-        self.began = time.monotonic()
-        return self
-
-    def until(self, what: Callable[[], bool]) -> bool:
-        while not what():
-            if any(one.poll() is not None for one in self.processes):
-                return False
-            if time.monotonic() > self.began + HANG:
-                return False
-            time.sleep(0.02)
-        return True
-
-    def cut(self) -> None:
-        _ip("-n", self.hosts[0], "link", "set", "wire", "down")
-
-    def lines(self) -> list[str]:
-        return self.run.log.read_text().splitlines()[-3:]
-
-    def end(self) -> list[int | None]:
-        codes: list[int | None] = []
-        for process in self.processes:
-            try:
-                codes.append(process.wait(HANG))
-            except subprocess.TimeoutExpired:
-                codes.append(None)
-        return codes
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            for child in [*_children(process.pid, deep=True), process.pid]:
-                with suppress(OSError):
-                    os.kill(child, signal.SIGKILL)
-        for host in self.hosts:
-            _ip("netns", "del", host)
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
-def _images(root: Path) -> None:
-    """Eighty training images of two classes: ten steps of eight an epoch."""
-    source = torch.Generator().manual_seed(0)
-    for part, count in (("train", 40), ("val", 10)):
-        for label, name in enumerate(("dark", "light")):
-            (root / part / name).mkdir(parents=True)
-            for number in range(count):
-                noise = torch.randint(0, 128, (80, 80, 3), dtype=torch.uint8, generator=source)
-                path = root / part / name / f"{number}.png"
-                Image.fromarray((noise + 100 * label).numpy()).save(path)
+        return fault
 
 
 KINDS = ("kill", "save", "stop", "stopped", "cut", "launcher", "disk", "flip", "input")
 
 
-def inject(tries: int, seed: int, only: list[str]) -> list[Kind]:
-    """Do ``tries`` of each kind of fault; return what came of them."""
+def inject(tries: int, seed: int, only: list[str]) -> list[Fault]:
+    """Make ``tries`` tries of each kind of fault; return their outcomes."""
     with tempfile.TemporaryDirectory() as folder:
-        harm = Harm(Path(folder), tries, seed)
-        print(f"a run of {STEPS} steps, saved every {EVERY}: {harm.time:.1f} s; seed {seed}")
-        kinds = []
+        injector = Injector(Path(folder), tries, seed)
+        print(f"{STEPS} steps, saved every {EVERY}, take {injector.seconds:.1f} s; seed {seed}")
+        faults = []
         for name in only:
             began = time.monotonic()
-            kinds.append(getattr(harm, name)())
-            print(f"{kinds[-1].row()} in {time.monotonic() - began:.0f} s", flush=True)
-        return kinds
+            faults.append(getattr(injector, name)())
+            print(f"{faults[-1].row()} in {time.monotonic() - began:.0f} s", flush=True)
+        return faults
 
 
 def main() -> None:
-    """Run from the command line; end with 1 where a try was not survived."""
+    """Run from the command line; exit with status 1 unless every try survived."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tries", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default=",".join(KINDS))
-    parser.add_argument("--out", type=Path)
-    told = parser.parse_args()
-    kinds = inject(told.tries, told.seed, told.only.split(","))
-    table = "\n".join([HEADER, *(kind.row() for kind in kinds if kind.tries)])
+    parser.add_argument("--only", default=",".join(KINDS), help="kinds, separated by commas")
+    parser.add_argument("--out", type=Path, help="file for the table")
+    arguments = parser.parse_args()
+    faults = inject(arguments.tries, arguments.seed, arguments.only.split(","))
+    table = "\n".join([HEADER, *(fault.row() for fault in faults if fault.tries)])
     print(table)
-    if told.out:
-        told.out.write_text(table + "\n")
-    sys.exit(any(kind.failures for kind in kinds))
+    if arguments.out:
+        arguments.out.write_text(table + "\n")
+    sys.exit(any(fault.failures for fault in faults))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from catalogue import IMAGES, SETTINGS, contents, remove_third
 from PIL import Image
 
 from modelpar import config, evaluate, export, train
@@ -69,53 +70,9 @@ def told(main: str, words: list[str], capfd: pytest.CaptureFixture[str]) -> tupl
     return end.value.code, lines[0]
 
 
-def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file with its size and time."""
-    return {
-        os.fsdecode(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
-        for path in folder.rglob("*")
-    }
-
-
-# The numbers are those of a catalogue of what users get wrong: settings, data, checkpoints.
-WORDS = [
-    ("1 unknown key", ["batchsize=4"], 2, "did you mean batch_size?"),
-    ("2 no number", ["recipe.lr=fast"], 2, "recipe.lr"),
-    ("2 infinite", ["recipe.lr=inf"], 2, "recipe.lr=inf: give a finite number"),
-    ("2 negative", ["recipe.lr=-1"], 2, "recipe.lr=-1"),
-    ("3 no batch", ["batch_size=0"], 2, "batch_size=0: give 1 or more"),
-    ("3 batch over data", ["batch_size=640"], 2, "the data has only"),
-    ("4 epochs", ["epochs=-3"], 2, "epochs=-3"),
-    ("5 classes", ["model.num_classes=3"], 2, "data=imagefolder has 2 classes"),
-    ("6 columns", ["columns=3"], 2, "columns=3: use one of 1, 2"),
-    ("6 one column", ["model.net=one_column"], 2, "one_column: has one column; give columns=1"),
-    ("7 dropout", ["model.dropout=1"], 2, "model.dropout=1"),
-    ("8 recipe", ["recipe=code2013"], 2, "did you mean code2012?"),
-    ("8 precision", ["precision=float16"], 2, "did you mean bfloat16?"),
-    ("8 activation", ["model.activation=gelu"], 2, "model.activation=gelu"),
-    ("10 a list", ["seed=0,1"], 2, "add -m to sweep"),
-    ("11 a new key", ["+momentum=1"], 2, "momentum"),
-    ("11 unquoted", ["run_dir=~/x"], 2, """give 'run_dir="~/x"'"""),
-    ("12 environment", ["data.root=${oc.env:NO_SUCH_ROOT}"], 2, "NO_SUCH_ROOT"),
-    ("13 too long", ["run_dir=" + "x" * 300], 2, "File name too long"),
-    ("13 below a file", ["run_dir=images/train/dark/0.png/run"], 2, "is a file; give a folder"),
-    ("14 another run", ["run_dir=run", "seed=5"], 2, "holds a run with seed=0, not 5"),
-    ("14 other things", ["run_dir=images"], 2, "which is no run's; give a new folder"),
-    ("14 never", ["run_dir=run", "resume=never"], 2, "resume=never; give a new folder"),
-    ("15 keep", ["keep_last=1"], 2, "keep_last=1: give 2 or more"),
-    ("15 interval", ["checkpoint_every=-1"], 2, "checkpoint_every=-1"),
-    ("16 no root", ["data.root=nowhere"], 3, "data.root=nowhere: no such folder"),
-    ("16 root not given", ["data.root=null"], 3, "give data.root=FOLDER"),
-    ("16 empty root", ["data.root=run/log"], 3, "data.root=run/log"),
-    ("31 no checkpoint", ["resume=nowhere"], 4, "no checkpoint there"),
-    ("34 another net", ["run_dir=new", "resume=run", "model.norm=none"], 4, "its plan is not"),
-    ("34 another precision", ["resume=run", "precision=float64"], 4, "its precision is not"),
-    ("37 a pickle", ["resume=net.pt"], 4, "may hold a pickle"),
-    ("no GPU", ["device=cuda"], 2, "device=cuda: 0 GPUs for 2 processes"),
-]
-
-
-@pytest.mark.parametrize(("name", "words", "status", "said"), WORDS, ids=[row[0] for row in WORDS])
+@pytest.mark.parametrize(
+    ("name", "words", "status", "said"), SETTINGS, ids=[row[0] for row in SETTINGS]
+)
 def test_a_wrong_word(
     place: Path,
     capfd: pytest.CaptureFixture[str],
@@ -131,81 +88,7 @@ def test_a_wrong_word(
     assert contents(place) == before
 
 
-def noise(path: Path | str, size: tuple[int, int] = (90, 70)) -> None:
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).save(path)
-
-
-def empty_class(place: Path) -> None:
-    (place / "images" / "train" / "none").mkdir()
-
-
-def other_class(place: Path) -> None:
-    shutil.copytree(place / "images/val/dark", place / "images/val/grey")
-
-
-def third(place: Path) -> Path:
-    """A training image that is to be replaced."""
-    path = place / "images/train/dark/3.png"
-    path.unlink()
-    return path
-
-
-def no_bytes(place: Path) -> None:
-    third(place).write_bytes(b"")
-
-
-def a_page(place: Path) -> None:
-    third(place).write_text("<html>404</html>")
-
-
-def cut(place: Path) -> None:
-    content = (place / "images/train/dark/4.png").read_bytes()
-    third(place).write_bytes(content[:4000])
-
-
-def bomb(place: Path) -> None:
-    Image.new("1", (10_000, 9_000)).save(third(place))
-
-
-def huge_bomb(place: Path) -> None:
-    Image.new("1", (20_000, 20_000)).save(third(place))
-
-
-def float_pixels(place: Path) -> None:
-    Image.new("F", (80, 80)).save(place / "images/train/dark/big.tiff")
-
-
-def a_dead_link(place: Path) -> None:
-    third(place).symlink_to("nowhere.png")
-
-
-def strange_name(place: Path) -> None:
-    folder = os.fsencode(place / "images/train/dark")
-    with open(folder + b"/a\nb\xff.png", "wb") as file:  # noqa: PTH123 - no text can name it
-        file.write(b"no image")
-
-
-def changed(place: Path) -> None:
-    noise(place / "images/train/dark/new.png")
-
-
-DATA: list[tuple[str, Callable[[Path], None], str]] = [
-    ("17 empty class", empty_class, "none"),
-    ("18 other classes", other_class, "different classes"),
-    ("19 no bytes", no_bytes, "3.png: cannot read image"),
-    ("19 a page", a_page, "3.png: cannot read image"),
-    ("19 a dead link", a_dead_link, "3.png: cannot read image (No such file"),
-    ("20 cut", cut, "3.png: cannot read image"),
-    ("21 a bomb", bomb, "10000 x 9000 pixels"),
-    ("21 a huge bomb", huge_bomb, "3.png: cannot read image"),
-    ("23 no 8 bits", float_pixels, "big.tiff: cannot read image (mode F"),
-    ("29 name", strange_name, ".png: cannot read image"),
-    ("30 changed", changed, "not the images that run/checkpoints/step-000000"),
-]
-
-
-@pytest.mark.parametrize(("name", "spoil", "said"), DATA, ids=[row[0] for row in DATA])
+@pytest.mark.parametrize(("name", "spoil", "said"), IMAGES, ids=[row[0] for row in IMAGES])
 def test_wrong_images(
     place: Path,
     capfd: pytest.CaptureFixture[str],
@@ -234,7 +117,7 @@ def test_a_damaged_record_of_settings_is_named(
 @pytest.mark.parametrize("mode", ["I;16", "RGBA", "P", "LA", "CMYK", "1"])
 def test_odd_images_are_rgb_all_the_same(place: Path, mode: str) -> None:
     """22 to 25: whatever their mode, an odd EXIF block, a JPEG that is named PNG."""
-    path = third(place)
+    path = remove_third(place)
     form = "JPEG" if mode == "CMYK" else "PNG"
     Image.new(mode, (80, 80), 1 << 15 if mode == "I;16" else 0).save(
         path, form, **({"exif": b"Exif\0\0broken"} if form == "JPEG" else {})
