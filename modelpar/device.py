@@ -3,10 +3,11 @@
 import ctypes
 import logging
 import os
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from modelpar import environment
 from modelpar.errors import SettingsError, one_line
@@ -111,12 +112,50 @@ def set_up(device: torch.device, *, tf32: bool) -> bool:
     return False  # torch keeps a GPU's memory itself
 
 
-@cache
-def compile_error(device: torch.device) -> str:
-    """Return why torch.compile does not work here, in one line; empty where it does."""
+# -- torch.compile -------------------------------------------------------------------------------
+
+MAX_DIFFERENCE: Final = {  # relative, by dtype: far above rounding, far below a wrong result
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.05,
+}
+
+
+class CompileError(Exception):
+    """torch.compile failed, or what it compiled computes something else."""
+
+
+def check_compiled(
+    name: str, compiled: Callable[..., Tensor], eager: Callable[..., Tensor], *examples: Tensor
+) -> None:
+    """Compare ``compiled`` with ``eager`` on ``examples``: values, and gradients if there are any.
+
+    Raises CompileError, with ``name``, if they differ or the compiler fails.
+    """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # CUDA without a GPU
     try:
-        torch.compile(torch.neg)(torch.zeros(8, device=device))
-    except Exception as error:  # noqa: BLE001 - no compiler, no headers, a full disk: all the same
-        return one_line(error)[:160]
-    return ""
+        found = _values_and_gradients(compiled, examples)
+    except Exception as error:
+        raise CompileError(f"{name}: {one_line(error)[:160]}") from error
+    wanted = _values_and_gradients(eager, examples)
+    for kind, value in wanted.items():
+        if kind not in found:
+            raise CompileError(f"{name}: the compiled version has no {kind}")
+        difference = float((found[kind] - value).norm() / value.norm())
+        if not difference <= MAX_DIFFERENCE[value.dtype]:
+            raise CompileError(
+                f"{name}: the {kind} of the compiled version differs by {difference:.1e} "
+                "from the eager one"
+            )
+
+
+def _values_and_gradients(
+    function: Callable[..., Tensor], examples: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    inputs = [example.clone().requires_grad_() for example in examples]
+    value = function(*inputs)
+    found = {"value": value.detach()}
+    if value.requires_grad:
+        grads = torch.autograd.grad(value, inputs, value.detach())
+        found |= {f"gradient {number}": grad for number, grad in enumerate(grads, 1)}
+    return found

@@ -1,5 +1,7 @@
 """The ways a run can end: one exception and one exit status each, told in one line."""
 
+import sys
+from contextlib import suppress
 from typing import ClassVar
 
 
@@ -62,3 +64,9 @@ def error_from_text(text: str) -> RunError:
 def one_line(error: BaseException) -> str:
     """Return the error's text folded into one line, without trailing white space."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def say(line: str) -> None:
+    """Print one line to stderr; nothing where stderr is closed or cannot encode it."""
+    with suppress(OSError):
+        print(f"modelpar: {' '.join(line.split())}", file=sys.stderr, flush=True)  # noqa: T201

@@ -15,7 +15,6 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from modelpar.device import compile_error
 from modelpar.distributed import Mesh
 from modelpar.images.loader import Batch
 from modelpar.net import paper
@@ -24,7 +23,7 @@ from modelpar.net.paper import COLUMNS, LAYERS
 from modelpar.net.plan import Plan, Recipe, plan_for
 from modelpar.seeding import generator
 from modelpar.settings import BenchmarkSettings, CrossingSettings, ModelSettings, TrainSettings
-from modelpar.training.engine import Learner
+from modelpar.training.engine import Learner, compile_parts
 
 
 @dataclass(frozen=True)
@@ -187,8 +186,7 @@ def make(
         precision=precision,
         channels_last=settings.channels_last,
     )
-    compiles = settings.compile and not compile_error(mesh.device)
-    learner = Learner.create(plan, trained, mesh, compiled=compiles)
+    learner = Learner.create(plan, trained, mesh, compiled=settings.compile)
     return _OurStep(learner, batch)
 
 
@@ -201,8 +199,8 @@ def _parallelized(plan: Plan, settings: BenchmarkSettings, mesh: Mesh) -> AlexNe
     net = AlexNet(plan, settings.seed).to(mesh.device)
     if settings.channels_last:
         net.to(memory_format=torch.channels_last)
-    if settings.compile and not compile_error(mesh.device):
-        net.blocks.compile()
+    if settings.compile:
+        compile_parts(mesh, [net.blocks])
     # fc6 leaves each process half of its units: dropout sees those.
     net.blocks.drop6 = nn.Dropout(plan.dropout)  # pyright: ignore[reportAttributeAccessIssue]
     axis = init_device_mesh(mesh.device.type, (mesh.world_size,))

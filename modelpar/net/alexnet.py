@@ -3,17 +3,21 @@
 Read the two ``forward`` side by side: they differ where the columns talk, and nowhere else.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modelpar.device import check_compiled
 from modelpar.net import paper
 from modelpar.net.exchange import Convolution, Departed, Linear, Link, depart, product, summed
-from modelpar.net.layers import Activation, Dropout, DropoutSeed, norm, pool
+from modelpar.net.layers import Activation, Dropout, DropoutSeed, compile_norm, norm, pool
 from modelpar.net.plan import Plan, Recipe, plan_from
 from modelpar.net.weights import load_initial
+from modelpar.seeding import generator
 
 
 class Blocks(nn.Module):
@@ -30,22 +34,40 @@ class Blocks(nn.Module):
             {name: Activation(name, plan.activation) for name in plan.layers if name != "fc8"}
         )
         self.pool = pool(plan.pool)
-        columns = plan.columns if column is None else 1
-        self.norm1 = norm(plan, "conv1", columns)
-        self.norm2 = norm(plan, "conv2", columns)
-        self.norm1_in_training, self.norm2_in_training = self._norm1, self._norm2
+        self.columns = plan.columns if column is None else 1
+        self.norm1 = norm(plan, "conv1", self.columns)
+        self.norm2 = norm(plan, "conv2", self.columns)
+        self.compiled_norms: dict[str, Callable[[Tensor], Tensor]] = {}  # by layer, for training
         self.drop4 = _dropout(plan, "conv4", column, plan.conv4_dropout, plan.sizes[1] ** 2)
         self.drop6 = _dropout(plan, "fc6", column, plan.dropout)
         self.drop7 = _dropout(plan, "fc7", column, plan.dropout)
 
     def compile(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Have torch.compile fuse what lies between the products in training.
+        """Compile the response normalizations for training, each with the ReLU before it.
 
-        The norms alone, with the activation before them: convolutions, products and crossings
-        run as they are, and so do the pools, whose compiled backward is several times slower.
+        Convolutions, products and crossings run as they are, and so do the pools, whose compiled
+        backward is several times slower.  Raises CompileError, and compiles nothing, if a
+        compiled normalization fails or differs from the eager one.
         """
-        self.norm1_in_training = torch.compile(self._norm1, dynamic=False)
-        self.norm2_in_training = torch.compile(self._norm2, dynamic=False)
+        compiled: dict[str, Callable[[Tensor], Tensor]] = {}
+        for name, layer in (("conv1", self.norm1), ("conv2", self.norm2)):
+            rectify = not self._normalizes_linear(name)
+            function = compile_norm(layer, rectify=rectify)
+            if function is None or (rectify and self.plan.activation != "relu"):
+                continue
+            band = next(layer.buffers())
+            maps = self.plan.layers[name].outputs * self.columns
+            example = 60 * torch.randn(2, maps, 7, 7, generator=generator(0, "compile"))
+            example = example.to(band, memory_format=torch.channels_last)
+            check_compiled(
+                f"the normalization after {name}", function, partial(self._norm, name), example
+            )
+            compiled[name] = function
+        self.compiled_norms = compiled
+
+    def run_eager(self) -> None:
+        """Use nothing that is compiled."""
+        self.compiled_norms = {}
 
     def pad(self, images: Tensor, weight: Tensor) -> Tensor:
         """Add the zeros that 224 -> 55 needs: (N, 3, 224, 224) -> (N, 3, 227, 227).
@@ -67,26 +89,30 @@ class Blocks(nn.Module):
 
         Run 145 normalizes conv1's linear response and rectifies after the pool.
         """
-        normal = self.norm1_in_training(maps) if self.training else self._norm1(maps)
-        linear = self.plan.recipe.norm1_input == "linear"
-        return self._pooled("conv1", normal) if linear else self.pool(normal)
-
-    def _norm1(self, maps: Tensor) -> Tensor:
-        linear = self.plan.recipe.norm1_input == "linear"
-        return self.norm1(maps if linear else self.activate("conv1", maps))
+        return self._normalize_and_pool("conv1", maps)
 
     def after_conv2(self, maps: Tensor) -> Tensor:
         """Activate, normalize, pool: (N, C, 27, 27) -> (N, C, 13, 13).
 
         Run 166 normalizes the linear response here too.
         """
-        normal = self.norm2_in_training(maps) if self.training else self._norm2(maps)
-        linear = self.plan.recipe.norm2_input == "linear"
-        return self._pooled("conv2", normal) if linear else self.pool(normal)
+        return self._normalize_and_pool("conv2", maps)
 
-    def _norm2(self, maps: Tensor) -> Tensor:
-        linear = self.plan.recipe.norm2_input == "linear"
-        return self.norm2(maps if linear else self.activate("conv2", maps))
+    def _normalize_and_pool(self, name: str, maps: Tensor) -> Tensor:
+        # A hook on the activation needs it to run as a module.
+        fused = self.training and not self.activations[name]._forward_hooks  # noqa: SLF001
+        compiled = self.compiled_norms.get(name) if fused else None
+        maps = self._norm(name, maps) if compiled is None else compiled(maps)
+        return self._pooled(name, maps) if self._normalizes_linear(name) else self.pool(maps)
+
+    def _normalizes_linear(self, name: str) -> bool:
+        recipe = self.plan.recipe
+        return (recipe.norm1_input if name == "conv1" else recipe.norm2_input) == "linear"
+
+    def _norm(self, name: str, maps: Tensor) -> Tensor:
+        linear = self._normalizes_linear(name)
+        norm = self.norm1 if name == "conv1" else self.norm2
+        return norm(maps if linear else self.activate(name, maps))
 
     def _pooled(self, name: str, maps: Tensor) -> Tensor:
         """Activate what was normalized linear, and pool: of few values, where that is the same."""
@@ -97,7 +123,7 @@ class Blocks(nn.Module):
     def after_middle(self, name: str, maps: Tensor) -> Tensor:
         """Activate conv3's or conv4's maps (N, C, 13, 13); run 177 drops some of conv4's."""
         maps = self.activate(name, maps)
-        if name != "conv4" or self.drop4.share == 0:
+        if name != "conv4" or self.drop4.rate == 0:
             return maps
         return self.drop4(maps.flatten(1)).view(maps.shape)
 
@@ -113,17 +139,17 @@ class Blocks(nn.Module):
         """Activate and drop the units (N, C)."""
         return self.drop7(self.activate("fc7", units))
 
-    def fix_dropout(self, draw: DropoutSeed | None) -> None:
-        """Make the next forward's masks a function of ``draw``; None: torch's generator."""
-        self.drop4.draw = self.drop6.draw = self.drop7.draw = draw
+    def fix_dropout(self, seed: DropoutSeed | None) -> None:
+        """Make the next forward's masks a function of ``seed``; None: torch's generator."""
+        self.drop4.seed = self.drop6.seed = self.drop7.seed = seed
 
 
-def _dropout(plan: Plan, name: str, column: int | None, share: float, places: int = 1) -> Dropout:
-    """Return the dropout of a layer of ``places`` units a map; the mask is of the whole net."""
-    own = plan.layers[name].outputs * places if name in plan.layers else 0
-    first = 0 if column is None else column * own
-    last = plan.columns * own if column is None else first + own
-    return Dropout(name, plan.columns * own, slice(first, last), share)
+def _dropout(plan: Plan, name: str, column: int | None, rate: float, places: int = 1) -> Dropout:
+    """Return the dropout of a layer with ``places`` units a map; masks cover the whole net."""
+    units = plan.layers[name].outputs * places if name in plan.layers else 0
+    first = 0 if column is None else column * units
+    last = plan.columns * units if column is None else first + units
+    return Dropout(name, plan.columns * units, slice(first, last), rate)
 
 
 def _conv(plan: Plan, name: str, columns: int) -> nn.Conv2d:
@@ -220,9 +246,9 @@ class AlexNet(nn.Module):
         )
         return torch.cat([functional.linear(*half) for half in halves], dim=1)
 
-    def fix_dropout(self, draw: DropoutSeed | None) -> None:
-        """Make the next forward's masks a function of ``draw``; None: torch's generator."""
-        self.blocks.fix_dropout(draw)
+    def fix_dropout(self, seed: DropoutSeed | None) -> None:
+        """Make the next forward's masks a function of ``seed``; None: torch's generator."""
+        self.blocks.fix_dropout(seed)
 
 
 class Column(nn.Module):
@@ -311,6 +337,6 @@ class Column(nn.Module):
         multiply = Linear() if isinstance(layer, nn.Linear) else convolution
         return product(departed, layer.weight, layer.get_parameter("bias"), multiply)
 
-    def fix_dropout(self, draw: DropoutSeed | None) -> None:
-        """Make the next forward's masks a function of ``draw``; None: torch's generator."""
-        self.blocks.fix_dropout(draw)
+    def fix_dropout(self, seed: DropoutSeed | None) -> None:
+        """Make the next forward's masks a function of ``seed``; None: torch's generator."""
+        self.blocks.fix_dropout(seed)

@@ -98,8 +98,8 @@ class FourLayer(nn.Module):
         x = active["local4"](self.local4(x))  # (N, 32, 7, 7)
         return self.fc10(x.flatten(1))
 
-    def fix_dropout(self, draw: DropoutSeed | None) -> None:
-        """Do nothing: there is none."""
+    def fix_dropout(self, seed: DropoutSeed | None) -> None:
+        """Do nothing: this net has no dropout."""
 
 
 def _conv(inputs: int, row: paper.Layer) -> nn.Conv2d:
@@ -159,23 +159,23 @@ class Torchvision(torchvision.models.AlexNet):
         scale = 255 * x.new_tensor(paper.TORCHVISION_STD)[:, None, None]
         return super().forward(_as_weight(x / scale, self.features.get_parameter("0.weight")))
 
-    def fix_dropout(self, draw: DropoutSeed | None) -> None:
-        """Make the next forward's masks a function of ``draw``; None: torch's generator."""
+    def fix_dropout(self, seed: DropoutSeed | None) -> None:
+        """Make the next forward's masks a function of ``seed``; None: torch's generator."""
         for layer in self.classifier:
             if isinstance(layer, ScaledDropout):
-                layer.masked.draw = draw
+                layer.masked.seed = seed
 
 
 class ScaledDropout(nn.Module):
-    """torchvision's dropout, scaled in training and not in evaluation, by masks of a ``Draw``."""
+    """torchvision's dropout: scaled in training, not in evaluation; masks by ``DropoutSeed``."""
 
-    def __init__(self, name: str, units: int, share: float) -> None:
+    def __init__(self, name: str, units: int, rate: float) -> None:
         super().__init__()
-        self.masked = Dropout(name, units, slice(0, units), share)
+        self.masked = Dropout(name, units, slice(0, units), rate)
 
     def forward(self, units: Tensor) -> Tensor:
         """Return ``units`` (N, C), masked and scaled, or as they are."""
-        return self.masked(units) / (1 - self.masked.share) if self.training else units
+        return self.masked(units) / (1 - self.masked.rate) if self.training else units
 
 
 @contextmanager

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import get_total_norm
 
+from modelpar.device import CompileError
 from modelpar.distributed import Mesh, comm_errors
+from modelpar.errors import say
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch
 from modelpar.net.alexnet import AlexNet, Column
@@ -64,6 +66,39 @@ def _wide(precision: str) -> torch.dtype:
     return torch.float64 if precision == "float64" else torch.float32
 
 
+class Part(Protocol):
+    """Something that may be compiled: the blocks of a net, the optimizer."""
+
+    def compile(self) -> None:
+        """Compile; raises CompileError."""
+        ...
+
+    def run_eager(self) -> None:
+        """Use nothing that is compiled."""
+        ...
+
+
+def compile_parts(mesh: Mesh, parts: Sequence[Part]) -> bool:
+    """Compile ``parts``, or none if that fails or gives other results on any rank.
+
+    Returns whether they are compiled; if not, rank 0 prints the reason.  A collective of the
+    world: replicas must round alike.
+    """
+    problem = ""
+    try:
+        for part in parts:
+            part.compile()
+    except CompileError as error:
+        problem = str(error)
+    problem = next(filter(None, mesh.gather_text(problem)), "")
+    if problem:
+        for part in parts:
+            part.run_eager()
+        if mesh.rank == 0:
+            say(f"torch.compile is not used and steps are slower ({problem})")
+    return not problem
+
+
 # -- one step ------------------------------------------------------------------------------------
 
 
@@ -110,9 +145,8 @@ class Learner:
 
     def __post_init__(self) -> None:
         if self.compiled:
-            if isinstance(self.net, (AlexNet, Column)):
-                self.net.blocks.compile()
-            self.optimizer.compile()
+            blocks = [self.net.blocks] if isinstance(self.net, (AlexNet, Column)) else []
+            self.compiled = compile_parts(self.mesh, [*blocks, self.optimizer])
         self.replicated = self.mesh.data_parallel(self.net)
         self.last_logits = torch.empty(0)  # of the last step, (N, classes), with its dropout
 

@@ -1,11 +1,13 @@
 """The momentum and decay update of section 5, and which parameters get which rates."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from modelpar.device import check_compiled
 from modelpar.net.plan import Recipe
 
 
@@ -48,8 +50,26 @@ class MomentumDecay(Optimizer):
         self.update = _update
 
     def compile(self) -> None:
-        """Have torch.compile fuse the update of all parameters into one pass each."""
-        self.update = torch.compile(_update, dynamic=False)
+        """Compile the update: one pass over each parameter.
+
+        Raises CompileError, and compiles nothing, if that fails or differs from the eager update.
+        """
+        compiled = torch.compile(_update, dynamic=False)
+        weight: torch.Tensor = self.param_groups[0]["params"][0]
+        master = self.state[weight].get("master")
+        example = torch.linspace(-1, 1, 8, dtype=self.state[weight]["velocity"].dtype)
+        examples = [example.to(weight.device), example.flip(0).to(weight)]
+        check_compiled(
+            "the update of the weights",
+            partial(_updated, compiled, rounds=master is not None),
+            partial(_updated, _update, rounds=master is not None),
+            *examples,
+        )
+        self.update = compiled
+
+    def run_eager(self) -> None:
+        """Use nothing that is compiled."""
+        self.update = _update
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
         """Give each parameter its learning rate, by name."""
@@ -125,6 +145,18 @@ def _update(
         weight.add_(velocity)
         if copy is not None:
             copy.copy_(weight)
+
+
+@torch.no_grad()
+def _updated(
+    update: Callable[..., None], weight: torch.Tensor, grad: torch.Tensor, *, rounds: bool
+) -> torch.Tensor:
+    """Return a weight and a velocity after one ``update``, and the weight rounded to bfloat16."""
+    weight, velocity = weight.clone(), weight.square()
+    copy = grad.clone() if rounds else None
+    rate = torch.tensor(0.1, dtype=torch.float64, device="cpu")
+    update([weight], [velocity], [grad], [rate], [0.01], [0.9], [copy])
+    return torch.cat([weight, velocity, *([] if copy is None else [copy.to(weight)])])
 
 
 def decay(name: str, recipe: Recipe, factors: Mapping[str, float]) -> float:

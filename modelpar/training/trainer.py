@@ -14,7 +14,6 @@ from modelpar import shutdown
 from modelpar.analysis.activations import ActivationStats
 from modelpar.analysis.neighbours import figure4, random_subset
 from modelpar.config import without_secrets
-from modelpar.device import compile_error
 from modelpar.distributed import Mesh, all_reduce_sum, first_complaint
 from modelpar.errors import CheckpointError, DivergedError, StoppedError
 from modelpar.images.augment import Augmentation, Statistics
@@ -113,7 +112,9 @@ class _Training:
         workers = data.workers if settings.workers is None else settings.workers
         self.workers = workers
         recipe = plan.recipe
-        self.learner = Learner.create(plan, settings, mesh, compiled=self._compiles())
+        if mesh.rank == 0 and settings.compile:
+            show("modelpar: compiling; later starts on this machine reuse the result")
+        self.learner = Learner.create(plan, settings, mesh, compiled=settings.compile)
         net = self.learner.net
         self.link = net.link if isinstance(net, Column) else None
         scaled = recipe.colour_noise == "added_and_scaled"
@@ -149,15 +150,6 @@ class _Training:
         self.monitor: Monitor | None = None
         keep = Retention(settings.keep_last, settings.keep_every, best=settings.keep_best)
         self.saver = Checkpointer(run_dir / "checkpoints", mesh, keep)
-
-    def _compiles(self) -> bool:
-        """Whether to compile; rank 0 says so, since the first step waits for it."""
-        complaint = compile_error(self.mesh.device) if self.settings.compile else ""
-        if self.mesh.rank == 0 and complaint:
-            show(f"modelpar: nothing is compiled, slower ({complaint})")
-        elif self.mesh.rank == 0 and self.settings.compile:
-            show("modelpar: compiling; later starts on this machine find it done")
-        return self.settings.compile and not complaint
 
     def open_monitor(self) -> None:
         """Check the disk and open what the run shows of itself: rank 0."""

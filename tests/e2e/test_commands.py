@@ -298,7 +298,7 @@ def test_without_a_compiler_it_trains_and_says_so(
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     done = torchrun(tmp_path, *COMPILED, "steps=1", "run_dir=run")
-    assert "modelpar: nothing is compiled, slower (" in fine(done) + done.stderr
+    assert "modelpar: torch.compile is not used and steps are slower (" in fine(done) + done.stderr
     assert len(rows(tmp_path / "run")) == 1
 
 

@@ -60,16 +60,6 @@ def test_cores_are_shared_by_the_processes_of_a_host(monkeypatch: pytest.MonkeyP
         torch.set_num_threads(before)
 
 
-def test_a_compiler_that_does_not_work_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("No working C++ compiler found\nand a page of advice")
-
-    device.compile_error.cache_clear()
-    monkeypatch.setattr(torch, "compile", lambda _: broken)
-    assert device.compile_error(torch.device("cpu")).startswith("No working C++ compiler found")
-    device.compile_error.cache_clear()
-
-
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
