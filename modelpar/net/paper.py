@@ -6,7 +6,7 @@ Computer History Museum released it; "run N" is the training its ``layer-params-
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -126,7 +126,6 @@ PAPER_STD: Final = 0.01  # section 5: every layer
 
 NUM_CLASSES: Final = 1000  # section 2
 IMAGE_SIZE: Final = 224  # section 4.1: side of a crop in pixels
-STORED_SIZE: Final = 256  # section 2: side of a stored image in pixels
 MIN_IMAGE_SIZE: Final = 64  # pixels; pool 5 still has one full window (from 52 on), as tested
 MIN_IMAGE_SIZES: Final = MappingProxyType(
     {"four_layer": 6, "torchvision": 63}  # pool 2 has a full window; torchvision's documentation
@@ -152,55 +151,60 @@ RATE: Final = 0.01  # section 5: first learning rate of the weights
 BIAS_RATIO: Final = 2.0  # run 145: the biases' first rate is .02
 
 COLOUR_NOISE: Final = 0.1  # section 4.1: standard deviation of the three draws
-LENGTHS: Final = MappingProxyType(  # epochs
-    # Run 167's length was not logged; it is taken to be run 170's.
-    {"run145": 91, "run170": 95, "run167": 95, "cifar": 520, "every_30": 90}
-)
-PLATEAU_DROPS: Final = 3  # section 5: the rate was divided three times
 RATE_DIVISOR: Final = 10.0  # section 5
-RUN145_DROPS: Final = (25, 51, 79)  # run 145: epochs at which the weights' rate fell to a tenth
-RUN145_CONV1_SLOW: Final = 67  # run 145: from this epoch conv1 learns at 1e-5
-RUN145_CONV1_RATE: Final = 1e-5  # run 145
-# From lr to this part of it, in so many equal steps: the logs' dexp; runs 166 and 167 alike.
-WEIGHT_STEPS: Final = MappingProxyType({"run170": (250.0, 4), "run167": (1000.0, 4)})
-BIAS_STEPS: Final = (10.0, 2)  # runs 166, 167 and 170
-# Epochs from which colour noise is off, and from which conv1 stays as it is.  Run 166's noise
-# went off at 64.
-NOISE_OFF: Final = MappingProxyType({"run145": 67, "run170": 68, "run167": 63})
-CONV1_FROZEN: Final = MappingProxyType({"run145": 72, "run170": 74, "run167": 73})
-CIFAR_DROPS: Final = (500, 510)  # layer-params-cifar10-11pct.cfg: 350, 150, 10 and 10 epochs
-EVERY_30_DROPS: Final = (30, 60)  # torchvision's references/classification: lr-step-size 30
-
-
-# The authors' colour statistics of ImageNet: standard deviations along the principal axes
-# (0-255 units) and the axes themselves, one a row, in RGB (cuda-convnet2 make-data/input_meta).
-IMAGENET_COLOUR_STD: Final = (121.780, 37.094, 19.721)
-IMAGENET_COLOUR_AXES: Final = (
-    (-0.5635, -0.5762, -0.5920),
-    (-0.7126, -0.0235, 0.7012),
-    (0.4180, -0.8170, 0.3973),
-)
+PLATEAU_DROPS: Final = 3  # section 5: the rate was divided three times
 
 
 @dataclass(frozen=True)
-class Published:
-    """A published error: top-1 and top-5 in %, on which set, with how many views, from where."""
+class Timetable:
+    """Learning rates and colour noise over a published run of ``length`` epochs.
 
-    top1: float | None
-    top5: float | None
-    test_set: str
-    views: int
-    source: str
+    Each mapping has what multiplies the first rate from an epoch on, counted from 0; before its
+    first epoch that is 1.  ``conv1`` replaces the factor of the first layer's weights, and where
+    it is 0 the first layer's biases stay too.  ``noise_off`` is the epoch from which there is no
+    colour noise; None: run 145's, in proportion.
+    """
+
+    length: int
+    weights: Mapping[float, float] = field(default_factory=dict[float, float])
+    biases: Mapping[float, float] = field(default_factory=dict[float, float])
+    conv1: Mapping[float, float] = field(default_factory=dict[float, float])
+    noise_off: int | None = None
 
 
-PUBLISHED: Final = MappingProxyType(
+SCHEDULES: Final = MappingProxyType(
     {
-        "table 1": Published(37.5, 17.0, "ILSVRC-2010 test", 10, "table 1"),
-        "table 1, one view": Published(39.0, 18.3, "ILSVRC-2010 test", 1, "section 6, footnote"),
-        "table 2": Published(40.7, 18.2, "ILSVRC-2012 validation", 10, "table 2, 1 CNN"),
-        "table 2, conv6": Published(39.0, 16.6, "ILSVRC-2012 validation", 10, "table 2, 1 CNN*"),
-        "code2012": Published(40.664, 18.210, "ILSVRC-2012 validation", 10, "run 145"),
-        "clean": Published(40.53, 18.05, "ILSVRC-2012 validation", 10, "run 170"),
-        "clean, one view": Published(42.34, 19.58, "ILSVRC-2012 validation", 1, "run 170"),
+        # Section 5's rule is code, see ``training.schedule.Plateau``; about 90 epochs.
+        "plateau": Timetable(90),
+        "constant": Timetable(90),
+        # The biases' rate stayed at 0.02 throughout.  In the last files of runs 145, 166, 167 and
+        # 170 conv1's rates are both 0; their notes name the epoch for the weights only.
+        "run145": Timetable(
+            91,
+            weights={25: 0.1, 51: 0.01, 79: 0.001},
+            conv1={67: 0.001, 72: 0.0},
+            noise_off=67,
+        ),
+        # The logs' ``dexp``: to 1/250 of the first rate in equal steps, the biases to 1/10 (lr.cu).
+        "run170": Timetable(
+            95,
+            weights={95 * step / 4: 250 ** (-step / 3) for step in range(4)},
+            biases={95 / 2: 0.1},
+            conv1={74: 0.0},
+            noise_off=68,
+        ),
+        # Runs 166 and 167 go to 1/1000.  Run 166's noise was turned off at 64.  The length of run
+        # 167 was not logged; it is taken to be run 170's.
+        "run167": Timetable(
+            95,
+            weights={95 * step / 4: 1000 ** (-step / 3) for step in range(4)},
+            biases={95 / 2: 0.1},
+            conv1={73: 0.0},
+            noise_off=63,
+        ),
+        # layer-params-cifar10-11pct.cfg: 350, 150, 10 and 10 epochs; the biases' rate stayed.
+        "cifar": Timetable(520, weights={500: 0.1, 510: 0.01}),
+        # torchvision's references/classification: lr-step-size 30
+        "every_30": Timetable(90, weights={30: 0.1, 60: 0.01}),
     }
 )

@@ -14,10 +14,11 @@ from modelpar.seeding import generator
 def initial_weights(
     plan: Plan, seed: int | None, names: Iterable[str] | None = None
 ) -> dict[str, Tensor]:
-    """Draw the whole net's initial weights, float32: normal, biases constant (section 5).
+    """Return the whole net's initial parameters, float32 (section 5).
 
-    A function of seed and layer alone, which ``split`` slices: so one process and two start
-    equal.  Without a seed torch's global generator is used.
+    Weights are normal, biases constant.  They depend only on seed and layer, and columns take
+    slices of them, so one process and two start with the same net.  Without a seed torch's global
+    generator is used.
     """
     state: dict[str, Tensor] = {}
     for name in plan.layers if names is None else names:
@@ -34,23 +35,29 @@ def initial_weights(
     return state
 
 
-def column_slice(key: str, value: Tensor, column: int) -> Tensor | None:
-    """Return the part of the whole net's ``value`` that ``column`` owns; None: it owns none.
+def split_dim(key: str) -> int | None:
+    """Return the dimension along which the columns share a tensor; None: column 0 has it whole.
 
-    Outputs are halved, but fc8's inputs; its bias is column 0's.
+    That is the outputs, except for fc8: it is split by its inputs, and its bias is column 0's.
     """
-    if key == "fc8.bias":
+    return {"fc8.weight": 1, "fc8.bias": None}.get(key, 0)
+
+
+def column_slice(key: str, value: Tensor, column: int) -> Tensor | None:
+    """Return the part of the whole net's ``value`` that ``column`` has; None: it has none."""
+    dim = split_dim(key)
+    if dim is None:
         return value if column == 0 else None
-    return value.chunk(COLUMNS, dim=1 if key == "fc8.weight" else 0)[column]
+    return value.chunk(COLUMNS, dim)[column]
 
 
 def location(key: str, shape: Sequence[int], columns: int, column: int) -> dict[str, list[int]]:
-    """Say where a part of ``shape`` lies in the whole net's tensor: its shape, the first index."""
+    """Return the shape of the whole net's tensor, and the first index of a part of ``shape``."""
     whole, first = list(shape), [0] * len(shape)
-    if columns > 1 and key != "fc8.bias":
-        axis = 1 if key == "fc8.weight" else 0
-        whole[axis] *= columns
-        first[axis] = column * shape[axis]
+    dim = split_dim(key)
+    if columns > 1 and dim is not None:
+        whole[dim] *= columns
+        first[dim] = column * shape[dim]
     return {"whole": whole, "first": first}
 
 
@@ -67,40 +74,39 @@ def split(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 def merge(columns: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the whole net's state dict from both columns'; the inverse of ``split``."""
-    return {
-        key: value
-        if key == "fc8.bias"
-        else torch.cat([column[key] for column in columns], dim=1 if key == "fc8.weight" else 0)
-        for key, value in columns[0].items()
-    }
+    whole: dict[str, Tensor] = {}
+    for key, value in columns[0].items():
+        dim = split_dim(key)
+        whole[key] = value if dim is None else torch.cat([part[key] for part in columns], dim)
+    return whole
 
 
 def load_initial(net: nn.Module, plan: Plan, seed: int | None, column: int | None) -> None:
-    """Give ``net`` its share of the initial weights, on torch's default device."""
+    """Set the initial weights of ``net``, or of its ``column``, on torch's default device."""
     device = torch.get_default_device()
     for name in plan.layers:  # one whole layer in memory at a time
         for key, value in initial_weights(plan, seed, [name]).items():
             part = value if column is None else column_slice(key, value, column)
             if part is not None:
-                own = part.to(device).clone(memory_format=torch.contiguous_format)
-                setattr(net.get_submodule(name), key.partition(".")[2], nn.Parameter(own))
+                fresh = part.to(device).clone(memory_format=torch.contiguous_format)
+                setattr(net.get_submodule(name), key.partition(".")[2], nn.Parameter(fresh))
 
 
 def check_state(
     net: nn.Module, state: Mapping[str, Tensor], source: str, *, learnt: bool = False
 ) -> None:
-    """Raise CheckpointError that names the first tensor of ``state`` that does not fit ``net``.
+    """Raise CheckpointError, with the first tensor of ``state`` that does not fit ``net``.
 
     ``learnt``: ``state`` has a tensor for each parameter, and nothing else.
     """
-    own = dict(net.named_parameters()) if learnt else net.state_dict()
-    for key in sorted(own.keys() | state.keys()):
+    expected = dict(net.named_parameters()) if learnt else net.state_dict()
+    for key in sorted(expected.keys() | state.keys()):
         if key not in state:
             raise CheckpointError(f"{source}: {key} is missing")
-        if key not in own:
-            raise CheckpointError(f"{source}: {key} is none of this net's tensors")
-        if own[key].shape != state[key].shape:
+        if key not in expected:
+            raise CheckpointError(f"{source}: {key} is not a tensor of this net")
+        if expected[key].shape != state[key].shape:
             raise CheckpointError(
-                f"{source}: {key} is {tuple(state[key].shape)}, this net's is "
-                f"{tuple(own[key].shape)}; give the classes and image size it was trained with"
+                f"{source}: {key} has shape {tuple(state[key].shape)}, this net's has "
+                f"{tuple(expected[key].shape)}; use the classes and image size of its training"
             )

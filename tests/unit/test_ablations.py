@@ -67,6 +67,7 @@ def test_each_composes_and_says_what_it_is(name: str) -> None:
     published = settings.published
     assert published.source
     assert (published.top1 is None) == (published.set is None) == (published.views is None)
+    assert published.views in {None, 1, 10}
     text = (config.conf_dir() / "experiment" / f"{name}.yaml").read_text()
     assert f"python -m modelpar.train experiment={name} " in text
 
