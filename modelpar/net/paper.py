@@ -185,7 +185,7 @@ SCHEDULES: Final = MappingProxyType(
             conv1={67: 0.001, 72: 0.0},
             noise_off=67,
         ),
-        # The logs' ``dexp``: to 1/250 of the first rate in equal steps, the biases to 1/10 (lr.cu).
+        # ``dexp`` of lr.cu: to 1/250 of the first rate in equal steps, the biases to 1/10.
         "run170": Timetable(
             95,
             weights={95 * step / 4: 250 ** (-step / 3) for step in range(4)},
