@@ -1,4 +1,4 @@
-"""This machine, and what the launcher says of this process: checked before processes meet."""
+"""The device of a process, its threads and memory, and what torch.compile does on it."""
 
 import ctypes
 import logging
@@ -20,9 +20,10 @@ M_MMAP_MAX: Final = -4  # malloc.h
 
 
 def choose_device(device: str, local_processes: int) -> str:
-    """Return ``cuda`` or ``cpu`` for the setting ``device``; auto takes GPUs if each rank has one.
+    """Return ``cuda`` or ``cpu`` for the setting ``device``; auto: GPUs if each rank has one.
 
-    Raises SettingsError where ``device=cuda`` asks for more GPUs than there are.
+    ``local_processes`` is the number of ranks on this host.  Raises SettingsError if
+    ``device=cuda`` needs more GPUs than there are.
     """
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
@@ -30,9 +31,17 @@ def choose_device(device: str, local_processes: int) -> str:
     if device == "cuda" and found < local_processes:
         raise SettingsError(
             f"device=cuda: {found} GPUs for {local_processes} processes on this host; "
-            "give columns=1 for one GPU, or device=cpu"
+            "use columns=1 for one GPU, or device=cpu"
         )
     return device
+
+
+def torch_device(kind: str, local_rank: int) -> torch.device:
+    """Return the device of a rank, ``kind`` being ``cuda`` or ``cpu``.
+
+    A GPU always has its index: torch.cuda.set_device does not accept one without.
+    """
+    return torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
 
 
 def check_precision(device: str, precision: str) -> None:
@@ -40,17 +49,19 @@ def check_precision(device: str, precision: str) -> None:
     if device != "cuda" or precision != "bfloat16":
         return
     if not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise SettingsError("precision=bfloat16: this GPU has none; give precision=float32")
+        raise SettingsError(
+            "precision=bfloat16: this GPU does not support it; use precision=float32"
+        )
 
 
 # -- cores and memory ----------------------------------------------------------------------------
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep what is freed; return whether this libc can.
+    """Make glibc keep freed memory; return whether this libc can.
 
-    By default big buffers go back to the system at each step and are faulted in anew, which cost
-    a third of a step here (224 pixels, two processes: 21 and 30 images/s).
+    By default large buffers return to the system at each step and are faulted in again.  That cost
+    a third of a step (224 pixels, two processes, two cores: 21 against 30 images/s).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
@@ -62,10 +73,10 @@ def num_cores() -> int:
 
 
 def set_threads(processes: int, threads: int | None = None) -> int:
-    """Give this process its share of the host's cores; return its number of threads.
+    """Set the number of torch's threads in this process and return it.
 
-    ``threads`` None: OMP_NUM_THREADS where it says more than torchrun's own 1, or the cores this
-    process may use divided by the host's ``processes``.
+    ``threads`` None: OMP_NUM_THREADS if that is more than 1, which torchrun sets by default;
+    otherwise the cores that this process may use, divided by the host's ``processes``.
     """
     if threads is None:
         given = environment.integer("OMP_NUM_THREADS", 1)
@@ -75,7 +86,7 @@ def set_threads(processes: int, threads: int | None = None) -> int:
 
 
 def oversubscription_warning(threads: int) -> str:
-    """Return a warning where this host's processes have more threads than cores, else nothing."""
+    """Return a warning if this host's ranks have more threads than cores, or an empty string."""
     processes = environment.read().local_size
     if threads * processes <= num_cores():
         return ""
@@ -86,12 +97,12 @@ def oversubscription_warning(threads: int) -> str:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not get the memory that it asked for, of a GPU or of the host."""
+    """Return whether torch ran out of memory, of a GPU or of the host."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def memory(device: torch.device) -> str:
-    """Name ``device`` with the memory that it had in use at most, where that is known."""
+    """Return the name of ``device``, for a GPU with its peak and total memory."""
     if device.type != "cuda":
         return f"this host ({device})"
     peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]
@@ -99,30 +110,30 @@ def memory(device: torch.device) -> str:
 
 
 def set_up(device: torch.device, *, tf32: bool) -> bool:
-    """Make this process fast on ``device``; return whether freed memory is kept.
+    """Configure torch for speed on ``device``; return whether freed memory is kept.
 
-    ``tf32`` lets a GPU round float32 products.
+    ``tf32`` allows a GPU to round the inputs of float32 products.
     """
     if device.type == "cpu":
         return keep_freed_memory()
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True  # shapes never change
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32  # torch's own default rounds convolutions
-    return False  # torch keeps a GPU's memory itself
+    torch.backends.cudnn.allow_tf32 = tf32  # the default of torch rounds convolutions
+    return False  # torch has its own allocator for GPUs
 
 
 # -- torch.compile -------------------------------------------------------------------------------
 
 MAX_DIFFERENCE: Final = {  # relative, by dtype: far above rounding, far below a wrong result
     torch.float64: 1e-10,
-    torch.float32: 1e-4,
+    torch.float32: 1e-3,  # of a GPU with tf32 too
     torch.bfloat16: 0.05,
 }
 
 
 class CompileError(Exception):
-    """torch.compile failed, or what it compiled computes something else."""
+    """torch.compile failed, or the compiled function computes something else."""
 
 
 def check_compiled(

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from modelpar import environment
-from modelpar.device import choose_device, set_threads, set_up
+from modelpar.device import choose_device, set_threads, set_up, torch_device
 from modelpar.errors import LaunchError, PeerLostError, RunError, error_from_text, one_line
 
 AXES: Final = ("replica", "column")
@@ -314,7 +314,7 @@ def process_mesh(
     size = where.size
     replicas = environment.check_world(columns, 1, size)
     kind = choose_device(device, where.local_size)
-    place = torch.device(kind, where.local_rank) if kind == "cuda" else torch.device("cpu")
+    place = torch_device(kind, where.local_rank)
     kept = set_up(place, tf32=tf32)
     threads = set_threads(where.local_size, threads)
     if size == 1:

@@ -21,7 +21,7 @@ from torch import Tensor
 from modelpar import config
 from modelpar.bench import anatomy, wire
 from modelpar.bench.steps import CONTENDERS, make, on_column, plan_of
-from modelpar.device import choose_device
+from modelpar.device import choose_device, torch_device
 from modelpar.distributed import Mesh, process_mesh
 from modelpar.errors import LaunchError, RunError, one_line
 from modelpar.settings import BenchmarkSettings
@@ -139,7 +139,7 @@ def _serve(
         columns = size if name in {"pair", "in_turn"} else 1
         if name == "plain":  # as torch comes, with its allocator's own settings
             torch.set_num_threads(threads)
-            mesh_of = nullcontext(Mesh(torch.device(device)))
+            mesh_of = nullcontext(Mesh(torch_device(device, 0)))
         else:
             mesh_of = process_mesh(columns, device, settings.comm.timeout, threads=threads)
         with mesh_of as mesh:

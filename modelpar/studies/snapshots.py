@@ -95,9 +95,7 @@ def of_checkpoint(settings: FiguresSettings) -> Snapshot:
     )
     prepared = evaluation.prepare(request)
     trained, images = prepared.trained, prepared.images
-    mesh = Mesh(
-        torch.device(request.device, 0) if request.device == "cuda" else torch.device("cpu")
-    )
+    mesh = Mesh(device.torch_device(request.device, 0))
     device.set_up(mesh.device, tf32=False)
     net = evaluation.loaded(request, trained, mesh)
     augmentation = Augmentation(
