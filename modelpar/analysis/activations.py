@@ -100,22 +100,20 @@ class ActivationStats:
 
     def result(self) -> list[Activity]:
         """Return the statistics of all layers and columns.  Collective over the pair."""
-        total = torch.zeros(len(self.layers), self.columns, 6, dtype=torch.float64)
-        first = 0 if self.mesh.pair is None else self.mesh.column
+        first, device = self.mesh.column, self.mesh.device
+        total = torch.zeros(len(self.layers), self.columns, 6, dtype=torch.float64, device=device)
         for row, name in zip(total, self.layers, strict=True):
             if name == LOGITS and first:
                 continue  # both columns have the same logits: count them once
-            sums, dead = self.sums[name].cpu(), (~self.alive[name]).double().cpu()
+            dead = (~self.alive[name]).double()
             counts = torch.stack([dead.sum(1), torch.ones_like(dead).sum(1)], dim=1)
-            row[first : first + len(sums)] = torch.cat([sums, counts], dim=1)
-        total = all_reduce_sum(total.to(self.mesh.device), self.mesh.pair).cpu()
-        found: list[Activity] = []
-        for name, rows in zip(self.layers, total.tolist(), strict=True):
-            for column, (count, values, squares, zeros, dead, maps) in enumerate(rows):
-                if name == LOGITS and column:
-                    continue
-                mean = values / count
-                std = max(0.0, squares / count - mean * mean) ** 0.5
-                key = None if name == LOGITS else column
-                found.append(Activity(name, key, mean, std, zeros / count, dead / maps))
-        return found
+            row[first : first + len(dead)] = torch.cat([self.sums[name], counts], dim=1)
+        count, values, squares, zeros, dead, maps = all_reduce_sum(total, self.mesh.pair).unbind(2)
+        mean = values / count
+        std = (squares / count - mean * mean).clamp(min=0).sqrt()
+        found = torch.stack([mean, std, zeros / count, dead / maps], dim=2).tolist()
+        return [
+            Activity(name, None if name == LOGITS else column, *measures)
+            for name, columns in zip(self.layers, found, strict=True)
+            for column, measures in enumerate(columns[:1] if name == LOGITS else columns)
+        ]

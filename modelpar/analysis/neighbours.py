@@ -4,7 +4,7 @@ Section 6.1: "if two images produce feature activation vectors with a small Eucl
 we can say that the higher levels of the neural network consider them to be similar".
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -107,25 +107,6 @@ def top_predictions(
     return [Prediction(*one) for one in each]
 
 
-def squared_distances(
-    net: nn.Module,
-    queries: Tensor,
-    batches: Iterable[tuple[Tensor, Any]],
-    augmentation: Augmentation,
-) -> Tensor:
-    """Return the squared Euclidean distances (Q, M) between features, over this column's units.
-
-    ``queries`` (Q, D) are features; ``batches`` hold M stored images, of which one batch at a
-    time is in memory.  Collective over the pair.
-    """
-    wide = queries.double()
-    found: list[Tensor] = []
-    for stored, _ in batches:
-        units = features(net, augmentation.center_crop(stored))[1].double()
-        found.append(torch.stack([(units - query).square().sum(1) for query in wide]))
-    return torch.cat(found, dim=1)
-
-
 def nearest_distinct(
     images: Images, rows: Sequence[int], squared: Tensor, count: int = NEAREST
 ) -> tuple[list[Tensor], list[int], list[float]]:
@@ -137,8 +118,7 @@ def nearest_distinct(
     near: list[Tensor] = []
     labels: list[int] = []
     distances: list[float] = []
-    order = squared.argsort(stable=True)
-    for place in order.tolist():
+    for place in squared.argsort(stable=True).tolist():
         image, label = images[rows[place]]
         if not any(torch.equal(image, other) for other in near):
             near.append(image)
@@ -160,19 +140,21 @@ def figure4(
 ) -> Figure4 | None:
     """Return the content of figure 4 on column 0, None on the other column.
 
-    ``rows``: the training images to search.  Collective over the pair, which sums the squared
-    distances once at the end.
+    ``rows``: the training images to search; one batch of them is in memory at a time.  Collective
+    over the pair: each column has squared distances of its units, which are added at the end.
     """
     shown, queries = (evenly_spaced(len(images.test), count) for count in (SHOWN, QUERIES))
     samples = [images.test[row] for row in (*shown, *queries)]
     stored, labels = [sample[0] for sample in samples], [int(sample[1]) for sample in samples]
-    crops = augmentation.center_crop(torch.stack(stored).to(mesh.device))
-    logits, units = features(net, crops)
     half = len(shown)
-    searched: Any = Subset(images.train, rows)  # pyright: ignore[reportArgumentType] - indexed is enough
-    batches = TestLoader(searched, batch_size, mesh.device, workers=workers)
-    squared = squared_distances(net, units[half:], batches, augmentation)
-    squared = all_reduce_sum(squared, mesh.pair).cpu()
+    logits, units = features(net, augmentation.center_crop(torch.stack(stored).to(mesh.device)))
+    wide = units[half:].double()
+    searched: Any = Subset(images.train, rows)  # pyright: ignore[reportArgumentType] - it needs an index only
+    parts: list[Tensor] = []  # (queries, images of the batch)
+    for batch, _ in TestLoader(searched, batch_size, mesh.device, workers=workers):
+        units = features(net, augmentation.center_crop(batch))[1].double()
+        parts.append(torch.stack([(units - query).square().sum(1) for query in wide]))
+    squared = all_reduce_sum(torch.cat(parts, dim=1), mesh.pair).cpu()
     if mesh.column:
         return None
     neighbours = [

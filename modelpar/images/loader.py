@@ -49,9 +49,7 @@ def _start_worker(worker: int) -> None:
     _hide_image_warnings()
 
 
-def _data_loader(
-    images: Images, device: torch.device, workers: int, batches: Any
-) -> DataLoader[Any]:
+def _data_loader(images: Images, device: torch.device, workers: int, batches: Any) -> Any:
     """Return torch's loader, with a generator that leaves the global one unchanged."""
     if not workers:  # this process decodes the images
         _hide_image_warnings()
@@ -67,11 +65,7 @@ def _data_loader(
 
 
 def _next(source: Iterator[Any]) -> tuple[Tensor, Tensor] | None:
-    """Return the next batch, or None at the end.
-
-    Raises DataError, in one line, for an image that cannot be read, and LaunchError if a loader
-    process was killed.
-    """
+    """Return the next batch or None; raises DataError, or LaunchError for a killed worker."""
     try:
         return next(source, None)
     except DataError as error:  # torch puts the worker's traceback before the message
@@ -123,8 +117,7 @@ class TrainLoader:
     def epoch(self, epoch: int, start: int, noise: float) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from number ``start``, augmented on the device.
 
-        Raises DataError for an image that cannot be read, LaunchError if a loader process was
-        killed.
+        Raises DataError for an unreadable image, LaunchError for a killed loader process.
         """
         batches = self._batches(epoch, start, noise)
         return _prefetch(batches, self.device) if self.device.type == "cuda" else batches
@@ -134,8 +127,7 @@ class TrainLoader:
         order.epoch, order.start = epoch, start
         border = self.augmentation.border
         draws = CropFlipColour.of_epoch(order.seed, epoch, order.num_samples, border, self.crops)
-        samples = order.samples()
-        source = iter(self.loader)
+        samples, source = order.samples(), iter(self.loader)
         for number in range(start, len(order)):
             began = time.perf_counter()
             stored = _next(source)
@@ -208,12 +200,12 @@ def worker_killed_message(error: Exception) -> str:
     The connection that transfers a batch may break before that.
     """
     text = f"{error} {error.__cause__ or ''}"
-    from_worker = "Caught" in text  # an error that a worker raised itself
-    broken = isinstance(error, (ConnectionError, EOFError)) and not from_worker
+    raised = "Caught" in text  # by a worker that is alive
+    broken = isinstance(error, (ConnectionError, EOFError)) and not raised
     if not broken and "DataLoader worker (pid" not in text:
         return ""
-    number = re.search(r"killed by signal: ([\w ]+)", text)
-    how = f" by signal: {number[1].strip()}" if number else ""
+    number = re.search(r"killed by signal: (\w+( \w+)*)", text)
+    how = f" by signal: {number[1]}" if number else ""
     return (
         f"a loader process was killed{how}, probably out of memory; "
         f"use fewer workers, or more memory (also for {SHARED_MEMORY})"
