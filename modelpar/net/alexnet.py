@@ -1,6 +1,6 @@
 """The net of section 3.5: ``AlexNet``, the whole on one device; ``Column``, one device's half.
 
-Read the two ``forward`` side by side: they differ where the columns talk, and nowhere else.
+Compare the two ``forward`` methods: they differ only where the columns exchange maps.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,15 @@ from torch.nn import functional
 
 from modelpar.device import check_compiled
 from modelpar.net import paper
-from modelpar.net.exchange import Convolution, Departed, Linear, Link, depart, product, summed
+from modelpar.net.exchange import (
+    Convolution,
+    InFlight,
+    Linear,
+    Link,
+    add_logits,
+    read_both,
+    send,
+)
 from modelpar.net.layers import Activation, Dropout, DropoutSeed, compile_norm, norm, pool
 from modelpar.net.plan import Plan, Recipe, plan_from
 from modelpar.net.weights import load_initial
@@ -21,10 +29,9 @@ from modelpar.seeding import generator
 
 
 class Blocks(nn.Module):
-    """What stands between the weights: padding, norms, activations, pools and dropout.
+    """The layers without weights: padding, norms, activations, pools and dropout.
 
-    ``column`` is the one whose maps and units pass through; None: all of them.  It holds no
-    weights.
+    ``column`` is the one whose maps and units they process; None: all columns.
     """
 
     def __init__(self, plan: Plan, column: int | None = None) -> None:
@@ -72,7 +79,7 @@ class Blocks(nn.Module):
     def pad(self, images: Tensor, weight: Tensor) -> Tensor:
         """Add the zeros that 224 -> 55 needs: (N, 3, 224, 224) -> (N, 3, 227, 227).
 
-        Images become of the dtype and memory format of conv1's ``weight``.
+        The result has the dtype and memory format of conv1's ``weight``.
         """
         last = weight.is_contiguous(memory_format=torch.channels_last)
         order = torch.channels_last if last else torch.contiguous_format
@@ -81,24 +88,14 @@ class Blocks(nn.Module):
         )
 
     def activate(self, name: str, response: Tensor) -> Tensor:
-        """Return the activations of layer ``name``, shaped as ``response`` (section 3.1)."""
+        """Return the activations of layer ``name``, in the shape of ``response`` (section 3.1)."""
         return self.activations[name](response)
 
-    def after_conv1(self, maps: Tensor) -> Tensor:
-        """Activate, normalize, pool: (N, C, 55, 55) -> (N, C, 27, 27) (section 3.5).
+    def normalize_and_pool(self, name: str, maps: Tensor) -> Tensor:
+        """Activate, normalize, pool: conv1's 55 x 55 -> 27 x 27, conv2's 27 -> 13 (section 3.5).
 
-        Run 145 normalizes conv1's linear response and rectifies after the pool.
+        Run 145 normalizes conv1's linear response and rectifies after the pool, run 166 conv2's.
         """
-        return self._normalize_and_pool("conv1", maps)
-
-    def after_conv2(self, maps: Tensor) -> Tensor:
-        """Activate, normalize, pool: (N, C, 27, 27) -> (N, C, 13, 13).
-
-        Run 166 normalizes the linear response here too.
-        """
-        return self._normalize_and_pool("conv2", maps)
-
-    def _normalize_and_pool(self, name: str, maps: Tensor) -> Tensor:
         # A hook on the activation needs it to run as a module.
         fused = self.training and not self.activations[name]._forward_hooks  # noqa: SLF001
         compiled = self.compiled_norms.get(name) if fused else None
@@ -115,13 +112,13 @@ class Blocks(nn.Module):
         return norm(maps if linear else self.activate(name, maps))
 
     def _pooled(self, name: str, maps: Tensor) -> Tensor:
-        """Activate what was normalized linear, and pool: of few values, where that is the same."""
-        if self.plan.pool == "average":  # the largest of activated values is the largest activated
+        """Activate and pool; the pool comes first, on fewer values, if the result is the same."""
+        if self.plan.pool == "average":  # an increasing function and a maximum may change places
             return self.pool(self.activate(name, maps))
         return self.activate(name, self.pool(maps))
 
     def after_middle(self, name: str, maps: Tensor) -> Tensor:
-        """Activate conv3's or conv4's maps (N, C, 13, 13); run 177 drops some of conv4's."""
+        """Activate the maps of conv3 or conv4 (N, C, 13, 13); run 177 drops units of conv4."""
         maps = self.activate(name, maps)
         if name != "conv4" or self.drop4.rate == 0:
             return maps
@@ -153,34 +150,34 @@ def _dropout(plan: Plan, name: str, column: int | None, rate: float, places: int
 
 
 def _conv(plan: Plan, name: str, columns: int) -> nn.Conv2d:
-    """Return a convolution for ``columns`` columns; groups keep columns apart off a crossing."""
+    """Return a convolution for ``columns`` columns: one group each, except at a crossing."""
     row = plan.layers[name]
-    image, crossed = name == "conv1", name in plan.crossing_at
+    image, crossing = name == "conv1", name in plan.crossing_at
     return nn.Conv2d(
-        plan.inputs(name) * (1 if image else plan.columns if crossed else columns),
+        plan.inputs(name) * (1 if image else plan.columns if crossing else columns),
         row.outputs * columns,
         row.kernel,
         stride=row.stride,
         padding=plan.padding(name),
-        groups=1 if image or crossed else columns,
-        device="meta",  # _fill brings the values
+        groups=1 if image or crossing else columns,
+        device="meta",  # load_initial sets the values
     )
 
 
 def _linear(plan: Plan, name: str, columns: int, *, bias: bool = True) -> nn.Linear:
-    """Return a fully connected layer; its inputs are both columns' only at a crossing.
+    """Return a fully connected layer; it reads both columns only at a crossing.
 
-    Differs: the code computed fc8 on one GPU; here it is split by its inputs, each column holding
-    all classes for its own units, so that both devices do equal work.
+    Differs: the code computed fc8 on one GPU.  Here it is split by its inputs, so that both
+    devices do equal work: each column has the weights from its units to all classes.
     """
-    crossed = name in plan.crossing_at
-    inputs = plan.inputs(name) * (columns if name == "fc8" else plan.columns if crossed else 1)
+    crossing = name in plan.crossing_at
+    inputs = plan.inputs(name) * (columns if name == "fc8" else plan.columns if crossing else 1)
     outputs = plan.outputs(name) * (1 if name == "fc8" else columns)
-    return nn.Linear(inputs, outputs, bias=bias, device="meta")  # _fill brings the values
+    return nn.Linear(inputs, outputs, bias=bias, device="meta")
 
 
 class AlexNet(nn.Module):
-    """The whole net on one device; its two columns are the groups of its convolutions.
+    """The whole net on one device; its columns are the groups of its convolutions.
 
     Input (N, 3, S, S), pixels 0-255 less the mean; output (N, classes) logits.
     """
@@ -210,9 +207,9 @@ class AlexNet(nn.Module):
         seed: int | None = None,
         **switches: Any,
     ) -> Self:
-        """Return the net of ``paper``, ``code2012`` or ``clean``, with fresh weights.
+        """Return the net of ``paper``, ``code2012`` or ``clean``, with initial weights.
 
-        ``switches`` are the fields of ``paper.Plan``.  Raises SettingsError.
+        ``switches`` are the fields of ``Plan``.  Raises SettingsError.
         """
         return cls(plan_from(recipe, num_classes, image_size, switches), seed)
 
@@ -220,8 +217,8 @@ class AlexNet(nn.Module):
         """Return the logits (N, classes) of ``images`` (N, 3, S, S)."""
         blocks = self.blocks
         x = blocks.pad(images, self.conv1.weight)
-        x = blocks.after_conv1(self.conv1(x))  # (N, 96, 27, 27)
-        x = blocks.after_conv2(self.conv2(x))  # (N, 256, 13, 13)
+        x = blocks.normalize_and_pool("conv1", self.conv1(x))  # (N, 96, 27, 27)
+        x = blocks.normalize_and_pool("conv2", self.conv2(x))  # (N, 256, 13, 13)
         for name in self.plan.middle:  # conv3 and conv4; conv3 reads both columns
             x = blocks.after_middle(name, self.get_submodule(name)(x))  # (N, 384, 13, 13)
         x = blocks.after_conv5(self.conv5(x))  # (N, 256, 6, 6)
@@ -233,18 +230,18 @@ class AlexNet(nn.Module):
         return self.fc8(x)
 
     def _units(self, name: str, units: Tensor) -> Tensor:
-        """Apply fc6 or fc7; off a crossing each column's units read its own half alone."""
+        """Apply fc6 or fc7; without a crossing each column reads only its half of the units."""
         layer: nn.Linear = self.get_submodule(name)  # pyright: ignore[reportAssignmentType]
         if name in self.plan.crossing_at:
             return layer(units)
         columns = self.plan.columns
-        halves = zip(
+        parts = zip(
             units.chunk(columns, 1),
             layer.weight.chunk(columns),
             layer.bias.chunk(columns),
             strict=True,
         )
-        return torch.cat([functional.linear(*half) for half in halves], dim=1)
+        return torch.cat([functional.linear(*part) for part in parts], dim=1)
 
     def fix_dropout(self, seed: DropoutSeed | None) -> None:
         """Make the next forward's masks a function of ``seed``; None: torch's generator."""
@@ -254,8 +251,9 @@ class AlexNet(nn.Module):
 class Column(nn.Module):
     """One device's half of the net: 48, 128, 192, 192, 128 kernels, 2048 and 2048 units.
 
-    Its state dict has the whole net's keys with this column's slices; fc8's bias is column 0's.
-    ``link`` leads to the other column; forward and backward are collectives of the pair.
+    Its state dict has the whole net's keys with this column's slices; only column 0 has fc8's
+    bias.  ``link`` connects it to the other column.  Forward and backward are collectives of the
+    pair.
     """
 
     def __init__(self, plan: Plan, link: Link, seed: int | None = None) -> None:
@@ -285,17 +283,17 @@ class Column(nn.Module):
         seed: int | None = None,
         **switches: Any,
     ) -> Self:
-        """Return the column at ``link``'s end of the net that ``AlexNet.from_recipe`` returns.
+        """Return column ``link.column`` of the net that ``AlexNet.from_recipe`` returns.
 
-        Without a ``seed`` both processes need torch's generator in the same state.
+        Without a ``seed``, torch's generator must be in the same state in both processes.
         """
         return cls(plan_from(recipe, num_classes, image_size, switches), link, seed)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, classes) of ``images`` (N, 3, S, S), the same on both columns.
 
-        conv1-5 take the batch in the link's chunks where they can: a chunk's maps travel to the
-        peer while the next chunk's are computed.
+        conv1-5 process the batch in the link's chunks if each image is computed independently:
+        the maps of a chunk are sent while those of the next are computed.
         """
         blocks = self.blocks
         chunks = self.link.chunks if self.plan.by_image else 1
@@ -303,18 +301,18 @@ class Column(nn.Module):
         x = torch.cat([self._units(part) for part in maps])  # (N, 4608)
         x = blocks.after_fc6(self._read("fc6", x))  # (N, 2048), crossing
         x = blocks.after_fc7(self._read("fc7", x))  # (N, 2048), crossing
-        return summed(self.fc8(x), self.link)  # crossing
+        return add_logits(self.fc8(x), self.link)  # crossing
 
-    def _maps(self, images: Tensor) -> Tensor | Departed:
-        """Return conv2's maps, on their way to the peer's conv3."""
+    def _maps(self, images: Tensor) -> Tensor | InFlight:
+        """Return conv2's maps; where the next layer is a crossing they are being sent."""
         blocks = self.blocks
         x = blocks.pad(images, self.conv1.weight)
-        x = blocks.after_conv1(self.conv1(x))  # (N, 48, 27, 27)
-        x = blocks.after_conv2(self._read("conv2", x))  # (N, 128, 13, 13)
-        return self._sent(self.plan.middle[0], x)
+        x = blocks.normalize_and_pool("conv1", self.conv1(x))  # (N, 48, 27, 27)
+        x = blocks.normalize_and_pool("conv2", self._read("conv2", x))  # (N, 128, 13, 13)
+        return self._send(self.plan.middle[0], x)
 
-    def _units(self, x: Tensor | Departed) -> Tensor:
-        """Return conv5's maps as units, from conv2's."""
+    def _units(self, x: Tensor | InFlight) -> Tensor:
+        """Return conv5's maps as units, from conv2's maps."""
         blocks = self.blocks
         for name in self.plan.middle:  # conv3 and conv4; conv3 is a crossing
             x = blocks.after_middle(name, self._read(name, x))  # (N, 192, 13, 13)
@@ -323,19 +321,19 @@ class Column(nn.Module):
             x = blocks.activate("conv6", self._read("conv6", x))  # crossing
         return x.flatten(1)  # (N, 4608)
 
-    def _sent(self, name: str, own: Tensor) -> Tensor | Departed:
-        """Start sending what ``name`` reads of this column, where it reads both."""
-        return depart(own, self.link, name) if name in self.plan.crossing_at else own
+    def _send(self, name: str, maps: Tensor) -> Tensor | InFlight:
+        """Start sending the input of layer ``name`` if it is a crossing."""
+        return send(maps, self.link, name) if name in self.plan.crossing_at else maps
 
-    def _read(self, name: str, own: Tensor | Departed) -> Tensor:
-        """Apply ``name`` to the own maps or units, at a crossing to both columns'."""
+    def _read(self, name: str, maps: Tensor | InFlight) -> Tensor:
+        """Apply layer ``name`` to this column's maps or units, at a crossing to both columns'."""
         layer: nn.Conv2d | nn.Linear = self.get_submodule(name)  # pyright: ignore[reportAssignmentType]
-        departed = self._sent(name, own) if isinstance(own, torch.Tensor) else own
-        if isinstance(departed, torch.Tensor):
-            return layer(departed)
+        sent = self._send(name, maps) if isinstance(maps, torch.Tensor) else maps
+        if isinstance(sent, torch.Tensor):
+            return layer(sent)
         convolution = Convolution(self.plan.layers[name].stride, self.plan.padding(name))
-        multiply = Linear() if isinstance(layer, nn.Linear) else convolution
-        return product(departed, layer.weight, layer.get_parameter("bias"), multiply)
+        op = Linear() if isinstance(layer, nn.Linear) else convolution
+        return read_both(sent, layer.weight, layer.get_parameter("bias"), op)
 
     def fix_dropout(self, seed: DropoutSeed | None) -> None:
         """Make the next forward's masks a function of ``seed``; None: torch's generator."""

@@ -1,15 +1,21 @@
-"""The differentiable exchanges between the two columns, and what they counted (section 3.2).
+"""The differentiable exchanges between the two columns, and what they count (section 3.2).
 
-``depart`` starts sending a column's maps; ``product`` is the layer that reads both columns' maps.
-Forward it multiplies the own half while the peer's travels.  Backward it computes the gradient of
-the peer's maps first and starts sending it home, then everything else; backward through ``depart``
-waits for what the peer sent, and autograd adds it to the column's own.  Whatever is computed
-between the two, forward or backward, hides the travel.
+                forward                                backward
+    send        start sending this column's maps       wait for their gradient from the peer
+    read_both   multiply this column's maps, wait      compute the gradient of the peer's maps,
+                for the peer's, multiply those         start sending it, then compute the rest
+    add_logits  add this column's logits and the       the identity: both columns compute the
+                peer's                                 same loss
+
+``read_both`` is the layer that reads both columns' maps.  Its backward starts the exchange that
+the backward of ``send`` waits for; autograd adds what arrives to the column's own gradient.
+Whatever is computed between the two, forward or backward, hides the time of the exchange.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -25,34 +31,29 @@ from modelpar.distributed import exchange
 Transport = Callable[[Tensor], tuple[Tensor, Callable[[], None]]]
 
 
+@dataclass(eq=False)
 class Link:
-    """One column's end of the wire to its peer.
+    """One column's connection to its peer.
 
-    ``transport`` starts the swap of a tensor with the peer's of equal shape and returns what
-    will be received and a wait.  ``dtype`` is what maps and gradients travel as (None: as they
-    are).  Without ``overlap`` each exchange is waited for where it starts.  The maps of a batch
-    cross in ``chunks``, those of one while the next is computed.  ``sent`` counts bytes by (layer,
-    direction), ``swaps`` the exchanges, ``seconds`` the time this process stood still for them; on
-    a GPU, where waits are queued, that is not seen.
+    ``transport`` starts the exchange of a tensor with the peer's tensor of the same shape; it
+    returns the tensor that will be received, and a function that waits for it.  ``dtype`` is that
+    of maps and gradients on the wire (None: unchanged).  Without ``overlap`` each exchange is
+    waited for where it starts.  The maps of a batch are exchanged in ``chunks``, each while the
+    next is computed.
+
+    ``sent`` counts bytes by (layer, direction) and ``swaps`` the exchanges.  ``seconds`` is the
+    time that this process waited for them; on a GPU, where waits are queued, it misses them.
     """
 
-    def __init__(
-        self,
-        transport: Transport,
-        column: int,
-        *,
-        dtype: torch.dtype | None = None,
-        overlap: bool = True,
-        chunks: int = 1,
-    ) -> None:
-        self.transport = transport
-        self.column = column
-        self.dtype = dtype
-        self.overlap = overlap
-        self.chunks = chunks
-        self.sent: Counter[tuple[str, str]] = Counter()
-        self.swaps: Counter[tuple[str, str]] = Counter()
-        self.seconds = 0.0
+    transport: Transport
+    column: int
+    _: KW_ONLY
+    dtype: torch.dtype | None = None
+    overlap: bool = True
+    chunks: int = 1
+    sent: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
+    swaps: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
+    seconds: float = 0.0
 
     @classmethod
     def between(
@@ -63,150 +64,129 @@ class Link:
         overlap: bool = True,
         chunks: int = 1,
     ) -> "Link":
-        """Return the link of a process group of two."""
+        """Return the link of this rank in a process group of two."""
         transport = partial(exchange, pair=pair)
         return cls(transport, pair.rank(), dtype=dtype, overlap=overlap, chunks=chunks)
 
     @property
     def bytes_sent(self) -> int:
-        """Everything this column has sent, forward and backward, in bytes."""
+        """All that this column has sent, forward and backward, in bytes."""
         return self.sent.total()
 
-    def start(self, tensor: Tensor, layer: str, direction: str) -> "_Travel":
-        """Start a swap of ``tensor`` for ``layer``; ``direction`` is forward or backward."""
+    def start(self, tensor: Tensor, layer: str, direction: str) -> "Exchange":
+        """Start exchanging ``tensor`` for ``layer``; ``direction`` is forward or backward."""
         began = time.perf_counter()
         scale = self._scale(tensor, direction)
         packed = (tensor if scale == 1 else tensor * scale).to(self.dtype)
-        if packed.dim() > 2:  # noqa: PLR2004 - maps go channels last, whatever they are here
+        if packed.dim() > 2:  # noqa: PLR2004 - maps are sent channels last, whatever they are here
             packed = packed.movedim(1, -1)
         packed = packed.contiguous()
         received, wait = self.transport(packed)
         self.sent[layer, direction] += packed.numel() * packed.element_size()
         self.swaps[layer, direction] += 1
-        travel = _Travel(self, packed, received, wait, tensor.dtype, scale)
+        started = Exchange(self, packed, received, wait, tensor.dtype, scale)
         self.seconds += time.perf_counter() - began
         if not self.overlap:
-            travel.land()
-        return travel
+            started.wait()
+        return started
 
     def _scale(self, tensor: Tensor, direction: str) -> float:
-        """Return what ``tensor`` travels times: for gradients in float16 about the images' number.
+        """Return the factor on the wire: for gradients in float16 about the number of images.
 
-        Those of a mean over the batch are mostly below float16's least normal number.  The 2012
-        code's were of the sum: it divides by the batch at the weights (layer.cu, bpropWeights).
-        A power of two rounds nothing.
+        Gradients of a mean over the batch are mostly below float16's smallest normal number.
+        Those of the 2012 code were of the sum: it divides by the batch at the weights (layer.cu,
+        bpropWeights).  A power of two causes no rounding.
         """
         if self.dtype != torch.float16 or direction != "backward":
             return 1.0
         return 2.0 ** (len(tensor) - 1).bit_length()
 
 
-class _Travel:
-    """A swap under way: holds both tensors until it is waited for."""
+@dataclass(eq=False)
+class Exchange:
+    """An exchange that has started; it holds both tensors until it has been waited for."""
 
-    def __init__(
-        self,
-        link: Link,
-        packed: Tensor,
-        received: Tensor,
-        wait: Callable[[], None],
-        dtype: torch.dtype,
-        scale: float,
-    ) -> None:
-        self.link = link
-        self.packed: Tensor | None = packed  # alive until it is sent
-        self.received = received
-        self.wait: Callable[[], None] | None = wait  # to be called once: gloo waits for ever else
-        self.dtype = dtype
-        self.scale = scale
+    link: Link
+    packed: Tensor | None  # must not be freed before it is sent
+    received: Tensor
+    pending: Callable[[], None] | None  # a second call would block forever in gloo
+    dtype: torch.dtype
+    scale: float
 
-    def land(self) -> None:
-        """Wait until both tensors are over."""
-        if self.wait is None:
+    def wait(self) -> None:
+        """Wait until both tensors have arrived."""
+        if self.pending is None:
             return
         began = time.perf_counter()
-        self.wait()
-        self.packed = self.wait = None
+        self.pending()
+        self.packed = self.pending = None
         self.link.seconds += time.perf_counter() - began
 
-    def end(self) -> Tensor:
-        """Wait; return what came, in the dtype of what was sent before packing."""
-        self.land()
-        came = self.received.to(self.dtype)
+    def result(self) -> Tensor:
+        """Wait; return what was received, in the dtype that the sent tensor had."""
+        self.wait()
+        received = self.received.to(self.dtype)
         if self.scale != 1:
-            came = came / self.scale
-        return came.movedim(-1, 1) if came.dim() > 2 else came  # noqa: PLR2004 - maps
+            received = received / self.scale
+        return received.movedim(-1, 1) if received.dim() > 2 else received  # noqa: PLR2004 - maps
 
 
 class Crossing:
-    """One exchange of one layer, on its way forward and back."""
+    """The exchanges of one layer in a step: forward maps, backward the peer's gradient."""
 
     def __init__(self, link: Link, layer: str) -> None:
         self.link = link
         self.layer = layer
-        self.out: _Travel | None = None  # forward: own maps out, the peer's in
-        self.back: _Travel | None = None  # backward: the peer's gradient out, the own in
+        self.started: dict[str, Exchange] = {}  # by direction
 
-    def start(self, maps: Tensor) -> None:
-        """Start sending ``maps``."""
-        self.out = self.link.start(maps, self.layer, "forward")
+    def start(self, tensor: Tensor, direction: str) -> None:
+        """Start exchanging ``tensor``; ``direction`` is forward or backward."""
+        self.started[direction] = self.link.start(tensor, self.layer, direction)
 
-    def start_back(self, grad: Tensor) -> None:
-        """Start sending the gradient of the peer's maps home."""
-        self.back = self.link.start(grad, self.layer, "backward")
-
-    def end(self) -> Tensor:
-        """Wait for the peer's maps."""
-        travel, self.out = self.out, None
-        return _ended(travel)
-
-    def end_back(self) -> Tensor:
-        """Wait for the own maps' gradient from the peer."""
-        travel, self.back = self.back, None
-        return _ended(travel)
+    def finish(self, direction: str) -> Tensor:
+        """Wait for the exchange; return what the peer sent."""
+        if direction not in self.started:
+            raise RuntimeError(
+                f"{self.layer}, {direction}: the exchange was finished twice or never started"
+            )
+        return self.started.pop(direction).result()
 
 
-def _ended(travel: _Travel | None) -> Tensor:
-    if travel is None:
-        raise RuntimeError("a crossing was waited for before it was started, or twice")
-    return travel.end()
+class InFlight(NamedTuple):
+    """A column's maps (N, C, ...), which are also on their way to the peer."""
 
-
-class Departed(NamedTuple):
-    """A column's own maps (N, C, ...), on their way to the peer as well."""
-
-    own: Tensor
-    ticket: Tensor  # ties the two ends in autograd; its values are never read
+    maps: Tensor
+    token: Tensor  # connects both ends in autograd; its values are never read
     crossing: Crossing
 
 
-class _Depart(Function):
+class _Send(Function):
     """Start sending ``maps``.  Adjoint: wait for their gradient from the peer."""
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, crossing: Crossing) -> Tensor:
         ctx.crossing = crossing
-        crossing.start(maps)
+        crossing.start(maps, "forward")
         return maps.new_zeros(()).expand_as(maps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        del grads  # the ticket's gradient: what counts is on the wire
-        return ctx.crossing.end_back(), None
+        del grads  # the token's gradient; the real one comes from the peer
+        return ctx.crossing.finish("backward"), None
 
 
-def depart(own: Tensor, link: Link, layer: str) -> Departed:
-    """Start sending this column's maps (N, C, H, W) or units (N, C), of equal shape on both.
+def send(maps: Tensor, link: Link, layer: str) -> InFlight:
+    """Start sending this column's maps (N, C, H, W) or units (N, C); both columns' shapes agree.
 
-    A collective of the pair, with the ``product`` that reads them.  Adjoint: waits for the
-    gradient that the peer's layer has for these maps.
+    A collective of the pair, together with the ``read_both`` that follows.  Adjoint: waits for
+    the gradient of these maps from the peer's layer.
     """
     crossing = Crossing(link, layer)
-    return Departed(own, _Depart.apply(own, crossing), crossing)
+    return InFlight(maps, _Send.apply(maps, crossing), crossing)
 
 
-class Multiply(Protocol):
-    """What a layer does with half of its inputs, and the gradients of that."""
+class LayerOp(Protocol):
+    """What a layer computes from one column's maps, and the gradients of that."""
 
     def __call__(self, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product of ``maps`` and ``weight``."""
@@ -238,7 +218,7 @@ class Linear:
         return grad @ weight
 
     def weight_grad(self, first: Tensor, second: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-        """Return (M, 2 C), in one product: the weights are large, the units small."""
+        """Return (M, 2 C) by one product: the weights are large, the units small."""
         del weight
         return grad.t() @ torch.cat([first, second], dim=1)
 
@@ -263,7 +243,7 @@ class Convolution:
         return conv2d_input(maps.shape, weight, grad, self.stride, self.padding)
 
     def weight_grad(self, first: Tensor, second: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-        """Return (M, 2 C, K, K), in two products: the maps are large, the weights small."""
+        """Return (M, 2 C, K, K) by two products: the maps are large, the weights small."""
         shape = weight.chunk(2, dim=1)[0].shape
         parts = [
             conv2d_weight(maps, shape, grad, self.stride, self.padding) for maps in (first, second)
@@ -275,80 +255,79 @@ class Convolution:
         return grad.sum((0, 2, 3))
 
 
-class _Product(Function):
-    """A layer over both columns' maps; the order of its work is what hides the travel.
+class _ReadBoth(Function):
+    """A layer that reads both columns' maps; the order of its work hides the exchange.
 
-    Adjoint: the gradient of the peer's maps is computed first and sent; the weights' gradient and
-    that of the own maps hide its travel.
+    Adjoint: the gradient of the peer's maps is computed first and sent.  The gradients of the
+    weights and of this column's maps are computed meanwhile.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        own: Tensor,
-        ticket: Tensor,
+        maps: Tensor,
+        token: Tensor,
         weight: Tensor,
         bias: Tensor,
         crossing: Crossing,
-        multiply: Multiply,
+        layer: LayerOp,
     ) -> Tensor:
-        del ticket
-        own_half, peer_half = halves(weight, crossing.link.column)
-        out = multiply(own, own_half, bias)
-        peer = crossing.end()
-        ctx.save_for_backward(own, peer, weight)
-        ctx.crossing, ctx.multiply = crossing, multiply
-        return out.add_(multiply(peer, peer_half, None))
+        del token
+        own_weight, peer_weight = split_inputs(weight, crossing.link.column)
+        out = layer(maps, own_weight, bias)
+        peer = crossing.finish("forward")
+        ctx.save_for_backward(maps, peer, weight)
+        ctx.crossing, ctx.layer = crossing, layer
+        return out.add_(layer(peer, peer_weight, None))
 
     @staticmethod
     def backward(
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None, None]:
         (grad,) = grads
-        own, peer, weight = ctx.saved_tensors
+        maps, peer, weight = ctx.saved_tensors
         crossing: Crossing = ctx.crossing
-        multiply: Multiply = ctx.multiply
-        own_half, peer_half = halves(weight, crossing.link.column)
-        ticket = None
+        layer: LayerOp = ctx.layer
+        own_weight, peer_weight = split_inputs(weight, crossing.link.column)
+        token = None
         if ctx.needs_input_grad[1]:
-            crossing.start_back(multiply.maps_grad(peer, peer_half, grad))
-            ticket = grad.new_zeros(()).expand_as(own)
-        both = (own, peer) if crossing.link.column == 0 else (peer, own)
-        weight_grad = multiply.weight_grad(*both, weight, grad)
-        own_grad = multiply.maps_grad(own, own_half, grad)
-        return own_grad, ticket, weight_grad, multiply.bias_grad(grad), None, None
+            crossing.start(layer.maps_grad(peer, peer_weight, grad), "backward")
+            token = grad.new_zeros(()).expand_as(maps)
+        both = (maps, peer) if crossing.link.column == 0 else (peer, maps)
+        weight_grad = layer.weight_grad(*both, weight, grad)
+        maps_grad = layer.maps_grad(maps, own_weight, grad)
+        return maps_grad, token, weight_grad, layer.bias_grad(grad), None, None
 
 
-def product(departed: Departed, weight: Tensor, bias: Tensor, multiply: Multiply) -> Tensor:
-    """Return a layer of weight (M, 2 C, ...) over both columns' maps (N, C, ...).
+def read_both(sent: InFlight, weight: Tensor, bias: Tensor, layer: LayerOp) -> Tensor:
+    """Return a layer of weight (M, 2 C, ...) applied to both columns' maps (N, C, ...).
 
-    Adjoint: starts sending the gradient of the peer's maps, see ``depart``.
+    Adjoint: starts sending the gradient of the peer's maps, see ``send``.
     """
-    own, ticket, crossing = departed
-    values = (value.to(own.dtype) for value in (weight, bias))  # under autocast they are wider
-    return _Product.apply(own, ticket, *values, crossing, multiply)
+    maps, token, crossing = sent
+    values = (value.to(maps.dtype) for value in (weight, bias))  # under autocast they are wider
+    return _ReadBoth.apply(maps, token, *values, crossing, layer)
 
 
-def halves(weight: Tensor, column: int) -> tuple[Tensor, Tensor]:
-    """Return what of ``weight`` (M, 2 C, ...) reads the own column, and what reads the peer's."""
+def split_inputs(weight: Tensor, column: int) -> tuple[Tensor, Tensor]:
+    """Return the parts of ``weight`` (M, 2 C, ...) that read this column and the peer."""
     first, second = weight.chunk(2, dim=1)
     return (first, second) if column == 0 else (second, first)
 
 
-class _Summed(Function):
-    """Sum partial logits over the pair.  Adjoint: the identity.
+class _AddLogits(Function):
+    """Add the pair's partial logits.  Adjoint: the identity.
 
-    Both columns compute the same loss from the same sum, so the gradient of each partial is the
-    gradient of the sum as it stands on its own device; to add the peer's would count the loss
-    twice.
+    Both columns compute the same loss from the same sum, so each already has the gradient of its
+    partial logits.  Adding the peer's would count the loss twice.
     """
 
     @staticmethod
     def forward(ctx: Any, partial_logits: Tensor, link: Link) -> Tensor:
         del ctx
-        travel = link.start(partial_logits, "fc8", "forward")
-        ours = partial_logits.to(link.dtype).to(partial_logits)  # rounded as the peer sees them
-        return ours + travel.end()
+        started = link.start(partial_logits, "fc8", "forward")
+        ours = partial_logits.to(link.dtype).to(partial_logits)  # rounded as the peer receives it
+        return ours + started.result()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -356,10 +335,10 @@ class _Summed(Function):
         return grads[0], None
 
 
-def summed(partial_logits: Tensor, link: Link) -> Tensor:
+def add_logits(partial_logits: Tensor, link: Link) -> Tensor:
     """Return the sum (N, classes) of both columns' partial logits, the same on both.
 
-    A collective of the pair.  Its adjoint is the identity: the loss is the same on both columns
-    and must not be counted twice.
+    A collective of the pair.  Its adjoint is the identity: both columns compute the same loss,
+    which must not be counted twice.
     """
-    return _Summed.apply(partial_logits, link)
+    return _AddLogits.apply(partial_logits, link)
