@@ -23,6 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from modelpar import config, device, distributed, ends, environment, jobs
 from modelpar.errors import PeerLostError, RunError, StoppedError
 from modelpar.jobs import Job
+from modelpar.settings import check
 from modelpar.shutdown import DEBOUNCE_SECONDS
 
 THREADS_GIVEN: Final = "OMP_NUM_THREADS" in os.environ
@@ -52,7 +53,7 @@ def place(settings: Any) -> tuple[Any, int]:
     )
     if settings.device == "auto" and settings.replicas == 1 and one_gpu:
         settings.columns, ranks = 1, 1
-        config.check_crossing(settings)
+        check(settings)
     settings.device = device.choose_device(settings.device, ranks)
     return settings, ranks
 
@@ -156,7 +157,7 @@ def _second_signal_kills() -> Generator[None]:
 
 def _rank(job: Job, plain: dict[str, Any], run_dir: str) -> float:
     """Run in each process that the agent starts."""
-    settings = config.to_object(job.name, OmegaConf.create(plain))
+    settings = config.typed(job.name, OmegaConf.create(plain))
     environment.exit_with_parent()
     kept = Path(run_dir) if job.keeps_runs else None
     where, launcher = environment.read(), os.environ["TORCHELASTIC_RUN_ID"]

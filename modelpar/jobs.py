@@ -48,7 +48,6 @@ def opened(settings: Any, store: Store | None = None) -> AbstractContextManager[
         settings.comm.timeout,
         threads=settings.threads,
         tf32=settings.tf32,
-        checked=settings.comm.check,
         store=store,
     )
 

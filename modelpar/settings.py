@@ -1,24 +1,48 @@
-"""The typed schema of the whole configuration: every setting there is, and its default."""
+"""All settings with their defaults and the values that are allowed; ``conf/`` holds the groups."""
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from omegaconf import MISSING
 
 from modelpar.errors import SettingsError
+from modelpar.files import check_writable
+from modelpar.net.paper import BASELINES, MOMENTUM, NETS, RATE, WEIGHT_DECAY
+
+PRECISIONS: Final = ("float32", "bfloat16", "float64")
+CONTENDERS: Final = ("plain", "layers", "ddp", "tensor_parallel", "in_turn", "pair")
+RENAMED: Final = {  # earlier values of settings
+    "go_on": "continue",
+    "apart": "no_crossing",
+    "no_conv3": "drop_conv3",
+    "no_conv4": "drop_conv4",
+    "tiled": "non_overlapping",
+    "first": "first_only",
+    "within": "within_channel",
+}
+REMOVED: Final = {  # earlier settings, and what to do instead
+    "comm.check": "set TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment",
+}
 
 
-def at_least(minimum: float, default: Any = MISSING) -> Any:
-    """Declare a finite number that is ``minimum`` or more, or a list of such numbers."""
-    return field(default=default, metadata={"minimum": minimum})
+def at_least(minimum: float, default: Any = MISSING, *, below: float = math.inf) -> Any:
+    """Declare a finite number, ``minimum`` or more; with a tuple as default, a list of them."""
+    return _declare(default, minimum=minimum, below=below)
 
 
 def one_of(*choices: object, default: Any = MISSING) -> Any:
-    """Declare one of a few values, or a list of them."""
-    return field(default=default, metadata={"choices": choices})
+    """Declare one of a few values; with a tuple as default, a list of them."""
+    return _declare(default, choices=choices)
+
+
+def _declare(default: Any, **metadata: Any) -> Any:
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, "Field[Any]", Any]]:
@@ -37,21 +61,29 @@ def flatten(settings: Any) -> dict[str, Any]:
 
 
 def check(settings: Any, prefix: str = "") -> None:
-    """Raise SettingsError for the first value that its field does not allow."""
+    """Raise SettingsError for the first value that its field or the other settings forbid."""
     for key, entry, value in walk(settings, prefix):
-        choices, minimum = entry.metadata.get("choices"), entry.metadata.get("minimum")
+        limits = entry.metadata
         for one in value if isinstance(value, (list, tuple)) else [value]:
-            if one is None:
+            if one is None or not limits:
                 continue
-            if choices and one not in choices:
-                refuse_choice(key, one, choices)
-            if minimum is not None and not (math.isfinite(one) and one >= minimum):
-                raise SettingsError(f"{key}={one}: use a finite number, {minimum} or more")
+            if "choices" in limits:
+                if one not in limits["choices"]:
+                    refuse_choice(key, one, limits["choices"])
+            elif not math.isfinite(one):
+                raise SettingsError(f"{key}={one}: use a finite number")
+            elif one < limits["minimum"]:
+                raise SettingsError(f"{key}={one}: use {limits['minimum']} or more")
+            elif one >= limits["below"]:
+                raise SettingsError(f"{key}={one}: use a number below {limits['below']}")
+    _check_combination(settings)
 
 
 def refuse_choice(key: str, value: object, choices: Iterable[object]) -> NoReturn:
     """Raise SettingsError that names the key, the value, the nearest choice and all of them."""
     names = [str(choice) for choice in choices]
+    if (renamed := RENAMED.get(str(value))) in names:
+        raise SettingsError(f"{key}={value}: this value is now called {renamed}")
     near = get_close_matches(str(value), names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise SettingsError(f"{key}={value}: {hint}use one of {', '.join(names)}")
@@ -59,76 +91,84 @@ def refuse_choice(key: str, value: object, choices: Iterable[object]) -> NoRetur
 
 @dataclass
 class DataSettings:
-    """Which images, and what follows from them; ``conf/data/*.yaml``."""
+    """The images, and what depends on them; ``conf/data/*.yaml``."""
 
     name: str = MISSING
     root: str | None = None  # folder of the images; photos and synthetic need none
     download: bool = False
-    image_size: int = MISSING  # side of a crop in pixels
-    num_classes: int | None = None  # None: as many as the data has
-    epochs: int = MISSING
-    evaluate_every: int = 1  # epochs
-    checkpoint_every: int = 0  # steps; 0: only at the end
-    workers: int = 2
+    image_size: int = at_least(1)  # side of a crop in pixels
+    num_classes: int | None = at_least(1, None)  # null: as many as the data has
+    epochs: int = at_least(1)
+    evaluate_every: int = at_least(1, 1)  # epochs
+    checkpoint_every: int = at_least(0, 0)  # steps; 0: only at the end
+    workers: int = at_least(0, 2)
 
 
 @dataclass
 class RecipeSettings:
-    """The named switches between paper and code; ``conf/recipe/*.yaml``, ``net/paper.py``."""
+    """The training rules: one switch for each place where paper and code differ.
+
+    ``conf/recipe/*.yaml`` chooses a side for each recipe.  The first value of each switch is the
+    paper's, the second the code's (for ``norm2_input`` run 166's; for ``conv1_padding`` the first
+    is torchvision's); the other values are neither's.
+    """
 
     name: str = MISSING
-    weight_std: str = MISSING
-    norm_alpha: str = MISSING
-    norm1_input: str = MISSING
-    norm2_input: str = MISSING
-    norms: str = MISSING
-    rates: str = MISSING
-    schedule: str = MISSING
-    decay: str = MISSING
-    colour_noise: str = MISSING
-    crops: str = MISSING
-    shuffle: str = MISSING
-    conv1_padding: str = MISSING
-    lr: float = 0.01  # first learning rate of the weights (section 5)
-    momentum: float = 0.9  # section 5
-    weight_decay: float = 5e-4  # section 5
+    weight_std: str = one_of("same", "wider_conv3_5")
+    norm_alpha: str = one_of("per_term", "per_window")
+    norm1_input: str = one_of("rectified", "linear")
+    norm2_input: str = one_of("rectified", "linear")
+    norms: str = one_of("across", "across_and_within")
+    rates: str = one_of("equal", "double_bias")
+    schedule: str = one_of(
+        "plateau", "run145", "run170", "run167", "constant", "cifar", "every_30"
+    )
+    decay: str = one_of("all", "weights")
+    colour_noise: str = one_of("added", "added_and_scaled", "none")
+    crops: str = one_of("per_image", "per_32", "central")
+    shuffle: str = one_of("every_epoch", "once")
+    conv1_padding: str = one_of("around", "bottom_right")
+    lr: float = at_least(0, RATE)  # first learning rate of the weights
+    momentum: float = at_least(0, MOMENTUM)
+    weight_decay: float = at_least(0, WEIGHT_DECAY)
 
 
 @dataclass
 class ModelSettings:
-    """The net's own switches, see ``net.paper.Plan``; None: as recipe and data have it."""
+    """Switches of the net, see ``net.plan.Plan``; null: chosen by recipe, data or net."""
 
-    net: str | None = None
-    norm: str | None = None
-    activation: str | None = None
-    pool: str | None = None
-    dropout: float | None = None
-    conv4_dropout: float | None = None
-    crossing_at: list[str] | None = None
-    num_classes: int | None = None
-    image_size: int | None = None
+    net: str | None = one_of(*NETS, *BASELINES, default=None)
+    norm: str | None = one_of(
+        "response", "first_only", "within_channel", "batch", "none", default=None
+    )
+    activation: str | None = one_of("relu", "tanh", "sigmoid", "elu", default=None)
+    pool: str | None = one_of("overlapping", "non_overlapping", "average", default=None)
+    dropout: float | None = at_least(0, None, below=1)  # share of the units of fc6 and fc7
+    conv4_dropout: float | None = at_least(0, None, below=1)  # share of conv4's units
+    crossing_at: list[str] | None = None  # layers that read both columns
+    num_classes: int | None = at_least(1, None)
+    image_size: int | None = at_least(1, None)  # side of a crop in pixels
 
 
 @dataclass
 class CrossingSettings:
-    """How maps travel between the columns."""
+    """How the columns exchange maps."""
 
-    dtype: str | None = None  # None: the precision's own
-    overlap: bool = True  # compute the own half while the peer's travels
-    chunks: int = 2  # parts of the batch; the maps of one travel while the next is computed
+    dtype: str | None = one_of(*PRECISIONS, "float16", default=None)  # null: the precision's
+    overlap: bool = True  # compute with this column's maps while the peer's are on their way
+    chunks: int = at_least(1, 2)  # parts of the batch; one is sent while the next is computed
 
 
 @dataclass
 class CommSettings:
-    """How processes talk to each other."""
+    """Communication between processes."""
 
-    timeout: float = 120.0  # s that one waits for another
-    check: bool = False  # compare each collective before it runs: slow, to find a bug
+    timeout: float = at_least(0.001, 120.0)  # seconds to wait for another process
 
 
 @dataclass
 class MonitorSettings:
-    """What a run shows of itself besides metrics.jsonl."""
+    """What a run shows besides metrics.jsonl."""
 
     progress: bool = True
     tensorboard: bool = True
@@ -136,7 +176,7 @@ class MonitorSettings:
 
 @dataclass
 class PublishedSettings:
-    """What was published of an experiment: errors in %, on which images, with how many views."""
+    """What was published about an experiment: errors in %, their images and number of views."""
 
     top1: float | None = None
     top5: float | None = None
@@ -146,103 +186,99 @@ class PublishedSettings:
 
 
 @dataclass
-class TrainSettings:
-    """``conf/train.yaml``: everything that ``modelpar.train`` can be told."""
+class LinkSettings:
+    """The network of a benchmark that runs on the two hosts of ``launch/slow_link.sh``."""
+
+    hosts: list[str] = field(default_factory=list[str])  # network namespaces, one per process
+    rates: list[float] = at_least(0.001, ())  # Mbit/s to measure at, besides the full rate
+
+
+def _run_data() -> DataSettings:  # of the run that a checkpoint is from
+    return DataSettings(name="", image_size=1, epochs=1)
+
+
+@dataclass
+class ProcessSettings:
+    """What the commands that start processes have in common."""
+
+    crossing: CrossingSettings = field(default_factory=CrossingSettings)
+    comm: CommSettings = field(default_factory=CommSettings)
+    device: str = one_of("auto", "cpu", "cuda", default="auto")
+    channels_last: bool = True  # memory layout of maps
+    threads: int | None = at_least(1, None)  # per process; null: its share of the cores
+
+
+@dataclass
+class RankSettings(ProcessSettings):
+    """What training and evaluation have in common."""
 
     data: DataSettings = field(default_factory=DataSettings)
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    columns: int = one_of(1, 2, default=2)  # 2: one process per column; 1: the whole net in one
+    replicas: int = at_least(1, 1)  # pairs that share the weights and split the batch
+    batch_size: int = at_least(1, 128)  # images per pair (section 5)
+    views: int = one_of(1, 10, default=1)  # per image of the final evaluation; the paper has 10
+    precision: str = one_of(*PRECISIONS, default="float32")
+    tf32: bool = False  # let a GPU round float32 products
+    workers: int | None = at_least(0, None)  # loader processes per rank; null: data.workers
+    on_failure: str = one_of("continue", "stop", default="continue")  # of a job of a sweep
+    cache_dir: str | None = None  # null: modelpar in the XDG cache
+
+
+@dataclass
+class TrainSettings(RankSettings):
+    """The settings of ``modelpar.train``."""
+
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    crossing: CrossingSettings = field(default_factory=CrossingSettings)
-    comm: CommSettings = field(default_factory=CommSettings)
-    monitor: MonitorSettings = field(default_factory=MonitorSettings)
-    experiment: str | None = None  # its own name, and what it is to be compared with
-    control: str | None = None
+    experiment: str | None = None  # name of the experiment
+    control: str | None = None  # name of the experiment that it is compared with
     published: PublishedSettings = field(default_factory=PublishedSettings)
-    control_published: PublishedSettings | None = None  # where the control's is of other images
-    columns: int = 2
-    replicas: int = 1
-    epochs: int | None = None
-    steps: int | None = None
-    batch_size: int = 128  # images a pair
-    views: int = 1  # of the evaluation that ends a run
-    seed: int = 0
-    precision: str = "float32"
-    device: str = "auto"
-    compile: bool = True
-    channels_last: bool = True
-    threads: int | None = None  # a rank; None: its share of the cores
-    tf32: bool = False
-    run_dir: str | None = None
-    resume: str = "auto"
-    checkpoint_every: int | None = None  # steps; None: by data
-    keep_last: int = 2
-    keep_every: int = 0  # steps; 0: none for that
-    keep_best: bool = True
-    workers: int | None = None  # loader processes a rank; None: by data
-    log_every: int = 1  # steps
-    restarts: int = 0
-    on_failure: str = "continue"  # of a job of a sweep
-    cache_dir: str | None = None
+    control_published: PublishedSettings | None = None  # if the control's is of other images
+    epochs: int | None = at_least(1, None)  # in total, resumed ones included; null: data.epochs
+    steps: int | None = at_least(1, None)  # ends the run before its epochs do
+    seed: int = at_least(0, 0)
+    compile: bool = True  # fuse the operations between products with torch.compile
+    run_dir: str | None = None  # null: a new folder for each run
+    resume: str = "auto"  # auto, never, or the path of a run or step to start from
+    checkpoint_every: int | None = at_least(0, None)  # steps; null: data.checkpoint_every
+    keep_last: int = at_least(2, 2)  # checkpoints
+    keep_every: int = at_least(0, 0)  # keep the checkpoints of multiples of this step; 0: none
+    keep_best: bool = True  # keep the checkpoint with the lowest test error
+    log_every: int = at_least(1, 1)  # steps
+    restarts: int = at_least(0, 0)  # how often the launcher starts again after a lost process
 
 
 @dataclass
-class EvaluateSettings:
-    """``conf/evaluate.yaml``: everything that ``modelpar.evaluate`` can be told."""
+class EvaluateSettings(RankSettings):
+    """The settings of ``modelpar.evaluate``."""
 
     checkpoint: str = MISSING  # RUN_DIR | STEP_DIR | FILE.safetensors
-    views: int = 1
-    data: DataSettings = field(default_factory=lambda: DataSettings("", image_size=0, epochs=1))
-    crossing: CrossingSettings = field(default_factory=CrossingSettings)
-    comm: CommSettings = field(default_factory=CommSettings)
-    monitor: MonitorSettings = field(default_factory=MonitorSettings)
-    columns: int = 2
-    replicas: int = 1
-    batch_size: int = 128
-    precision: str = "float32"
-    device: str = "auto"
-    channels_last: bool = True
-    threads: int | None = None
-    tf32: bool = False
-    workers: int | None = None
-    on_failure: str = "continue"
-    cache_dir: str | None = None
+    data: DataSettings = field(default_factory=_run_data)
 
 
 @dataclass
-class LinkSettings:
-    """The wire of a benchmark, where it runs on two hosts made by ``launch/slow_link.sh``."""
+class BenchmarkSettings(ProcessSettings):
+    """The settings of ``modelpar.benchmark``."""
 
-    hosts: list[str] = field(default_factory=list[str])  # network namespaces, one a process
-    rates: list[float] = field(default_factory=list[float])  # Mbit/s to measure at beside full
-
-
-@dataclass
-class BenchmarkSettings:
-    """``conf/benchmark.yaml``: everything that ``modelpar.benchmark`` can be told."""
-
-    contenders: list[str] = MISSING
-    precisions: list[str] = MISSING
-    batch_sizes: list[int] = MISSING
-    image_size: int = 224
-    num_classes: int = 1000
-    rounds: int = 3
-    steps: int = 2  # of each contender in each round
-    breakdown: bool = True
-    out: str = "benchmark"
+    contenders: list[str] = one_of(*CONTENDERS, default=CONTENDERS)
+    precisions: list[str] = one_of(*PRECISIONS, default=PRECISIONS[:2])
+    batch_sizes: list[int] = at_least(1, (128,))  # images per step of all processes together
+    image_size: int = at_least(1, 224)  # side of a crop in pixels
+    num_classes: int = at_least(1, 1000)
+    rounds: int = at_least(1, 3)  # each contender has one turn in each round
+    steps: int = at_least(1, 2)  # measured steps per turn, after one that is not
+    breakdown: bool = True  # measure the time of each layer
+    out: str = "benchmark"  # folder of benchmark.json, benchmark.md and benchmark.png
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
-    crossing: CrossingSettings = field(default_factory=CrossingSettings)
-    comm: CommSettings = field(default_factory=CommSettings)
     link: LinkSettings = field(default_factory=LinkSettings)
-    seed: int = 0
-    device: str = "auto"
+    seed: int = at_least(0, 0)
     compile: bool = True
-    channels_last: bool = True
-    threads: int | None = None
 
 
 @dataclass
 class ExportSettings:
-    """``conf/export.yaml``: everything that ``modelpar.export`` can be told."""
+    """The settings of ``modelpar.export``."""
 
     checkpoint: str = MISSING
     out: str = MISSING
@@ -250,24 +286,24 @@ class ExportSettings:
 
 @dataclass
 class CompareSettings:
-    """``conf/compare.yaml``: everything that ``modelpar.compare`` can be told."""
+    """The settings of ``modelpar.compare``."""
 
-    runs: list[str] = MISSING  # run directories, sweeps of them, globs
-    out: str = MISSING
+    runs: list[str] = MISSING  # run directories, sweeps, globs
+    out: str = "compare"  # folder of compare.csv and compare.html
 
 
 @dataclass
 class FiguresSettings:
-    """``conf/figures.yaml``: everything that ``modelpar.figures`` can be told."""
+    """The settings of ``modelpar.figures``."""
 
     checkpoint: str | None = None  # RUN_DIR | STEP_DIR | FILE.safetensors
     runs: list[str] = field(default_factory=list[str])  # for figures 1 and 3, as in compare
-    training_images: int = 2000  # looked at for figure 4
-    out: str = MISSING
-    data: DataSettings = field(default_factory=lambda: DataSettings("", image_size=0, epochs=1))
-    batch_size: int = 128
-    device: str = "auto"
-    workers: int | None = None
+    training_images: int = at_least(1, 2000)  # searched for figure 4
+    out: str = "figures"  # folder of the pictures and tables
+    data: DataSettings = field(default_factory=_run_data)
+    batch_size: int = at_least(1, 128)
+    device: str = one_of("auto", "cpu", "cuda", default="auto")
+    workers: int | None = at_least(0, None)
     cache_dir: str | None = None
 
 
@@ -279,10 +315,35 @@ SCHEMAS: Final = {
     "compare": CompareSettings,
     "figures": FiguresSettings,
 }
-PRECISIONS: Final = ("float32", "bfloat16", "float64")
-WIRE_DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
-DEVICES: Final = ("auto", "cpu", "cuda")
-VIEWS: Final = (1, 10)
-ON_FAILURE: Final = ("continue", "stop")
-CONTENDERS: Final = ("plain", "layers", "ddp", "tensor_parallel", "in_turn", "pair")
-HOSTS: Final = 2  # that slow_link.sh makes
+
+
+def _check_combination(settings: Any) -> None:
+    """Raise SettingsError where settings of a command do not fit each other or the disk."""
+    if isinstance(settings, RankSettings):
+        if settings.columns == 1 and settings.crossing.dtype not in {None, settings.precision}:
+            raise SettingsError(
+                f"crossing.dtype={settings.crossing.dtype}: one column has no crossings; "
+                "use columns=2 or crossing.dtype=null"
+            )
+    elif isinstance(settings, BenchmarkSettings):
+        _check_benchmark(settings)
+    elif isinstance(settings, CompareSettings) and not settings.runs:
+        raise SettingsError("runs=[]: use run directories, sweeps, or globs")
+    elif isinstance(settings, FiguresSettings) and not (settings.checkpoint or settings.runs):
+        raise SettingsError("checkpoint: missing; add checkpoint=RUN_DIR or runs=[RUN,RUN]")
+    elif isinstance(settings, ExportSettings) and not settings.out.endswith(".safetensors"):
+        raise SettingsError(f"out={settings.out}: use a name that ends in .safetensors")
+    if out := getattr(settings, "out", None):
+        folder = Path(out).parent if isinstance(settings, ExportSettings) else Path(out)
+        check_writable("out", folder)
+
+
+def _check_benchmark(settings: BenchmarkSettings) -> None:
+    for key in ("contenders", "precisions", "batch_sizes"):
+        if not getattr(settings, key):
+            raise SettingsError(f"{key}=[]: use one or more values")
+    for size in settings.batch_sizes:
+        if size % 2 and "ddp" in settings.contenders:
+            raise SettingsError(f"batch_sizes={size}: ddp halves a batch; use even numbers")
+    if len(settings.link.hosts) not in ({2} if settings.link.rates else {0, 2}):
+        raise SettingsError("link: requires two hosts; use launch/slow_link.sh")

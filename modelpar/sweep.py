@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from modelpar import agent, config, device, ends
 from modelpar.errors import LaunchError, RunError, SettingsError, StoppedError, one_line
+from modelpar.files import check_writable
 from modelpar.jobs import Job
 from modelpar.shutdown import SIGNALS
 from modelpar.training.run_dir import CONFIG
@@ -65,7 +66,7 @@ def run(job: Job, words: list[str]) -> int:
     except Exception as error:
         if shown:
             raise
-        lost = _of_hydra(job, error)
+        lost = _of_hydra(error)
     return _sum_up(sweep, lost, interrupted=interrupted)
 
 
@@ -74,7 +75,6 @@ def _plan(job: Job, overrides: list[str]) -> "Sweep":
         if word.startswith("-"):
             raise SettingsError(f"{word} does not go with -m")
     first, alike = config.check_sweep(job.name, overrides)
-    config.check_on_failure(first.on_failure)
     launcher, cores = str(first.hydra.runtime.choices["hydra/launcher"]), None
     if launcher == "joblib":
         at_once = int(first.hydra.launcher.n_jobs)
@@ -84,7 +84,7 @@ def _plan(job: Job, overrides: list[str]) -> "Sweep":
         launcher = "joblib" if at_once > 1 else "basic"  # one at a time is run right here
         cores = None if agent.THREADS_GIVEN else max(1, device.num_cores() // at_once)
     folder = Path(str(first.hydra.sweep.dir)).absolute()
-    config.check_run_dir(folder)
+    check_writable("run_dir", folder)
     if (folder / CONFIG).exists():
         raise SettingsError(f"run_dir={folder}: holds a run, not a sweep; give another folder")
     return Sweep(job, folder, alike, launcher, cores)
@@ -103,12 +103,12 @@ def _end_local(sweep: "Sweep") -> None:
             os.waitpid(number, 0)
 
 
-def _of_hydra(job: Job, error: Exception) -> int:
+def _of_hydra(error: Exception) -> int:
     """Say in one line what came of Hydra's sweeper or launcher; return its exit status."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     whose = str(frame.f_globals["__name__"]).partition(".")[0]
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        error = SettingsError(config.explain(job.name, error))
+        error = SettingsError(config.explained(error))
     elif whose != "modelpar":
         error = LaunchError(f"{whose}: {one_line(error)}")
     else:
@@ -167,9 +167,7 @@ class Sweep:
         return objective if math.isfinite(objective) else None
 
     def _run(self, cfg: DictConfig, name: str) -> float:
-        settings = config.to_object(self.job.name, cfg)
-        config.VALIDATORS[self.job.name](settings)
-        settings, ranks = agent.place(settings)
+        settings, ranks = agent.place(config.typed(self.job.name, cfg))
         if self.cores is not None and settings.threads is None:
             settings.threads = max(1, self.cores // ranks)
         run_dir = Path(HydraConfig.get().runtime.output_dir)

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final, NoReturn
 
-from modelpar import config, launch
+from modelpar import launch
 from modelpar.distributed import Mesh
+from modelpar.files import check_writable
 from modelpar.jobs import Job
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint, trainer
@@ -21,7 +22,7 @@ NOTES: Final = 10**6  # bytes, without checkpoints: settings, rows, what Hydra k
 def open_run(settings: TrainSettings, run_dir: Path | None) -> Prepared:
     """Open all that the training needs; raise where ``run_dir`` or what it resumes do not fit."""
     if run_dir is not None:
-        config.check_run_dir(run_dir)
+        check_writable("run_dir", run_dir)
         checkpoint.check_space(run_dir, NOTES, "what a run writes down")
         check_compatible(run_dir, asdict(settings), settings.resume)
     prepared = prepare(settings)

@@ -119,7 +119,7 @@ def _serve(
     task: tuple[str, str, int], plain: dict[str, Any], rank: int, port: int, pipe: Connection
 ) -> None:
     name, precision, batch_size = task
-    settings: BenchmarkSettings = config.to_object("benchmark", OmegaConf.create(plain))
+    settings: BenchmarkSettings = config.typed("benchmark", OmegaConf.create(plain))
     size = CONTENDERS[name].processes
     try:
         hosts = settings.link.hosts

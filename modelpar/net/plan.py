@@ -1,9 +1,8 @@
 """A recipe and a plan: everything that fixes a net's shape and arithmetic."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any
 
 from modelpar import config
 from modelpar.errors import SettingsError
@@ -17,55 +16,26 @@ from modelpar.net.paper import (
     LAYERS,
     MIN_IMAGE_SIZE,
     MIN_IMAGE_SIZES,
-    MOMENTUM,
     NETS,
     NORM_ALPHA,
     NORM_SIZE,
     NUM_CLASSES,
     OWN_CROSSINGS,
     PAPER_STD,
-    RATE,
-    WEIGHT_DECAY,
     Layer,
 )
-from modelpar.settings import ModelSettings
+from modelpar.settings import ModelSettings, RecipeSettings, check, refuse_choice
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The training rules: one named switch for each place where paper and code differ.
+@dataclass
+class Recipe(RecipeSettings):
+    """The training rules, checked; see ``RecipeSettings`` for the switches.
 
-    ``conf/recipe/*.yaml`` says which recipe takes which side; the numbers are in this module.
-    The first value of each switch is the paper's, the second the code's (of ``norm2_input`` run
-    166's, of ``conv1_padding`` the first is torchvision's); others are neither's.
-    Of ``weight_std`` to ``norms`` and of ``conv1_padding`` ``BASELINES`` have their own.
+    The baselines have their own ``weight_std`` to ``norms`` and ``conv1_padding``.
     """
 
-    name: str
-    weight_std: Literal["same", "wider_conv3_5"]
-    norm_alpha: Literal["per_term", "per_window"]
-    norm1_input: Literal["rectified", "linear"]
-    norm2_input: Literal["rectified", "linear"]
-    norms: Literal["across", "across_and_within"]
-    rates: Literal["equal", "double_bias"]
-    schedule: Literal["plateau", "run145", "run170", "run167", "constant", "cifar", "every_30"]
-    decay: Literal["all", "weights"]
-    colour_noise: Literal["added", "added_and_scaled", "none"]
-    crops: Literal["per_image", "per_32", "central"]
-    shuffle: Literal["every_epoch", "once"]
-    conv1_padding: Literal["around", "bottom_right"]
-    lr: float = RATE  # first learning rate of the weights
-    momentum: float = MOMENTUM
-    weight_decay: float = WEIGHT_DECAY
-
     def __post_init__(self) -> None:
-        for key, kind in get_type_hints(Recipe).items():
-            value = getattr(self, key)
-            choices = get_args(kind)
-            if choices and value not in choices:
-                config.refuse_choice(f"recipe.{key}", value, choices)
-            if kind is float and not (math.isfinite(value) and value >= 0):
-                raise SettingsError(f"recipe.{key}={value}: give a finite number, 0 or more")
+        check(self, "recipe.")
 
     @classmethod
     def named(cls, name: str) -> "Recipe":
@@ -104,38 +74,20 @@ class Plan:
     recipe: Recipe
     num_classes: int = NUM_CLASSES
     image_size: int = IMAGE_SIZE
-    net: Literal[
-        "two_columns",
-        "one_column",
-        "no_crossing",
-        "conv6",
-        "drop_conv3",
-        "drop_conv4",
-        "four_layer",
-        "torchvision",
-    ] = "two_columns"
-    norm: Literal["response", "first_only", "within_channel", "batch", "none"] = "response"
-    activation: Literal["relu", "tanh", "sigmoid", "elu"] = "relu"
-    pool: Literal["overlapping", "non_overlapping", "average"] = "overlapping"
+    net: str = "two_columns"
+    norm: str = "response"
+    activation: str = "relu"
+    pool: str = "overlapping"
     dropout: float = DROPOUT
     conv4_dropout: float = 0.0
     crossing_at: tuple[str, ...] = CROSSINGS
 
     def __post_init__(self) -> None:
-        for key, kind in get_type_hints(Plan).items():
-            choices = get_args(kind)
-            if isinstance(getattr(self, key), str) and getattr(self, key) not in choices:
-                config.refuse_choice(f"model.{key}", getattr(self, key), choices)
-        if self.num_classes < 1:
-            raise SettingsError(f"model.num_classes={self.num_classes}: give 1 or more")
+        switches = {entry.name: getattr(self, entry.name) for entry in fields(ModelSettings)}
+        check(ModelSettings(**switches), "model.")
         least = MIN_IMAGE_SIZES.get(self.net, MIN_IMAGE_SIZE)
         if self.image_size < least:
             raise SettingsError(f"model.image_size={self.image_size}: give {least} pixels or more")
-        for key in ("dropout", "conv4_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                raise SettingsError(
-                    f"model.{key}={getattr(self, key)}: give the share dropped, 0 to below 1"
-                )
         self._refuse_foreign()
         if self.conv4_dropout and "conv4" not in self.layers and self.net in NETS:
             raise SettingsError(
@@ -144,7 +96,7 @@ class Plan:
         crossable = [name for name in self.layers if name not in {"conv1", "fc8"}]
         for name in self.crossing_at if self.net in NETS else ():
             if name not in crossable:
-                config.refuse_choice("model.crossing_at", name, crossable)
+                refuse_choice("model.crossing_at", name, crossable)
 
     def _refuse_foreign(self) -> None:
         """Raise SettingsError for a switch that the net does not have."""

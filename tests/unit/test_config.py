@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from modelpar import Recipe, agent, config, device
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, SettingsError
+from modelpar.files import check_writable
 from modelpar.net import paper
 from modelpar.training import prepare
 from modelpar.training import run_dir as run_dirs
@@ -36,14 +37,14 @@ def refused(overrides: list[str]) -> str:
         ("+new=1", "new: no such setting"),
         ("recipe.lr=abc", "recipe.lr: Value 'abc'"),
         ("recipe.lr=", "recipe.lr"),
-        ("recipe.lr=nan", "recipe.lr=nan: give a finite number"),
-        ("recipe.lr=1e999", "recipe.lr=inf: give a finite number"),
+        ("recipe.lr=nan", "recipe.lr=nan: use a finite number"),
+        ("recipe.lr=1e999", "recipe.lr=inf: use a finite number"),
         ("recipe.lr=-1", "recipe.lr=-1.0"),
         ("recipe.momentum=inf", "recipe.momentum=inf"),
         ("recipe=code2013", "recipe=code2013: did you mean code2012?"),
         ("recipe.crops=per_64", "recipe.crops=per_64: did you mean per_32?"),
         ("data=photo", "data=photo: did you mean photos?"),
-        ("batch_size=0", "batch_size=0: give 1 or more"),
+        ("batch_size=0", "batch_size=0: use 1 or more"),
         ("batch_size=1.5", "batch_size"),
         ("batch_size=5000", "the data has only 2240"),
         ("epochs=-3", "epochs=-3"),
@@ -100,13 +101,13 @@ def test_defaults_are_the_contract() -> None:
     }.items():
         assert plain[key] == value
     assert plain["crossing"] == {"dtype": None, "overlap": True, "chunks": 2}
-    assert plain["comm"] == {"timeout": 120.0, "check": False}
+    assert plain["comm"] == {"timeout": 120.0}
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "checkpoint: not given; add checkpoint=..."),
+        ([], "checkpoint: missing; add checkpoint=..."),
         (["checkpoint=x", "views=5"], "views=5: use one of 1, 10"),
         (["checkpoint=x", "data=imagenete"], "data=imagenete: did you mean imagenet"),
         (["checkpoint=x", "batch_size=0"], "batch_size=0"),
@@ -215,7 +216,7 @@ def test_resume_never_refuses_a_used_folder(tmp_path: Path) -> None:
 def test_a_run_dir_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="is a file"):
-        config.check_run_dir(tmp_path / "file" / "run")
+        check_writable("run_dir", tmp_path / "file" / "run")
 
 
 def test_a_run_directory_is_one_runs_at_a_time(tmp_path: Path) -> None:
@@ -263,10 +264,10 @@ def test_no_secret_of_the_environment_is_written_down(
 
 
 def test_a_dtype_of_the_crossings_needs_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match="in one process nothing crosses; give columns=2"):
+    with pytest.raises(SettingsError, match="one column has no crossings; use columns=2"):
         config.read("train", ["columns=1", "crossing.dtype=float16"])
     config.read("train", ["columns=1", "crossing.dtype=float32"])  # as it is anyway
     settings = config.read("train", ["crossing.dtype=float16"])
     monkeypatch.setattr(device, "choose_device", lambda _, ranks: "cuda" if ranks == 1 else "cpu")
-    with pytest.raises(SettingsError, match="nothing crosses"):  # one GPU: the whole net
+    with pytest.raises(SettingsError, match="no crossings"):  # one GPU: the whole net
         agent.place(settings)

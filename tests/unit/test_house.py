@@ -10,11 +10,11 @@ import modelpar
 PACKAGE = Path(modelpar.__file__).parent
 # From the ground up; a module may import what stands before it.
 FLOORS = [
-    ["errors", "seeding", "tables"],
-    ["shutdown", "settings", "environment", "files"],
-    ["config", "device"],
+    ["errors", "seeding", "tables", "net.paper"],
+    ["shutdown", "environment", "files"],
+    ["settings", "device"],
+    ["config"],
     ["distributed"],
-    ["net.paper"],
     ["net.plan"],
     ["net.exchange", "net.layers", "net.weights"],
     ["net.alexnet"],
