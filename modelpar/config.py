@@ -90,7 +90,7 @@ def typed(main: str, composed: DictConfig) -> Any:
     Raises SettingsError for a value that is missing or not allowed.
     """
     with _one_line_errors():
-        plain = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+        plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
         for key in sorted(OmegaConf.missing_keys(plain)):
             raise SettingsError(f"{key}: missing; add {key}=...")
         merged = OmegaConf.merge(
