@@ -41,8 +41,11 @@ def test_statistics_equal_those_of_torch_and_the_net_is_unchanged() -> None:
 
 def flattened(net: AlexNet, images: torch.Tensor) -> torch.Tensor:
     blocks = net.blocks
-    x = blocks.after_conv2(
-        net.conv2(blocks.after_conv1(net.conv1(blocks.pad(images, net.conv1.weight))))
+    x = blocks.normalize_and_pool(
+        "conv2",
+        net.conv2(
+            blocks.normalize_and_pool("conv1", net.conv1(blocks.pad(images, net.conv1.weight)))
+        ),
     )
     for name in ("conv3", "conv4"):
         x = blocks.after_middle(name, net.get_submodule(name)(x))
