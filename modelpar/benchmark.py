@@ -1,18 +1,25 @@
-"""How fast it is: ``python -m modelpar.benchmark [key=value ...]``.
+"""Time a training step by several means: ``python -m modelpar.benchmark [key=value ...]``."""
 
-Runs one training step of the same net and batch by each means, in turn, and prints the table.
-"""
-
+import json
+from pathlib import Path
 from typing import NoReturn
 
 from modelpar import launch
-from modelpar.bench import measure, report
+from modelpar.bench import report
+from modelpar.bench.measure import measure
 from modelpar.settings import BenchmarkSettings
 
 
 def benchmark(settings: BenchmarkSettings) -> None:
-    """Measure; write and show what was found."""
-    report.show(measure.measure(settings), settings)
+    """Print the tables; write them, the JSON and, with ``breakdown``, traces."""
+    result, out = measure(settings), Path(settings.out)
+    text = report.markdown(result)
+    print(text)  # noqa: T201
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "benchmark.md").write_text(text + "\n")
+    traces = ", trace/" if settings.breakdown else ""
+    print(f"{out}: benchmark.json, benchmark.md{traces}")  # noqa: T201
 
 
 def main() -> NoReturn:

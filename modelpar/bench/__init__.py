@@ -1,1 +1,1 @@
-"""How fast it is: the same step by other means, side by side."""
+"""Speed of one training step by several means."""

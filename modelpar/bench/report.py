@@ -1,127 +1,72 @@
-"""What was measured: a table in Markdown, JSON, a picture."""
+"""The results of a benchmark as tables in Markdown."""
 
-import json
-from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from modelpar.bench.anatomy import PLACES
-from modelpar.bench.steps import CONTENDERS
-from modelpar.settings import BenchmarkSettings
+from modelpar import tables
 
-HEAD = (
+HEAD: Final = (
     "contender", "precision", "step, s", "images/s", "/ plain float32", "/ plain", "/ ddp",
-    "of peak", "memory, MB", "sent, MB", "crossings, ms", "alone, ms", "hidden", "start, s",
+    "share of peak", "memory, MB", "sent, MB", "first step, s",
 )  # fmt: skip
-LINK_HEAD = ("link", "contender", "precision", "step, s", "images/s", "/ full rate", "/ ddp")
+LINK_HEAD: Final = (
+    "link",
+    "contender",
+    "precision",
+    "step, s",
+    "images/s",
+    "/ full rate",
+    "/ ddp",
+)
 
 
-def show(result: dict[str, Any], settings: BenchmarkSettings) -> None:
-    """Print the tables; write them, the JSON and, where matplotlib is installed, the picture."""
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    text = tables(result)
-    print(text)  # noqa: T201
-    (out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "benchmark.md").write_text(text + "\n")
-    if find_spec("matplotlib"):
-        from modelpar.bench import picture  # noqa: PLC0415 - of the extra plots
-
-        picture.draw(result, out / "benchmark.png")
-        print(f"{out}: benchmark.json, benchmark.md, benchmark.png")  # noqa: T201
-    else:
-        print(f"{out}: benchmark.json, benchmark.md; pip install modelpar[plots] draws it")  # noqa: T201
-
-
-def tables(result: dict[str, Any]) -> str:
-    """Return the result as Markdown."""
+def markdown(result: dict[str, Any]) -> str:
+    """Return the tables of ``benchmark.json``."""
     machine, settings = result["machine"], result["settings"]
     where = ", ".join([*machine["gpus"], f"{machine['processor']}, {machine['cores']} cores"])
-    how = (
+    about = (
         f"{where}; torch {machine['torch']}, Python {machine['python']}; "
         f"{settings['image_size']} pixels, {settings['num_classes']} classes, "
         f"recipe {settings['recipe']['name']}; median over {settings['rounds']} rounds of "
-        f"{settings['steps']} steps (lowest-highest round)"
+        f"{settings['steps']} steps (fastest-slowest round). Memory is the peak of a process, "
+        "sent what a process sends per step."
     )
-    blocks = [how]
+    blocks = [about]
     for peaks in result["peaks"]:
-        size = peaks["batch_size"]
-        rows = [row for row in result["rows"] if row["batch_size"] == size]
+        rows = [row for row in result["rows"] if row["batch_size"] == peaks["batch_size"]]
+        limited = [row for row in rows if row["link_mbit"] is not None]
         full = [row for row in rows if row["link_mbit"] is None]
-        slow = [row for row in rows if row["link_mbit"] is not None]
-        blocks += [f"Batch {size}", _table(HEAD, [_cells(row) for row in full])]
-        blocks.append(_peaks(peaks))
-        if slow:
-            blocks.append(_table(LINK_HEAD, [_link_cells(row) for row in slow]))
-        if any("layers" in row for row in full):
-            blocks.append(_layers(full))
-    used = dict.fromkeys(row["contender"] for row in result["rows"])
-    blocks.append("\n".join(f"- {name}: {CONTENDERS[name].text}" for name in used))
+        blocks += [f"Batch {peaks['batch_size']}", tables.markdown(HEAD, map(_cells, full))]
+        found = [f"{value:.0f} in {key}" for key, value in peaks.items() if key != "batch_size"]
+        blocks.append(f"Peak of matrix products, GFLOP/s of all processes: {', '.join(found)}.")
+        if limited:
+            blocks.append(tables.markdown(LINK_HEAD, map(_link_cells, limited)))
+    texts = {row["contender"]: row["what"] for row in result["rows"]}
+    blocks.append("\n".join(f"- {name}: {text}" for name, text in texts.items()))
     return "\n\n".join(blocks)
 
 
-def _peaks(peaks: dict[str, Any]) -> str:
-    parts = [
-        f"{precision} {found['matrix']:.0f} in a matrix product, {found['convolution']:.0f} in a "
-        "1 x 1 convolution"
-        for precision, found in peaks.items()
-        if precision != "batch_size"
-    ]
-    return f"Peak, GFLOP/s of all processes at once: {'; '.join(parts)}. The larger counts."
-
-
 def _cells(row: dict[str, Any]) -> list[str]:
-    crossed = bool(row["counted_bytes"])
+    ratios = [_spread(row["ratios"].get(base)) for base in ("plain float32", "plain", "ddp")]
     return [
         row["contender"],
         row["precision"],
-        _with_spread(row["step_s"], 2),
+        _spread(row["step_s"]),
         f"{row['images_per_s']['median']:.1f}",
-        *(_with_spread(row["ratios"].get(base), 2) for base in ("plain float32", "plain", "ddp")),
+        *ratios,
         f"{row['share_of_peak']:.0%}",
         f"{row['peak_bytes'] / 1e6:.0f}",
         f"{row['wire_bytes'] / 1e6:.1f}",
-        f"{row['crossing_s'] * 1e3:.0f}" if crossed else "",
-        f"{row['swaps_alone_s'] * 1e3:.0f}" if crossed else "",
-        f"{row['hidden']:.0%}" if crossed else "",
         f"{row['first_step_s']:.0f}",
     ]
 
 
 def _link_cells(row: dict[str, Any]) -> list[str]:
-    return [
-        f"{row['link_mbit']:g} Mbit/s",
-        row["contender"],
-        row["precision"],
-        _with_spread(row["step_s"], 2),
-        f"{row['images_per_s']['median']:.1f}",
-        _with_spread(row["ratios"].get("full rate"), 2),
-        _with_spread(row["ratios"].get("ddp"), 2),
-    ]
+    ratios = [_spread(row["ratios"].get(base)) for base in ("full rate", "ddp")]
+    return [f"{row['link_mbit']:g} Mbit/s", *_cells(row)[:4], *ratios]
 
 
-def _layers(rows: Sequence[dict[str, Any]]) -> str:
-    cells = [
-        [
-            row["contender"],
-            row["precision"],
-            *(f"{row['layers'][place] * 1e3:.0f}" for place in PLACES),
-        ]
-        for row in rows
-        if "layers" in row
-    ]
-    table = _table(("ms of process 0", "precision", *PLACES), cells)
-    return f"{table}\n\n(one step under the profiler, whose own cost it shows too)"
-
-
-def _with_spread(spread: dict[str, float] | None, digits: int) -> str:
-    if spread is None:
+def _spread(value: dict[str, float] | None) -> str:
+    if value is None:
         return ""
-    low, median, high = (f"{spread[key]:.{digits}f}" for key in ("low", "median", "high"))
+    low, median, high = (f"{value[key]:.2f}" for key in ("low", "median", "high"))
     return median if low == high else f"{median} ({low}-{high})"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

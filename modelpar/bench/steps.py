@@ -1,8 +1,10 @@
-"""What is compared: one training step of the same net and batch, by each means there is."""
+"""The contenders: one training step of the same net and batch by several means."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from typing import Final, Protocol
+from dataclasses import asdict
+from itertools import count
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modelpar.distributed import Mesh
 from modelpar.images.loader import Batch
 from modelpar.net import paper
-from modelpar.net.alexnet import AlexNet, Column
+from modelpar.net.alexnet import AlexNet
 from modelpar.net.paper import COLUMNS, LAYERS
 from modelpar.net.plan import Plan, Recipe, plan_for
 from modelpar.seeding import generator
@@ -26,9 +28,8 @@ from modelpar.settings import BenchmarkSettings, CrossingSettings, ModelSettings
 from modelpar.training.engine import Learner, compile_parts
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One way to take the step: on how many processes, and what it is."""
+class Contender(NamedTuple):
+    """One way to take the step."""
 
     processes: int
     text: str
@@ -44,24 +45,14 @@ CONTENDERS: Final = {
 }
 
 
-class Trained(Protocol):
-    """A net with all it takes to train it one step further."""
-
-    @property
-    def net(self) -> nn.Module:
-        """The net, or this process's part of it."""
-        ...
-
-    def step(self) -> None:
-        """Learn from one batch."""
-        ...
+Step = Callable[[], object]  # takes one training step of this process
 
 
 class Plain(nn.Module):
-    """The whole net as a user of torch writes it, of torch's layers alone.
+    """The whole net as a PyTorch user would write it, from torch's own layers.
 
-    Input (N, 3, S, S), output (N, classes) logits; its state dict is ``AlexNet``'s.  Dropout is
-    torch's, which scales in training.
+    Input (N, 3, S, S), output (N, classes) logits.  The state dict is that of ``AlexNet``.
+    Dropout is torch's, which scales in training.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -111,113 +102,91 @@ class Plain(nn.Module):
         return functional.dropout(x, self.plan.dropout, self.training)
 
 
-class _TorchStep:
-    """A step with torch's own optimizer and autocast."""
-
-    def __init__(self, net: nn.Module, plan: Plan, batch: Batch, precision: str) -> None:
-        self.wide = torch.float64 if precision == "float64" else torch.float32
-        self.net, self.precision = net.to(self.wide), precision
-        self.batch = replace(batch, images=batch.images.to(self.wide))
-        recipe = plan.recipe
-        self.optimizer = torch.optim.SGD(
-            net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
-        )
-
-    def step(self) -> None:
-        """Learn from the batch."""
-        rounded = self.precision == "bfloat16"
-        device = self.batch.images.device.type
-        with torch.autocast(device, torch.bfloat16) if rounded else nullcontext():
-            logits = self.net(self.batch.images)
-        functional.cross_entropy(logits.to(self.wide), self.batch.labels).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-class _OurStep:
-    """A step as ``modelpar.train`` takes it."""
-
-    def __init__(self, learner: Learner, batch: Batch) -> None:
-        self.net, self.learner, self.batch = learner.net, learner, batch
-        self.taken = 0
-
-    def step(self) -> None:
-        """Learn from the batch."""
-        self.learner.step(self.batch, self.taken, self.learner.schedule.rates(0))
-        self.taken += 1
-
-
 def plan_of(settings: BenchmarkSettings) -> Plan:
     """Return the net that all contenders train; raises SettingsError."""
     recipe = Recipe(**asdict(settings.recipe))
     return plan_for(recipe, ModelSettings(), settings.num_classes, settings.image_size)
 
 
-def batch_of(plan: Plan, images: int, seed: int, device: torch.device) -> Batch:
-    """Return noise of the scale of images less their mean, (N, 3, S, S), and labels (N)."""
-    source = generator(seed, "benchmark")
-    side = plan.image_size
-    pixels = torch.randn(images, 3, side, side, generator=source) * 64  # std of photographs, about
-    labels = torch.randint(plan.num_classes, (images,), generator=source)
-    return Batch(pixels.to(device), labels.to(device), waited=0.0)
-
-
 def make(
-    name: str, precision: str, batch_size: int, settings: BenchmarkSettings, mesh: Mesh, plan: Plan
-) -> Trained:
-    """Return the contender ``name`` on this process; ``batch_size`` counts over all of them."""
-    batch = batch_of(plan, batch_size, settings.seed, mesh.device)
-    if name == "plain":
-        return _TorchStep(Plain(plan).to(mesh.device), plan, batch, precision)
-    if name == "tensor_parallel":
-        return _TorchStep(_parallelized(plan, settings, mesh), plan, batch, precision)
+    name: str, precision: str, batch_size: int, settings: BenchmarkSettings, mesh: Mesh
+) -> Step:
+    """Return the step of contender ``name``, for ``batch_size`` images over all processes.
+
+    The images are noise with the scale of photographs minus their mean.
+    """
+    plan = plan_of(settings)
+    source = generator(settings.seed, "benchmark")
+    shape = (batch_size, 3, plan.image_size, plan.image_size)
+    images = torch.randn(shape, generator=source) * 64  # about the deviation of photographs
+    labels = torch.randint(plan.num_classes, (batch_size,), generator=source)
     if name == "ddp":
-        batch_size //= mesh.replicas
-        rows = slice(mesh.replica * batch_size, (mesh.replica + 1) * batch_size)
-        batch = Batch(batch.images[rows].clone(), batch.labels[rows].clone(), waited=0.0)
+        images, labels = (x.chunk(mesh.replicas)[mesh.replica].clone() for x in (images, labels))
+    batch = Batch(images.to(mesh.device), labels.to(mesh.device), waited=0.0)
+    if name == "plain":
+        return _torch_step(Plain(plan).to(mesh.device), plan, batch, precision)
+    if name == "tensor_parallel":
+        net = _parallelized(plan, settings, mesh)
+        return _torch_step(net, plan, batch, precision)
     crossing = settings.crossing
     if name == "in_turn":
         crossing = CrossingSettings(crossing.dtype, overlap=False, chunks=1)
     trained = TrainSettings(
         crossing=crossing,
         epochs=1,
-        batch_size=batch_size,
+        batch_size=len(images),
         seed=settings.seed,
         precision=precision,
         channels_last=settings.channels_last,
     )
     learner = Learner.create(plan, trained, mesh, compiled=settings.compile)
-    return _OurStep(learner, batch)
+    steps = count()
+    return lambda: learner.step(batch, next(steps), learner.schedule.rates(0))
 
 
-def _parallelized(plan: Plan, settings: BenchmarkSettings, mesh: Mesh) -> AlexNet:
+def _torch_step(net: nn.Module, plan: Plan, batch: Batch, precision: str) -> Step:
+    """Return a step with torch's own optimizer and autocast."""
+    wide = torch.float64 if precision == "float64" else torch.float32
+    images, recipe = batch.images.to(wide), plan.recipe
+    optimizer = torch.optim.SGD(
+        net.to(wide).parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
+    )
+
+    def step() -> None:
+        rounds = precision == "bfloat16"
+        with torch.autocast(images.device.type, torch.bfloat16) if rounds else nullcontext():
+            logits = net(images)
+        functional.cross_entropy(logits.to(wide), batch.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _parallelized(plan: Plan, settings: BenchmarkSettings, mesh: Mesh) -> nn.Module:
     """Return the net as torch's tensor-parallel API splits it.
 
-    It can split the fully connected layers; of convolutions, which it does not know, and of
-    fc8, whose bias would be added on both, each process computes all.
+    The API can split fully connected layers.  Each process computes all convolutions, which the
+    API does not know, and all of fc8, whose bias it would add twice.
     """
     net = AlexNet(plan, settings.seed).to(mesh.device)
     if settings.channels_last:
         net.to(memory_format=torch.channels_last)
     if settings.compile:
         compile_parts(mesh, [net.blocks])
-    # fc6 leaves each process half of its units: dropout sees those.
+    # fc6 leaves half of its units on each process, so ours would draw masks of the wrong size.
     net.blocks.drop6 = nn.Dropout(plan.dropout)  # pyright: ignore[reportAttributeAccessIssue]
-    axis = init_device_mesh(mesh.device.type, (mesh.world_size,))
-    parallelize_module(net, axis, {"fc6": ColwiseParallel(), "fc7": RowwiseParallel()})
+    devices = init_device_mesh(mesh.device.type, (mesh.world_size,))
+    parallelize_module(net, devices, {"fc6": ColwiseParallel(), "fc7": RowwiseParallel()})
     return net
 
 
-def on_column(trained: Trained) -> Column | None:
-    """Return the column that ``trained`` trains, if it is one."""
-    return trained.net if isinstance(trained.net, Column) else None
-
-
 def gflop(plan: Plan, batch_size: int) -> float:
-    """Return the GFLOP of the products in one step of the whole net: 529 at 128 images.
+    """Return the GFLOP of the matrix products in one step of the whole net: 529 at 128 images.
 
-    Forward, and as much for each gradient, of the weights and, but for conv1, of the inputs
-    (torch's own count of a backward is wrong where a convolution has groups).
+    The forward pass counts three times: once itself, once for the gradient of the weights, once
+    for the gradient of the inputs, which conv1 does not need.  (FlopCounterMode's own count of a
+    backward pass is wrong for grouped convolutions.)
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net = Plain(plan)

@@ -38,9 +38,9 @@ FLOORS = [
     ["studies.comparison", "studies.curves", "studies.snapshots"],
     ["studies.plots"],
     ["studies.page"],
-    ["bench.wire", "bench.anatomy", "bench.steps"],
-    ["bench.worlds", "bench.picture"],
-    ["bench.measure", "bench.report"],
+    ["bench.link", "bench.steps", "bench.report"],
+    ["bench.workers"],
+    ["bench.measure"],
     ["ends"],
     ["jobs"],
     ["agent"],
@@ -127,7 +127,7 @@ def test_the_environment_is_read_at_the_doors_alone() -> None:
         "device",
         "distributed",
         "config",
-        "bench.worlds",
+        "bench.workers",
     }  # it launches, too
 
 
