@@ -1,7 +1,6 @@
 """modelpar.benchmark as a command with small settings: tables, JSON, traces, and a slow link."""
 
 import gzip
-
 import json
 import os
 import subprocess

@@ -119,4 +119,3 @@ def test_tables_show_what_was_measured() -> None:
     assert "| 100 Mbit/s | pair | float32 |" in text
     assert "90 in float32" in text
     assert "- pair: the two columns" in text
-
