@@ -164,6 +164,7 @@ def activations(rows: Sequence[Activity]) -> Figure:
         _plain(panel)
     zeros.legend(frameon=False, fontsize=SMALL)
     zeros.set_ylim(0, 100)
+    dead.set_ylim(bottom=0)
     return figure
 
 
