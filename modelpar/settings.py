@@ -268,8 +268,8 @@ class BenchmarkSettings(ProcessSettings):
     num_classes: int = at_least(1, 1000)
     rounds: int = at_least(1, 3)  # each contender has one turn in each round
     steps: int = at_least(1, 2)  # measured steps per turn, after one that is not
-    breakdown: bool = True  # measure the time of each layer
-    out: str = "benchmark"  # folder of benchmark.json, benchmark.md and benchmark.png
+    breakdown: bool = False  # write a profiler trace of one step of each rank
+    out: str = "benchmark"  # folder of benchmark.json, benchmark.md and trace/
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     link: LinkSettings = field(default_factory=LinkSettings)
     seed: int = at_least(0, 0)

@@ -17,7 +17,7 @@ from torch.profiler import profile
 
 from modelpar.bench import link
 from modelpar.bench.steps import CONTENDERS, make
-from modelpar.device import choose_device, num_cores
+from modelpar.device import choose_device, num_cores, torch_device
 from modelpar.distributed import Mesh, process_mesh
 from modelpar.errors import LaunchError, RunError, one_line
 from modelpar.settings import BenchmarkSettings
@@ -112,9 +112,7 @@ def _serve(
         device = choose_device(settings.device, size)
         if name == "plain":  # without the allocator's settings of ``process_mesh``
             torch.set_num_threads(threads)
-            context = nullcontext(
-                Mesh(torch.device("cuda", 0) if device == "cuda" else torch.device("cpu"))
-            )
+            context = nullcontext(Mesh(torch_device(device, 0)))
         else:
             columns = size if name in {"pair", "in_turn"} else 1
             context = process_mesh(columns, device, settings.comm.timeout, threads=threads)
