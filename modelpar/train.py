@@ -3,17 +3,16 @@
 Or ``python -m modelpar.train``, which starts the two processes itself.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Final, NoReturn
 
 from modelpar import launch
 from modelpar.distributed import Mesh
-from modelpar.files import check_writable
+from modelpar.files import check_space, check_writable
 from modelpar.jobs import Job
 from modelpar.settings import TrainSettings
-from modelpar.training import checkpoint, trainer
-from modelpar.training.prepare import Prepared, last_error, prepare, resume_point
+from modelpar.training import trainer
+from modelpar.training.prepare import Prepared, final_error, prepare, resume_point
 from modelpar.training.run_dir import check_compatible
 
 NOTES: Final = 10**6  # bytes, without checkpoints: settings, rows, what Hydra keeps
@@ -23,8 +22,8 @@ def open_run(settings: TrainSettings, run_dir: Path | None) -> Prepared:
     """Open all that the training needs; raise where ``run_dir`` or what it resumes do not fit."""
     if run_dir is not None:
         check_writable("run_dir", run_dir)
-        checkpoint.check_space(run_dir, NOTES, "what a run writes down")
-        check_compatible(run_dir, asdict(settings), settings.resume)
+        check_space(run_dir, NOTES, "what a run writes down")
+        check_compatible(run_dir, settings)
     prepared = prepare(settings)
     resume_point(settings, prepared, run_dir)
     return prepared
@@ -37,7 +36,7 @@ def work(prepared: Prepared, settings: TrainSettings, mesh: Mesh, run_dir: Path)
 
 def over(prepared: Prepared, settings: TrainSettings, run_dir: Path) -> float | None:
     """Return the last top-1 error in % of a run that is over, None of any other."""
-    return last_error(prepared, resume_point(settings, prepared, run_dir))
+    return final_error(prepared, run_dir, resume_point(settings, prepared, run_dir))
 
 
 def main() -> NoReturn:

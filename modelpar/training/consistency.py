@@ -1,11 +1,10 @@
-"""What the processes tell each other once a step, in one message of 48 bytes.
+"""The step message: 48 bytes that every rank sends to all others before each update.
 
-The classical silent bug of model parallelism is two ranks that train on different batches: the
-loss falls, and the net is wrong.  Each column sends a digest of its batch, and whether its
-gradients are finite, before the step's update: what they do not agree on changes no weight.
+The classic silent bug of model parallelism is that two ranks train on different batches: the loss
+falls, and the net is wrong.  Each rank therefore sends a digest of its batch and whether its
+gradients are finite.  If ranks disagree, no weight is updated and all ranks stop at that step.
 """
 
-import signal
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
@@ -17,71 +16,67 @@ from modelpar.images.loader import PIXELS_EVERY, Batch
 from modelpar.seeding import digest
 from modelpar.shutdown import Request
 
-WEIGHTS_EVERY: Final = 500  # steps, between replicas
+WEIGHTS_EVERY: Final = 500  # steps between comparisons of the replicas' weights
 
 
 class StepStatus(NamedTuple):
-    """What the processes have told each other, the same on all of them."""
+    """What all ranks have sent, the same on each of them."""
 
-    asked: int  # the signal that asked one to stop, 0 for none
-    failed: bool  # a save did not succeed
-    finite: bool  # loss and gradients of all are finite
+    stop: int  # the signal by which any rank was asked to stop, 0: none
+    saves: tuple[int, ...]  # each rank's ``Checkpointer.status``
+    finite: bool = True  # loss and gradients of all ranks are finite
 
 
 class StepCheck:
-    """One process's end of the control message."""
+    """Exchanges the step message; every method is a collective of the world."""
 
     def __init__(self, mesh: Mesh, request: Request) -> None:
         self.mesh = mesh
         self.request = request
 
-    def agree(
+    def step(
         self,
         step: int,
         batch: Batch,
         weights: Mapping[str, Tensor],
         *,
         finite: bool = True,
-        failed: bool = False,
+        saved: int = 0,
     ) -> StepStatus:
-        """Tell all of step number ``step``, counted from 1, and return what all have told.
+        """Exchange the message of step number ``step``, counted from 1, before its update.
 
-        ``weights`` are those before its update.  Raises DataError where the columns of a replica
-        had different batches, DivergedError where replicas have different weights: the same on
-        every process.  A collective of the world.
+        ``weights``: the present ones; ``saved``: the status of this rank's save.  Raises DataError
+        if the columns of a replica have different batches, and DivergedError if replicas have
+        different weights: the same error on every rank.
         """
         hashes_weights = self.mesh.replicas > 1 and step % WEIGHTS_EVERY == 0
         hashed = digest(weights.values()) if hashes_weights else 0
-        flags = (self.request.signal, int(failed), int(not finite))
-        told = self.mesh.gather_ints((step, batch.digest, hashed, *flags))
+        flags = (self.request.signal, saved, int(not finite))
+        messages = self.mesh.gather_ints((step, batch.digest, hashed, *flags))
         columns = self.mesh.columns
-        for first in range(0, len(told), columns):
-            pair = told[first : first + columns]
-            if len({one[:2] for one in pair}) > 1:
+        for first in range(0, len(messages), columns):
+            pair = messages[first : first + columns]
+            if len({message[:2] for message in pair}) > 1:
                 raise DataError(
-                    f"step {step}: the columns were given different batches ({_list(pair, 1)}); "
-                    "see that all ranks read the same images, and go on from a checkpoint "
+                    f"step {step}: the columns have different batches ({_describe(pair, 1)}); "
+                    "check that all ranks read the same images, and continue from a checkpoint "
                     f"{PIXELS_EVERY} steps older"
                 )
         for column in range(columns):
-            same = told[column::columns]
-            if len({one[2] for one in same}) > 1:
+            replicas = messages[column::columns]
+            if len({message[2] for message in replicas}) > 1:
                 raise DivergedError(
                     f"step {step}: the replicas' weights of column {column} differ "
-                    f"({_list(same, 2)}); go on from the last checkpoint"
+                    f"({_describe(replicas, 2)}); continue from the last checkpoint"
                 )
-        asked, failures, infinite = (max(one[place] for one in told) for place in (3, 4, 5))
-        return StepStatus(asked, bool(failures), not infinite)
+        _, _, _, stops, saves, nonfinite = zip(*messages, strict=True)
+        return StepStatus(max(stops), saves, not any(nonfinite))
 
-    def asked(self) -> int:
-        """Return the signal that asked any process to stop, now; a collective of the world."""
-        return max(asked for (asked,) in self.mesh.gather_ints((self.request.signal,)))
-
-
-def _list(told: list[tuple[int, ...]], which: int) -> str:
-    return ", ".join(f"step {one[0]} digest {one[which] & 0xFFFFFFFF:08x}" for one in told)
+    def poll(self, saved: int = 0) -> StepStatus:
+        """Exchange stop requests and the status of the save between steps."""
+        stops, saves = zip(*self.mesh.gather_ints((self.request.signal, saved)), strict=True)
+        return StepStatus(max(stops), saves)
 
 
-def signal_name(number: int) -> str:
-    """Return SIGTERM for 15."""
-    return signal.Signals(number).name
+def _describe(messages: list[tuple[int, ...]], field: int) -> str:
+    return ", ".join(f"step {one[0]} digest {one[field] & 0xFFFFFFFF:08x}" for one in messages)

@@ -1,4 +1,4 @@
-"""The net on its devices, one step, one evaluation: how it learns, on one process or many."""
+"""The net on its devices, one training step and one evaluation, in one process or many."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,9 +43,10 @@ def build(
     *,
     channels_last: bool = True,
 ) -> Net:
-    """Return this process's part of the net on its device: a column, or the whole.
+    """Return this process's part of the net on its device: a column, or the whole net.
 
-    Weights are float32, or float64; for bfloat16 whoever trains or evaluates the net rounds them.
+    Weights are float32, or float64 with that precision.  With bfloat16 the optimizer or the
+    evaluation rounds them.
     """
     if mesh.pair is None:
         net: Net = whole_net(plan, seed)
@@ -62,7 +63,7 @@ def build(
 
 
 def _wide(precision: str) -> torch.dtype:
-    """Return the dtype of logits and loss, and of the weights that learn."""
+    """Return the dtype of logits and loss, and of the weights that are updated."""
     return torch.float64 if precision == "float64" else torch.float32
 
 
@@ -104,7 +105,7 @@ def compile_parts(mesh: Mesh, parts: Sequence[Part]) -> bool:
 
 @dataclass
 class Learner:
-    """A net with what it takes to train it: the optimizer, the rates, the mesh."""
+    """A net with all that trains it: optimizer, learning rates, mesh."""
 
     net: Net
     mesh: Mesh
@@ -150,8 +151,13 @@ class Learner:
         self.replicated = self.mesh.data_parallel(self.net)
         self.last_logits = torch.empty(0)  # of the last step, (N, classes), with its dropout
 
+    @property
+    def link(self) -> Link | None:
+        """The connection to the other column, None in a net of one process."""
+        return self.net.link if isinstance(self.net, Column) else None
+
     def step(self, batch: Batch, step: int, rates: dict[str, float]) -> Tensor:
-        """Learn from one batch; return its mean loss over this replica, a scalar.
+        """Train on one batch; return its mean loss over this replica, a scalar.
 
         ``step`` counts from 0 and fixes the dropout masks.  A collective of the whole mesh.
         """
@@ -160,18 +166,17 @@ class Learner:
         return loss
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that a checkpoint holds of the net: weights that learn, and running means."""
-        weights = self.optimizer.weights()
-        return self.net.state_dict() | weights
+        """Return what a checkpoint holds of the net: the updated weights, and running means."""
+        return self.net.state_dict() | self.optimizer.weights()
 
     def load(self, state: Mapping[str, Tensor], velocities: Mapping[str, Tensor]) -> None:
-        """Take up what ``state`` returned, and the optimizer's velocities."""
+        """Restore what ``state`` returned, and the optimizer's velocities."""
         self.net.load_state_dict(state)
         self.optimizer.load(state, velocities)
 
     def gradients(self, batch: Batch, step: int) -> Tensor:
-        """Do forward and backward; return the loss.  Weights stay as they are."""
-        with comm_errors("gradients"):  # DistributedDataParallel sums them, and agrees on how
+        """Do forward and backward; return the mean loss.  Weights do not change."""
+        with comm_errors("gradients"):  # DistributedDataParallel averages them
             logits = self.logits(batch, step, self.replicated)
             loss = functional.cross_entropy(logits.to(_wide(self.precision)), batch.labels)
             self.last_logits = logits.detach()
@@ -179,7 +184,7 @@ class Learner:
         return loss.detach()
 
     def logits(self, batch: Batch, step: int, net: nn.Module | None = None) -> Tensor:
-        """Return (N, classes) as training has them, with the masks of ``step``."""
+        """Return the logits (N, classes) in training mode, with the dropout masks of ``step``."""
         first = self.mesh.replica * self.batch_size
         rows = slice(first, first + self.batch_size)
         self.net.train()
@@ -189,12 +194,12 @@ class Learner:
         return (net or self.net)(batch.images)
 
     def finite(self, loss: Tensor) -> bool:
-        """Return whether ``loss`` and every gradient of this process are finite numbers."""
+        """Return whether ``loss`` and every gradient of this process are finite."""
         grads = [weight.grad for weight in self.net.parameters() if weight.grad is not None]
         return all_finite(grads) and bool(loss.isfinite().item())
 
     def update(self, rates: dict[str, float]) -> None:
-        """Move the weights along their gradients."""
+        """Update the weights by their gradients and these learning rates."""
         self.optimizer.set_rates(rates)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -203,8 +208,8 @@ class Learner:
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether every number in ``tensors`` is finite.
 
-    One pass for the norm; element by element, forty times slower, only where that is not finite,
-    since squares overflow before the numbers do.
+    The norm takes one pass.  If it is not finite each element is checked, which is forty times
+    slower, since squares overflow before the numbers do.
     """
     if bool(get_total_norm(tensors).isfinite()):
         return True
@@ -219,14 +224,14 @@ def evaluate(
     net: Net,
     mesh: Mesh,
     batches: Iterable[tuple[Tensor, Tensor]],
-    lens: Augmentation,
+    augmentation: Augmentation,
     *,
     views: int = 1,
     precision: str = "float32",
 ) -> Errors:
-    """Return the exact errors over ``batches`` of stored images, in each replica its share.
+    """Return the exact errors over ``batches`` of stored images; each replica has its share.
 
-    ``views`` 1: the central crop; 10: the probabilities of the ten views averaged (section 4.1).
+    ``views`` 1: the central crop; 10: the mean probabilities of the ten views (section 4.1).
     A collective of the whole mesh.
     """
     net.eval()
@@ -238,9 +243,9 @@ def evaluate(
 
     for stored, labels in batches:
         if views == 1:
-            answers = log_probabilities(lens.center_crop(stored))
+            scores = log_probabilities(augmentation.center_crop(stored))
         else:
-            each = [log_probabilities(view) for view in lens.ten_crop(stored)]
-            answers = torch.stack(each).logsumexp(0) - math.log(len(each))
-        count.add(answers, labels)
+            each = [log_probabilities(view) for view in augmentation.ten_crop(stored)]
+            scores = torch.stack(each).logsumexp(0) - math.log(len(each))
+        count.add(scores, labels)
     return count.result(mesh.replica_group, mesh.device)

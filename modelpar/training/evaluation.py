@@ -94,7 +94,7 @@ def prepare(settings: EvaluateSettings) -> Prepared:
     trained = find(settings.checkpoint)
     if settings.columns > trained.plan.columns:
         raise SettingsError(
-            f"checkpoint={settings.checkpoint}: its net has one column; give columns=1"
+            f"checkpoint={settings.checkpoint}: its net has one column; use columns=1"
         )
     data = settings.data
     if not data.name:  # the run's own, but for what was given

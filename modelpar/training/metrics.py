@@ -1,7 +1,10 @@
-"""Exact top-1 and top-5 error: integer counts over every sample once."""
+"""Exact top-1 and top-5 errors, counted over every sample once, and the rows that record them."""
 
+import json
+import logging
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -10,14 +13,15 @@ from torch.nn import functional
 
 from modelpar.distributed import all_reduce_sum
 
+METRICS: Final = "metrics.jsonl"  # in a run directory
 TOP: Final = 5
 
 
 def rank_of_label(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return how many classes stand before each of N labels, by ``scores`` (N, classes).
+    """Return how many classes rank before each of N labels, by ``scores`` (N, classes).
 
-    Of equals the one with the lower number comes first, as if all were sorted.  One that is not a
-    number comes last.
+    Of equal scores the class with the lower number ranks first, as in a stable sort.  NaN ranks
+    last.
     """
     own = scores.gather(1, labels[:, None])
     classes = torch.arange(scores.shape[1], device=labels.device)
@@ -45,8 +49,7 @@ class ErrorCount:
     def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
         """Count a batch: (N, classes) log-probabilities and N labels.
 
-        An answer is right within k if fewer than k classes are more probable, see ``places``; one
-        that is not a number is wrong.
+        An answer is right within k if fewer than k classes rank before the label; NaN is wrong.
         """
         place = rank_of_label(log_probabilities, labels)
         right = [int((place < 1).sum()), int((place < TOP).sum()), len(labels)]
@@ -54,7 +57,10 @@ class ErrorCount:
         self.loss += functional.nll_loss(log_probabilities.double(), labels, reduction="sum").cpu()
 
     def result(self, group: ProcessGroup | None, device: torch.device) -> Errors:
-        """Return the errors over all that ``group`` counted; a collective of it (None: own)."""
+        """Return the errors over all samples that ``group`` counted; None: this process alone.
+
+        A collective of ``group``.
+        """
         one, five, samples = all_reduce_sum(self.counts.to(device), group).tolist()
         loss = all_reduce_sum(self.loss.to(device), group).item()
         return Errors(
@@ -63,3 +69,24 @@ class ErrorCount:
             loss=loss / samples,
             samples=samples,
         )
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics.jsonl; a damaged line is skipped."""
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = (run_dir / METRICS).read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return rows
+    for line in lines:
+        try:
+            row = json.loads(line)
+            rows.append({**row, "kind": row["kind"], "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError):
+            logging.getLogger(__name__).warning("%s: skipped a damaged line", run_dir / METRICS)
+    return rows
+
+
+def top1_errors(run_dir: Path) -> dict[int, float]:
+    """Return the top-1 errors in % of a run's evaluations, by step."""
+    return {row["step"]: row["top1"] for row in read_rows(run_dir) if row["kind"] == "test"}

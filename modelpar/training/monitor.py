@@ -1,12 +1,10 @@
-"""What a run shows of itself: progress bar, metrics.jsonl, TensorBoard; rank 0 alone."""
+"""What a run shows: progress bar, metrics.jsonl and TensorBoard, all written by rank 0."""
 
 import json
-import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,28 +16,27 @@ from tqdm import tqdm
 
 from modelpar.analysis.activations import MEASURES, Activity
 from modelpar.analysis.kernels import colour_difference, kernel_picture, specialisation
-from modelpar.analysis.neighbours import Figure4, nearest_picture
+from modelpar.files import atomic_write
 from modelpar.images.loader import Batch
 from modelpar.net.exchange import Link
 from modelpar.net.paper import COLUMNS
-from modelpar.training.metrics import Errors
+from modelpar.training.metrics import METRICS, Errors, read_rows
 
-METRICS: Final = "metrics.jsonl"
 KERNELS: Final = "conv1.png"
-LOGFILE_INTERVAL: Final = 10.0  # s between the bar's lines where nobody watches it move
-SHOWN: Final = 16  # images of the sample batch
+LOGFILE_INTERVAL: Final = 10.0  # s between lines of the progress bar in a log file
+GRID_IMAGES: Final = 16  # of a batch
 
 
 def image_grid(images: Tensor) -> Tensor:
     """Return the first images of a batch (N, 3, S, S), less the mean, as one picture in 0..1."""
-    return make_grid(images[:SHOWN].cpu().float() / 255 + 0.5, nrow=4).clamp(0, 1)
+    return make_grid(images[:GRID_IMAGES].cpu().float() / 255 + 0.5, nrow=4).clamp(0, 1)
 
 
 class Monitor:
     """Writes rows, scalars and pictures of one run; every method is for rank 0.
 
-    ``step`` is where the run goes on, ``tested`` whether its evaluation is over: rows and events
-    beyond, left by a process that was killed, are dropped, so that each stands there once.
+    The run continues from ``step``; ``repeats``: with the evaluation that belongs to that step.
+    Rows of what will come again are dropped, so that metrics.jsonl holds each of them once.
     """
 
     def __init__(
@@ -48,19 +45,15 @@ class Monitor:
         step: int,
         total: int,
         *,
-        tested: bool = True,
+        repeats: bool,
         progress: bool,
         tensorboard: bool,
     ) -> None:
         self.run_dir = run_dir
-        self.metrics = run_dir / METRICS
-        _drop_after(self.metrics, step, tested=tested)
-        self.file = self.metrics.open("a", buffering=1)
-        self.board = (
-            SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
-            if tensorboard
-            else None
-        )
+        _keep_rows(run_dir, step, step - repeats)
+        self.file = (run_dir / METRICS).open("a", buffering=1)
+        purge = step + 1 if step else 0
+        self.board = SummaryWriter(str(run_dir), purge_step=purge) if tensorboard else None
         self.bar: Any = tqdm(
             total=total,
             initial=step,
@@ -71,9 +64,9 @@ class Monitor:
         )
 
     def train(self, row: Mapping[str, Any], rates: Mapping[str, float]) -> None:
-        """Record a training row, see the README's table of fields."""
+        """Record a training row (docs/settings.md lists its fields) and learning rates."""
         self._write({"kind": "train", **row})
-        with _shown():
+        with suppress(OSError):  # the terminal or the pipe may be closed
             self.bar.set_postfix_str(
                 f"epoch {row['epoch']}, loss {row['loss']:.3f}, "
                 f"{row['images_per_s']:.0f} images/s, data {row['data_wait_s'] * 1e3:.0f} ms, "
@@ -81,24 +74,20 @@ class Monitor:
                 refresh=False,
             )
             self.bar.update(row["step"] - self.bar.n)
-        if self.board:
-            for key in ("loss", "top1", "epoch", "images_per_s", "data_wait_s", "crossing_s"):
-                self.board.add_scalar(f"train/{key}", row[key], row["step"])
-            for name, rate in rates.items():
-                self.board.add_scalar(f"rate/{name}", rate, row["step"])
+        keys = ("loss", "top1", "epoch", "images_per_s", "data_wait_s", "crossing_s")
+        self._scalars({f"train/{key}": row[key] for key in keys}, row["step"])
+        self._scalars({f"rate/{name}": rate for name, rate in rates.items()}, row["step"])
 
     def test(self, step: int, errors: Errors, num_classes: int, views: int = 1) -> None:
-        """Record an evaluation by ``views``: errors in %, loss in nats; say it beside chance."""
+        """Record and print an evaluation with ``views`` views: errors in %, loss in nats."""
         row = {"step": step, "loss": errors.loss, "top1": errors.top1, "top5": errors.top5}
         self._write({"kind": "test", **row, "views": views})
         chance = 100 - 100 / num_classes
-        self.say(
+        show(
             f"step {step}: test top-1 error {errors.top1:.2f} % (chance {chance:.2f} %), "
             f"top-5 {errors.top5:.2f} %, loss {errors.loss:.4f}, {errors.samples} images"
         )
-        if self.board:
-            for key in ("loss", "top1", "top5"):
-                self.board.add_scalar(f"test/{key}", row[key], step)
+        self._scalars({f"test/{key}": row[key] for key in ("loss", "top1", "top5")}, step)
 
     def images(self, name: str, picture: Tensor, step: int) -> None:
         """Show a picture (3, H, W) in 0..1 in TensorBoard."""
@@ -108,101 +97,70 @@ class Monitor:
     def kernels(self, kernels: Tensor, step: int, columns: int = COLUMNS) -> None:
         """Show conv1's kernels of all columns, in TensorBoard and as ``conv1.png``.
 
-        TensorBoard has their means over each column too, see ``specialisation``.
+        TensorBoard also has their means over each column, see ``specialisation``.
         """
         picture = kernel_picture(kernels, columns)
         save_image(picture, self.run_dir / KERNELS)
         self.images("conv1/kernels", picture, step)
-        if not self.board:
-            return
         found = specialisation(kernels, columns)
-        for column, own in enumerate(found):
-            for key, value in (
-                ("off_grey", float(own.colour_share.mean())),
-                ("frequency", float(own.frequency.mean())),
-                ("colour_kernels", own.colour_kernels),
-            ):
-                self.board.add_scalar(f"specialisation/column{column}_{key}", value, step)
-        if apart := colour_difference(found):
-            self.board.add_scalar("specialisation/difference_off_grey", apart[0], step)
+        for column, part in enumerate(found):
+            name = f"specialisation/column{column}"
+            values = {
+                f"{name}_off_grey": float(part.colour_share.mean()),
+                f"{name}_frequency": float(part.frequency.mean()),
+                f"{name}_colour_kernels": part.colour_kernels,
+            }
+            self._scalars(values, step)
+        if difference := colour_difference(found):
+            self._scalars({"specialisation/difference_off_grey": difference[0]}, step)
 
-    def activity(self, rows: Sequence[Activity], step: int) -> None:
-        """Show what the layers gave to test images: a group of charts for each measure.
+    def activations(self, rows: Sequence[Activity], step: int) -> None:
+        """Show statistics of the layers' outputs for test images: one group of charts a measure.
 
-        Their names come after ``train``: TensorBoard sorts groups, and these have many charts.
+        The groups' names sort after ``train``, since they hold many charts.
         """
-        if not self.board:
-            return
         for row in rows:
-            where = row.layer if row.column is None else f"{row.layer}/column{row.column}"
-            for key in MEASURES if row.column is not None else ("mean", "std"):
-                self.board.add_scalar(f"units_{key}/{where}", getattr(row, key), step)
-
-    def figure4(self, found: Figure4, classes: Sequence[str], step: int) -> None:
-        """Show figure 4; its bars where matplotlib is installed."""
-        if not self.board:
-            return
-        self.images("figure4/nearest", nearest_picture(found.neighbours), step)
-        if find_spec("matplotlib"):
-            from modelpar.analysis.bars import bars  # noqa: PLC0415 - of the extra plots
-
-            self.board.add_figure("figure4/likeliest", bars(found.predictions, classes), step)
-
-    def say(self, line: str) -> None:
-        """Print a line above the progress bar."""
-        show(line)
+            name = row.layer if row.column is None else f"{row.layer}/column{row.column}"
+            keys = MEASURES if row.column is not None else ("mean", "std")
+            self._scalars({f"units_{key}/{name}": getattr(row, key) for key in keys}, step)
 
     def flush(self) -> None:
-        """Bring everything to disk, as before a checkpoint is published."""
+        """Write everything to disk, as before a checkpoint is published."""
         self.file.flush()
         if self.board:
             self.board.flush()
 
     def close(self) -> None:
         """End the bar and close the files, as far as the disk allows."""
-        with _shown():
-            self.bar.close()
-        with suppress(OSError):
-            self.file.close()
-        with suppress(OSError):
-            if self.board:
-                self.board.close()
+        for close in (self.bar.close, self.file.close, self.board.close if self.board else None):
+            with suppress(OSError):
+                if close:
+                    close()
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
 
+    def _scalars(self, values: Mapping[str, float], step: int) -> None:
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
 
 def show(line: str) -> None:
-    """Print a line above a progress bar, if there is one and somebody reads it."""
-    with _shown():
+    """Print a line above the progress bar; training continues if nobody can read it."""
+    with suppress(OSError):
         tqdm.write(line)
 
 
-def _shown() -> suppress:
-    """Let a training go on where nobody reads what it shows: a terminal or a pipe that is gone."""
-    return suppress(OSError)
-
-
-def _drop_after(path: Path, step: int, *, tested: bool) -> None:
-    """Keep the rows up to ``step``; a last line cut off by a kill goes too."""
-    if not path.exists():
-        return
-    kept: list[str] = []
-    last = {"train": step, "test": step if tested else step - 1}
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            if row["step"] <= last[row["kind"]]:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            logging.getLogger(__name__).warning("%s: dropped a damaged line", path)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text("".join(kept))
-    unfinished.replace(path)
+def _keep_rows(run_dir: Path, last_train: int, last_test: int) -> None:
+    """Keep the rows up to these steps, without lines that a killed process cut short."""
+    last = {"train": last_train, "test": last_test}
+    kept = [row for row in read_rows(run_dir) if row["step"] <= last.get(row["kind"], -1)]
+    atomic_write(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class Meter:
-    """Time, waiting and bytes since the last row."""
+    """Time, waiting and bytes sent since the last row."""
 
     def __init__(self, link: Link | None, batch_size: int, device: torch.device) -> None:
         self.link = link
@@ -211,7 +169,7 @@ class Meter:
         self.pause()
 
     def pause(self) -> None:
-        """Start anew, after an evaluation or a save that no row should count."""
+        """Start again, after an evaluation or a save that no row should count."""
         self.began = time.perf_counter()
         self.waited, self.steps = 0.0, 0
         self.crossed = self.link.seconds if self.link else 0.0
@@ -223,7 +181,7 @@ class Meter:
         self.steps += 1
 
     def take(self) -> dict[str, float]:
-        """Return the means a step since the last row, and start anew."""
+        """Return the means per step since the last row, and start again."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         steps = max(1, self.steps)

@@ -1,9 +1,10 @@
-"""What a training needs before its processes meet: images, plan, and where it goes on from."""
+"""What a training needs before its first step: images, plan, and where it continues."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from modelpar import config, environment
+from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, DataError, SettingsError
 from modelpar.images import loader
 from modelpar.images.augment import Statistics
@@ -12,36 +13,48 @@ from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
 from modelpar.net.plan import Plan, Recipe, plan_for, settings_of
-from modelpar.settings import DataSettings, ModelSettings, TrainSettings
+from modelpar.seeding import digest
+from modelpar.settings import DataSettings, TrainSettings
 from modelpar.training import checkpoint
+from modelpar.training.checkpoint import Checkpoint
+from modelpar.training.metrics import top1_errors
 
 
-def chosen_data(data: DataSettings, model: ModelSettings) -> DataSettings:
-    """Return the data settings with the sizes that the model asks for."""
-    asked = {"image_size": model.image_size, "num_classes": model.num_classes}
-    return replace(data, **{key: value for key, value in asked.items() if value is not None})
+def chosen_data(settings: TrainSettings) -> DataSettings:
+    """Return the data settings, with what the model's and the run's settings override."""
+    overrides = {
+        "image_size": settings.model.image_size,
+        "num_classes": settings.model.num_classes,
+        "workers": settings.workers,
+        "checkpoint_every": settings.checkpoint_every,
+    }
+    chosen = {key: value for key, value in overrides.items() if value is not None}
+    return replace(settings.data, **chosen)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a training needs before its processes meet."""
+    """What every rank needs before its first step."""
 
+    data: DataSettings
     images: ImageSet
     statistics: Statistics
     plan: Plan
-    steps: int  # at which the run is over: its epochs', or before
+    steps: int  # at which the run ends
+    start: Checkpoint | None = None  # to resume, see ``agreed_start``
+    final_error: float | None = None  # top-1 error in % of a run that is finished
 
 
 def prepare(settings: TrainSettings) -> Prepared:
-    """Open the data, measure it, plan the net: all that can fail before any process group.
+    """Open the data, measure it, and plan the net: everything that can fail before training.
 
-    Raises SettingsError and DataError; creates nothing but what the cache holds.
+    Raises SettingsError, DataError and LaunchError; writes nothing outside the cache.
     """
-    data = chosen_data(settings.data, settings.model)
+    data = chosen_data(settings)
     recipe = Recipe(**asdict(settings.recipe))
     planned = plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
     if settings.columns > planned.columns:
-        raise SettingsError(f"model.net={planned.net}: has one column; give columns=1")
+        raise SettingsError(f"model.net={planned.net}: has one column; use columns=1")
     cache = config.cache_dir(settings.cache_dir)
     images = open_set(data, cache, settings.seed, settings.batch_size * settings.replicas)
     order = BatchOrder(
@@ -53,30 +66,31 @@ def prepare(settings: TrainSettings) -> Prepared:
     plan = plan_for(recipe, settings.model, len(images.classes), data.image_size)
     if settings.replicas > 1 and plan.norm == "batch":
         raise SettingsError(
-            "model.norm=batch: each replica would normalize by itself; give replicas=1"
+            "model.norm=batch: each replica would normalize its own images; use replicas=1"
         )
-    workers = data.workers if settings.workers is None else settings.workers
     launched = environment.read()
     loader.check_shared_memory(
-        workers,
+        data.workers,
         settings.batch_size * 3 * images.stored_size**2,
         launched.local_size if launched.size > 1 else settings.columns * settings.replicas,
     )
-    return Prepared(images, statistics(images, cache, workers), plan, steps)
+    return Prepared(data, images, statistics(images, cache, data.workers), plan, steps)
 
 
 def resume_point(
     settings: TrainSettings, prepared: Prepared, run_dir: Path | None
-) -> checkpoint.Checkpoint | None:
-    """Return what the run goes on from: its newest checkpoint, or the one ``resume`` names.
+) -> Checkpoint | None:
+    """Return where the run continues: its newest checkpoint, or the one that ``resume`` names.
 
-    Raises CheckpointError where that is none of this training's, DataError for other images.
+    Raises CheckpointError if that belongs to another training, DataError if to other images.
     """
     found = checkpoint.newest(run_dir) if run_dir is not None else None
     if found is None and settings.resume not in {"auto", "never"}:
         named = checkpoint.find(settings.resume)
-        if not isinstance(named, checkpoint.Checkpoint):
-            raise CheckpointError(f"resume={settings.resume}: weights alone; give a run or a step")
+        if not isinstance(named, Checkpoint):
+            raise CheckpointError(
+                f"resume={settings.resume}: holds only weights; use a run or a step"
+            )
         found = named
     if found is None:
         return None
@@ -88,22 +102,45 @@ def resume_point(
     ):
         if found.manifest.get(key) != now:
             raise CheckpointError(
-                f"{found.folder}: its {key} is not this training's; give the settings it was "
-                "made with, or another run_dir"
+                f"{found.folder}: made with another {key}; use the settings it was made with, "
+                "or another run_dir"
             )
     if found.manifest.get("fingerprint") != prepared.images.fingerprint:
         raise DataError(
-            f"data={settings.data.name}: not the images that {found.folder} was trained on; bring "
-            "them back, or give another run_dir"
+            f"data={settings.data.name}: not the images that {found.folder} was trained on; "
+            "restore them, or use another run_dir"
         )
     return found
 
 
-def last_error(prepared: Prepared, found: checkpoint.Checkpoint | None) -> float | None:
-    """Return the last top-1 error in % of a run that is over, None where it goes on.
+def final_error(prepared: Prepared, run_dir: Path, start: Checkpoint | None) -> float | None:
+    """Return the last top-1 error in % of a finished run, None for any other.
 
-    It is over at its last step, or beyond, where it was tested there: an evaluation ends each run.
+    A run is finished if it has a checkpoint of its last step, or of a later one, and
+    metrics.jsonl has the evaluation of that step.
     """
-    if found is None or found.step < prepared.steps or found.manifest.get("tested") != found.step:
+    if start is None or start.step < prepared.steps:
         return None
-    return float(found.manifest["top1"])
+    return top1_errors(run_dir).get(start.step)
+
+
+def agreed_start(
+    settings: TrainSettings, prepared: Prepared, run_dir: Path, mesh: Mesh
+) -> Prepared:
+    """Return ``prepared`` with the checkpoint to resume and its statistics, if there is one.
+
+    A collective of the world.  Raises CheckpointError on every rank if ranks see different ones.
+    """
+    with mesh.all_or_none():
+        start = resume_point(settings, prepared, run_dir)
+        stats = prepared.statistics
+        if start is not None:
+            stats = Statistics(**checkpoint.read_statistics(start))
+    error = final_error(prepared, run_dir, start)
+    seen = (start and start.manifest["sha256"], digest([stats.mean, stats.std, stats.axes]), error)
+    if len(set(mesh.gather_text(repr(seen)))) > 1:
+        raise CheckpointError(
+            "the ranks see different checkpoints or mean images; use a run_dir on a disk that "
+            "all hosts share, or one cache_dir"
+        )
+    return replace(prepared, statistics=stats, start=start, final_error=error)

@@ -1,6 +1,11 @@
-"""A whole training: epochs, evaluations, checkpoints, and going on where one was stopped."""
+"""A whole training: epochs, evaluations, checkpoints, and resuming where a run was stopped.
+
+A checkpoint of step s is the state before the evaluation that belongs to s, so a run that resumes
+at s evaluates again.  metrics.jsonl alone records the errors.
+"""
 
 import math
+import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -12,407 +17,313 @@ from torch import Tensor
 
 from modelpar import shutdown
 from modelpar.analysis.activations import ActivationStats
-from modelpar.analysis.neighbours import figure4, random_subset
 from modelpar.config import without_secrets
-from modelpar.distributed import Mesh, all_reduce_sum, first_complaint
-from modelpar.errors import CheckpointError, DivergedError, StoppedError
-from modelpar.images.augment import Augmentation, Statistics
+from modelpar.distributed import Mesh, all_reduce_sum
+from modelpar.errors import DivergedError, StoppedError
+from modelpar.files import check_space
+from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.net.alexnet import Column
 from modelpar.net.plan import settings_of
 from modelpar.net.weights import check_state
-from modelpar.seeding import digest
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint
-from modelpar.training.consistency import StepCheck, signal_name
+from modelpar.training.checkpointer import Checkpointer, Retention, State, num_bytes
+from modelpar.training.consistency import StepCheck
 from modelpar.training.engine import Learner, all_finite, evaluate
-from modelpar.training.metrics import Errors, rank_of_label
+from modelpar.training.metrics import rank_of_label
 from modelpar.training.monitor import Meter, Monitor, image_grid, show
 from modelpar.training.nonfinite import first_nonfinite
-from modelpar.training.prepare import Prepared, chosen_data, last_error, resume_point
+from modelpar.training.prepare import Prepared, agreed_start
 from modelpar.training.run_dir import locked, trajectory_changes, write_config
-from modelpar.training.saver import Checkpointer, Retention
 
-WATCHED: Final = 128  # test images of an evaluation whose activations are looked at: one batch
-LOOKED_AT: Final = 512  # training images, for figure 4 at a run's end: a few seconds
+STATS_IMAGES: Final = 128  # test images whose activations are summarized: one batch
 
 
 def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path) -> float:
     """Train in ``run_dir`` until epochs or steps are over; return the last top-1 error in %.
 
-    Goes on from the run's newest checkpoint where there is one; a run that is over already is
-    left as it is.  A collective of the whole mesh.
+    Resumes from the run's newest checkpoint if it has one.  A finished run is left as it is.
+    A collective of the whole mesh.
     """
     with shutdown.signals_noted() as request, locked(run_dir, mesh):
-        start = resume_point(settings, prepared, run_dir)
-        stats = _agreed_statistics(start, prepared, mesh)
-        top1 = last_error(prepared, start)
-        if start is not None and top1 is not None:
+        prepared = agreed_start(settings, prepared, run_dir, mesh)
+        start, error = prepared.start, prepared.final_error
+        if start is not None and error is not None:
             if mesh.rank == 0:
                 show(f"finished: {run_dir} is at step {start.step} of {prepared.steps}")
-            return top1
-        training = _Training(settings, prepared, stats, mesh, run_dir, StepCheck(mesh, request))
+            return error
+        trainer = Trainer(settings, prepared, mesh, run_dir, StepCheck(mesh, request))
         if start is not None:
-            training.resume(start)
+            trainer.resume(start)
         if mesh.rank == 0:
-            for change in trajectory_changes(run_dir, asdict(settings)):
-                show(f"modelpar: {run_dir} goes on with {change}: another trajectory")
-        write_config(run_dir, asdict(settings), mesh)
+            for change in trajectory_changes(run_dir, settings):
+                show(f"modelpar: {run_dir} continues with {change}, which alters its trajectory")
+        write_config(run_dir, settings, mesh)
         try:
-            if mesh.rank == 0:
-                training.open_monitor()
-            return training.run()
+            trainer.open_monitor()
+            return trainer.run()
         finally:
-            training.close()
+            if trainer.monitor:
+                trainer.monitor.close()
 
 
-def _agreed_statistics(
-    start: checkpoint.Checkpoint | None, prepared: Prepared, mesh: Mesh
-) -> Statistics:
-    """Return mean image and colours, the checkpoint's own where there is one.
-
-    A collective of the whole mesh: raises CheckpointError, on every process alike, where they
-    would not start from the same.
-    """
-    stats, complaint = prepared.statistics, ""
-    try:
-        if start is not None:
-            stats = Statistics(**checkpoint.read_statistics(start))
-    except CheckpointError as error:
-        complaint = str(error)
-    if complaint := first_complaint(complaint, mesh):
-        raise CheckpointError(complaint)
-    own = (start.digest if start else "none", digest([stats.mean, stats.std, stats.axes]))
-    if len(set(mesh.gather_text(repr(own)))) > 1:
-        raise CheckpointError(
-            "the processes see different checkpoints or mean images; give them one disk to share, "
-            "or one cache_dir"
-        )
-    return stats
-
-
-class _Training:
-    """The state of one run: what ``train`` holds between steps."""
+class Trainer:
+    """The state of one run between steps; its methods are collectives of the whole mesh."""
 
     def __init__(
         self,
         settings: TrainSettings,
         prepared: Prepared,
-        stats: Statistics,
         mesh: Mesh,
         run_dir: Path,
-        watch: StepCheck,
+        check: StepCheck,
     ) -> None:
-        self.settings, self.mesh, self.run_dir, self.watch = settings, mesh, run_dir, watch
-        images, plan = prepared.images, prepared.plan
-        self.images, self.stats, self.plan = images, stats, plan
-        data, device = chosen_data(settings.data, settings.model), mesh.device
-        self.data = data
-        workers = data.workers if settings.workers is None else settings.workers
-        self.workers = workers
-        recipe = plan.recipe
+        self.settings, self.mesh, self.run_dir, self.check = settings, mesh, run_dir, check
+        self.data, self.images, self.plan = prepared.data, prepared.images, prepared.plan
+        self.statistics, self.total = prepared.statistics, prepared.steps
+        recipe, batch_size, workers = self.plan.recipe, settings.batch_size, self.data.workers
         if mesh.rank == 0 and settings.compile:
             show("modelpar: compiling; later starts on this machine reuse the result")
-        self.learner = Learner.create(plan, settings, mesh, compiled=settings.compile)
-        net = self.learner.net
-        self.link = net.link if isinstance(net, Column) else None
-        scaled = recipe.colour_noise == "added_and_scaled"
-        self.lens = Augmentation(stats, plan.image_size, scaled=scaled, device=device)
-        self.order = BatchOrder(
-            len(images.train),
-            settings.batch_size,
-            settings.seed,
-            replica=mesh.replica,
-            replicas=mesh.replicas,
-            shuffle=recipe.shuffle if images.shuffled else "never",
+        self.learner = Learner.create(self.plan, settings, mesh, compiled=settings.compile)
+        self.augmentation = Augmentation(
+            self.statistics,
+            self.plan.image_size,
+            scaled=recipe.colour_noise == "added_and_scaled",
+            device=mesh.device,
         )
+        replica = {"replica": mesh.replica, "replicas": mesh.replicas}
+        shuffle = recipe.shuffle if self.images.shuffled else "never"
+        train, test = self.images.train, self.images.test
+        self.order = BatchOrder(len(train), batch_size, settings.seed, **replica, shuffle=shuffle)
         self.loader = TrainLoader(
-            images.train, self.order, self.lens, device, crops=recipe.crops, workers=workers
+            train, self.order, self.augmentation, mesh.device, crops=recipe.crops, workers=workers
         )
-        self.tests = TestLoader(
-            images.test,
-            settings.batch_size,
-            device,
-            replica=mesh.replica,
-            replicas=mesh.replicas,
-            workers=workers,
-        )
-        self.total = prepared.steps
-        every = settings.checkpoint_every
-        self.save_every = data.checkpoint_every if every is None else every
+        self.tests = TestLoader(test, batch_size, mesh.device, **replica, workers=workers)
+        retention = Retention(settings.keep_last, settings.keep_every, best=settings.keep_best)
+        self.checkpointer = Checkpointer(run_dir, mesh, retention)
+        self.monitor: Monitor | None = None  # of rank 0
         self.step = 0
-        self.last = math.nan  # top-1 error in %
-        self.tested = -1  # the step it was measured at
-        self.untested = False  # stopped where an evaluation was due
-        # Rank 0's word for all: hosts may differ, and what it shows takes both columns.
-        self.shows = bool(mesh.gather_ints([int(settings.monitor.tensorboard)])[0][0])
-        self.monitor: Monitor | None = None
-        keep = Retention(settings.keep_last, settings.keep_every, best=settings.keep_best)
-        self.saver = Checkpointer(run_dir / "checkpoints", mesh, keep)
+        self.top1 = math.nan  # error in % of the last evaluation
+
+    def resume(self, start: checkpoint.Checkpoint) -> None:
+        """Load a checkpoint, once all ranks have read theirs and it fits their net.
+
+        Raises CheckpointError on every rank.
+        """
+        column = self.mesh.column if self.mesh.pair is not None else None
+        with self.mesh.all_or_none():
+            weights = checkpoint.read_part(start, "weights", column)
+            velocities = checkpoint.read_part(start, "velocities", column)
+            check_state(self.learner.net, weights, str(start.folder))
+            source = f"{start.folder}, velocities"
+            check_state(self.learner.net, velocities, source, learnt=True)
+        self.learner.load(weights, velocities)
+        self.learner.schedule.load(start.manifest["schedule"])
+        self.step = start.step
+        if start.folder.parent == self.checkpointer.folder:  # it need not be saved again
+            self.checkpointer.last_step = start.step
 
     def open_monitor(self) -> None:
-        """Check the disk and open what the run shows of itself: rank 0."""
-        own = checkpoint.num_bytes(self._parts())
-        checkpoint.check_space(self.run_dir, own * self.mesh.columns)
-        self.monitor = Monitor(
-            self.run_dir,
-            self.step,
-            self.total,
-            tested=not self.untested,
-            progress=self.settings.monitor.progress,
-            tensorboard=self.settings.monitor.tensorboard,
-        )
+        """Check the free space and open what the run shows, on rank 0."""
+        with self.mesh.all_or_none():
+            if self.mesh.rank == 0:
+                check_space(self.run_dir, num_bytes(self._state()) * self.mesh.columns)
+                self.monitor = Monitor(
+                    self.run_dir,
+                    self.step,
+                    self.total,
+                    repeats=self._evaluation_due(),
+                    progress=self.settings.monitor.progress,
+                    tensorboard=self.settings.monitor.tensorboard,
+                )
+
+    # -- the loop --------------------------------------------------------------------------------
 
     def run(self) -> float:
-        """Train to the end; return the last top-1 error in %.  Raises StoppedError."""
-        if self.untested:
-            asked = self._evaluate()
-            self._save(last=True)
-            if asked:
-                self._stop(asked)
+        """Train to the end; return the last top-1 error in %.
+
+        Raises StoppedError if a signal asked any rank to stop, and DivergedError.
+        """
+        if self.step and self._evaluation_due():
+            self._evaluate()
         while self.step < self.total:
             self._epoch()
-        self._show_figure4()
+        self._show_kernels(self.checkpointer.finish())
         if self.monitor:
-            self.monitor.say(
+            show(
                 f"{self.run_dir}: checkpoints, metrics.jsonl, conv1.png; "
                 f"tensorboard --logdir {self.run_dir}"
             )
-        return self.last
-
-    def close(self) -> None:
-        """End what the run shows of itself, and let a save under way finish."""
-        self.saver.close()
-        if self.monitor:
-            self.monitor.close()
+        return self.top1
 
     def _epoch(self) -> None:
-        """Train from where the run stands to the end of its epoch, or of the run."""
-        epoch, start = divmod(self.step, len(self.order))
+        """Train from the present step to the end of its epoch, or of the run."""
+        epoch, first = divmod(self.step, len(self.order))
         rates = self.learner.schedule.rates(epoch)
-        meter = Meter(self.link, self.settings.batch_size, self.mesh.device)
         noise = self.learner.schedule.colour_noise(epoch)
-        for batch in self.loader.epoch(epoch, start, noise):
+        meter = Meter(self.learner.link, self.settings.batch_size, self.mesh.device)
+        for batch in self.loader.epoch(epoch, first, noise):
             if self.monitor and self.step == 0:
                 self.monitor.images("batch/augmented", image_grid(batch.images), 0)
-            loss, asked = self._learn(batch, rates)
+            loss, stop = self._train_step(batch, rates)
             meter.add(batch)
-            ends = self.step == self.total
-            due = self._due()
-            saves = ends or asked or bool(self.save_every and self.step % self.save_every == 0)
-            logs = (self.step - 1) % self.settings.log_every == 0
-            if logs:
-                row = self._row(batch, loss, epoch, rates)
-                if self.monitor:
-                    shown = {name: rates[name] for name in self.learner.schedule.shown}
-                    self.monitor.train(row | meter.take(), shown)
-            if due or ends:
-                asked = asked or self._evaluate()
-                self.untested = bool(asked)
-            if saves or self.untested:
-                self._save(last=ends or bool(asked))
-            if asked:
-                self._stop(asked)
-            if due or saves:
+            if (self.step - 1) % self.settings.log_every == 0:
+                self._log(batch, loss, epoch, rates, meter)
+            every = self.data.checkpoint_every
+            if self.step == self.total or (every and self.step % every == 0):
+                self._save()
                 meter.pause()
-            if ends:
+            if stop:
+                self._save_and_stop(stop)
+            if self._evaluation_due():
+                self._evaluate()
+                meter.pause()
+            if self.step == self.total:
                 return
 
-    def _learn(self, batch: Batch, rates: dict[str, float]) -> tuple[Tensor, int]:
-        """Do one step; return its loss, and the signal that asked any process to stop.
+    def _train_step(self, batch: Batch, rates: dict[str, float]) -> tuple[Tensor, int]:
+        """Do one step; return its loss, and the signal that asked any rank to stop (0: none).
 
-        What the processes do not agree on, or what is not finite, changes no weight.
+        If ranks disagree or a value is not finite, no weight is updated.
         """
         loss = self.learner.gradients(batch, self.step)
-        told = self.watch.agree(
+        status = self.check.step(
             self.step + 1,
             batch,
             self.learner.optimizer.weights(),
             finite=self.learner.finite(loss),
-            failed=self.saver.failed(),
+            saved=self.checkpointer.status(),
         )
-        if not told.finite:
+        if not status.finite:
             self._diverged(self.step + 1, first_nonfinite(self.learner, batch, self.step, loss))
         self.learner.update(rates)
         self.step += 1
-        self._show(self.saver.end() if told.failed else self.saver.take())
-        return loss, told.asked
+        self._show_kernels(self.checkpointer.advance(status.saves))
+        return loss, status.stop
 
-    def _due(self) -> bool:
-        """Whether an evaluation is due by the epochs done, not because the run ends."""
-        epochs, rest = divmod(self.step, len(self.order))
-        return rest == 0 and epochs % self.settings.data.evaluate_every == 0
+    def _log(
+        self, batch: Batch, loss: Tensor, epoch: int, rates: dict[str, float], meter: Meter
+    ) -> None:
+        """Record the step: its loss and top-1 error over all replicas, rates and speed.
 
-    def _stop(self, asked: int) -> NoReturn:
-        how = f"run_dir={self.run_dir}"
-        if self.settings.resume != "auto":
-            how += " resume=auto"
-        raise StoppedError(
-            f"{self.run_dir}: asked to stop ({signal_name(asked)}), saved at step {self.step} of "
-            f"{self.total}; the same command with {how} goes on"
-        )
-
-    def _row(
-        self, batch: Batch, loss: Tensor, epoch: int, rates: dict[str, float]
-    ) -> dict[str, float]:
-        """Return step, epoch, loss and top-1 error in % over all replicas, and rate.
-
-        The error is that of this step's batch as it was trained on: augmented, with dropout.
+        The error is that of the batch as it was trained on: augmented, with dropout.
         """
-        mesh = self.mesh
+        mesh, shown = self.mesh, self.learner.schedule.shown
         wrong = (rank_of_label(self.learner.last_logits, batch.labels) > 0).sum()
-        both = all_reduce_sum(torch.stack([loss.double(), wrong.double()]), mesh.replica_group)
-        total, mistakes = both.tolist()
-        return {
+        sums = all_reduce_sum(torch.stack([loss.double(), wrong.double()]), mesh.replica_group)
+        total, mistakes = sums.tolist()
+        row = {
             "step": self.step,
             "epoch": epoch,
             "loss": total / mesh.replicas,
             "top1": 100 * mistakes / (len(batch.labels) * mesh.replicas),
-            "lr": rates[self.learner.schedule.shown[1]],
+            "lr": rates[shown[1]],
         }
+        if self.monitor:
+            self.monitor.train(row | meter.take(), {name: rates[name] for name in shown})
 
     def _diverged(self, step: int, what: str) -> NoReturn:
-        """Raise DivergedError, the same on every process."""
-        saved = checkpoint.steps(self.run_dir / "checkpoints")
-        kept = "the last checkpoint is good, but the same rate diverges again: "
-        raise DivergedError(
-            f"step {step}: {what}; {kept if saved else ''}start a new run_dir with a "
-            "lower recipe.lr"
-        )
+        """Publish a save under way, which is of an earlier step, and raise DivergedError."""
+        self._show_kernels(self.checkpointer.finish())
+        saved = checkpoint.list_steps(self.run_dir / "checkpoints")
+        kept = "the last checkpoint is good, but would diverge again: " if saved else ""
+        raise DivergedError(f"step {step}: {what}; {kept}use a new run_dir with a lower recipe.lr")
 
-    def _evaluate(self) -> int:
-        """Evaluate, record, tell the schedule; return the signal that broke it off, else 0."""
-        views = self.settings.views if self.step >= self.total else 1
-        due = self._due()  # never at an end that a longer run would not have
-        try:
-            errors = central = self._errors(1) if due or views == 1 else None
-            if views > 1:
-                errors = self._errors(views, watched=central is None)
-        except _BrokenOffError as broken:
-            return broken.asked
-        assert errors is not None  # noqa: S101 - by one view or by several
-        self.last, self.tested, self.untested = errors.top1, self.step, False
-        if self.monitor:
-            self.monitor.test(self.step, errors, self.plan.num_classes, views)
-        if due and central is not None:
-            epoch = self.step // len(self.order) - 1
-            self.learner.schedule.plateau.observe(epoch, central.top1)
-        return 0
+    # -- evaluations -----------------------------------------------------------------------------
 
-    def _errors(self, views: int, *, watched: bool = True) -> Errors:
-        """Return the errors over the test images; raises DivergedError, _BrokenOffError.
+    def _evaluation_due(self) -> bool:
+        """Return whether an evaluation belongs to this step: every few epochs, and at the end."""
+        epochs, rest = divmod(self.step, len(self.order))
+        due = rest == 0 and epochs > 0 and epochs % self.settings.data.evaluate_every == 0
+        return due or self.step >= self.total
 
-        ``watched``: TensorBoard shows what the layers of replica 0 gave meanwhile.
-        """
-        net, mesh = self.learner.net, self.mesh
-        seen = None
-        if watched and self.shows and mesh.replica == 0:
-            seen = ActivationStats(net, self.plan.columns, mesh, -(-WATCHED // len(self.tests)))
-        with seen or nullcontext():
+    def _evaluate(self) -> None:
+        """Evaluate and record; raises StoppedError, with the step saved, and DivergedError."""
+        ends = self.step >= self.total
+        views = self.settings.views if ends else 1
+        stats = None
+        if self.settings.monitor.tensorboard and self.mesh.replica == 0:
+            per_batch = -(-STATS_IMAGES // len(self.tests))
+            stats = ActivationStats(self.learner.net, self.plan.columns, self.mesh, per_batch)
+        with stats or nullcontext():
             errors = evaluate(
-                net,
-                mesh,
-                self._watched_tests(),
-                self.lens,
+                self.learner.net,
+                self.mesh,
+                self._test_batches(),
+                self.augmentation,
                 views=views,
                 precision=self.settings.precision,
             )
         if not math.isfinite(errors.loss):
             self._diverged(self.step, f"the test loss is {errors.loss}")
-        activity = seen.result() if seen else []
+        if not ends:
+            epoch = self.step // len(self.order) - 1
+            self.learner.schedule.plateau.observe(epoch, errors.top1)
+        rows = stats.result() if stats else []
+        self.top1 = errors.top1
         if self.monitor:
-            self.monitor.activity(activity, self.step)
-        return errors
+            self.monitor.activations(rows, self.step)
+            self.monitor.test(self.step, errors, self.plan.num_classes, views)
 
-    def _watched_tests(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the test batches; an evaluation may take longer than a scheduler waits."""
+    def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the test batches; stop at once if asked, since a scheduler may not wait longer."""
         for number, batch in enumerate(self.tests):
-            asked = self.watch.asked() if number < self.tests.common else 0
-            if asked:
-                raise _BrokenOffError(asked)
+            if number < self.tests.common:
+                status = self.check.poll(self.checkpointer.status())
+                self._show_kernels(self.checkpointer.advance(status.saves))
+                if status.stop:
+                    self._save_and_stop(status.stop)
             yield batch
 
-    def _show_figure4(self) -> None:
-        """Show figure 4 in TensorBoard as the run ends; a collective of replica 0's pair."""
-        if not self.shows or self.mesh.replica:
-            return
-        rows = random_subset(len(self.images.train), LOOKED_AT, self.settings.seed)
-        how = (self.settings.batch_size, self.workers)
-        found = figure4(self.learner.net, self.mesh, self.images, self.lens, rows, *how)
-        if self.monitor and found:
-            self.monitor.figure4(found, self.images.classes, self.step)
+    # -- checkpoints -----------------------------------------------------------------------------
 
-    def _parts(self) -> dict[checkpoint.Kind, dict[str, Tensor]]:
+    def _state(self) -> State:
         return {
             "weights": self.learner.state(),
             "velocities": self.learner.optimizer.velocities(),
         }
 
-    def _save(self, *, last: bool = False) -> None:
-        """Start a checkpoint of this step; the ``last`` one is waited for."""
-        finite = all_finite(list(self._parts()["weights"].values()))
-        if first_complaint("" if finite else "not finite", self.mesh):
-            self._diverged(self.step, "a weight is not finite after its update")
-        self._show(self.saver.end())
+    def _save(self) -> None:
+        """Start a checkpoint of this step, after an earlier one is published."""
+        self._show_kernels(self.checkpointer.finish())
+        state = self._state()
+        with self.mesh.all_or_none():
+            if not all_finite(list(state["weights"].values())):
+                raise DivergedError(
+                    f"step {self.step}: a weight is not finite after its update; use a new "
+                    "run_dir with a lower recipe.lr"
+                )
         if self.monitor:
             self.monitor.flush()
-        self.saver.start(
-            self._parts(),
-            {"mean": self.stats.mean, "std": self.stats.std, "axes": self.stats.axes},
-            {
-                "step": self.step,
-                "epoch": self.step // len(self.order),
-                "schedule": self.learner.schedule.state(),
-                "top1": None if math.isnan(self.last) else self.last,
-                "tested": self.tested,
-                "untested": self.untested,
-                "seed": self.settings.seed,
-                "images_a_step": self.settings.batch_size * self.mesh.replicas,
-                "precision": self.settings.precision,
-                "plan": settings_of(self.plan),
-                "data": without_secrets(asdict(self.data)),
-                "fingerprint": self.images.fingerprint,
-            },
+        manifest = {
+            "step": self.step,
+            "epoch": self.step // len(self.order),
+            "schedule": self.learner.schedule.state(),
+            "seed": self.settings.seed,
+            "images_a_step": self.settings.batch_size * self.mesh.replicas,
+            "precision": self.settings.precision,
+            "plan": settings_of(self.plan),
+            "data": without_secrets(asdict(self.data)),
+            "fingerprint": self.images.fingerprint,
+        }
+        stats = self.statistics
+        tensors = {"mean": stats.mean, "std": stats.std, "axes": stats.axes}
+        self.checkpointer.start(state, tensors, manifest)
+
+    def _save_and_stop(self, stop: int) -> NoReturn:
+        if self.checkpointer.last_step != self.step:
+            self._save()
+        self._show_kernels(self.checkpointer.finish())
+        resume = "" if self.settings.resume == "auto" else " resume=auto"
+        raise StoppedError(
+            f"{self.run_dir}: asked to stop ({signal.Signals(stop).name}), saved at step "
+            f"{self.step} of {self.total}; the same command with run_dir={self.run_dir}{resume} "
+            "continues"
         )
-        if last:
-            self._show(self.saver.end())
 
-    def _show(self, folder: Path | None) -> None:
-        """Show the kernels of a step that was published, if one was."""
-        if self.monitor and folder is not None:
-            saved = checkpoint.open_step(folder)
+    def _show_kernels(self, published: Path | None) -> None:
+        """Show conv1's kernels of a step that has just been published, if one has."""
+        if self.monitor and published is not None:
+            saved = checkpoint.open_step(published)
             self.monitor.kernels(checkpoint.read_conv1(saved), saved.step, self.plan.columns)
-
-    def resume(self, start: checkpoint.Checkpoint) -> None:
-        """Take up a checkpoint; nothing changes before all ranks have read theirs, and it fits.
-
-        Raises CheckpointError, on every process alike.
-        """
-        column = self.mesh.column if self.mesh.pair is not None else None
-        weights, velocities = dict[str, Tensor](), dict[str, Tensor]()
-        complaint = ""
-        try:
-            weights = checkpoint.read_part(start, "weights", column)
-            velocities = checkpoint.read_part(start, "velocities", column)
-            check_state(self.learner.net, weights, str(start.folder))
-            check_state(self.learner.net, velocities, f"{start.folder}, velocities", learnt=True)
-        except CheckpointError as error:
-            complaint = str(error)
-        if complaint := first_complaint(complaint, self.mesh):
-            raise CheckpointError(complaint)
-        self.learner.load(weights, velocities)
-        self.learner.schedule.load(start.manifest["schedule"])
-        self.step = start.step
-        self.tested = int(start.manifest.get("tested", -1))
-        top1 = start.manifest["top1"]
-        self.last = math.nan if top1 is None else float(top1)
-        over = self.step >= self.total and self.tested != self.step  # an evaluation ends each run
-        self.untested = over or bool(start.manifest.get("untested"))
-
-
-class _BrokenOffError(Exception):
-    """An evaluation was left because some process was asked to stop."""
-
-    def __init__(self, asked: int) -> None:
-        self.asked = asked

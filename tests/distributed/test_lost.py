@@ -13,11 +13,10 @@ from ranks import Ranks
 from torch import nn
 
 from modelpar.distributed import Mesh
-from modelpar.errors import PeerLostError
+from modelpar.errors import CheckpointError, PeerLostError
 from modelpar.images.loader import Batch
-from modelpar.training import checkpoint
+from modelpar.training.checkpointer import Checkpointer, Retention
 from modelpar.training.engine import Learner
-from modelpar.training.saver import Checkpointer, Retention
 
 TIMEOUT = 4.0  # s: comm.timeout here
 
@@ -84,43 +83,55 @@ def test_a_replica_that_is_killed_is_lost(replicas: Ranks, steps: int, operation
     assert "\n" not in said
 
 
+@pytest.fixture
+def columns() -> Iterator[Ranks]:
+    """A pair to be broken."""
+    ranks = Ranks(2, timeout=TIMEOUT)
+    yield ranks
+    for process in ranks.processes:
+        process.kill()
+
+
 # -- saves ----------------------------------------------------------------------------------------
 
 
 def saved(mesh: Mesh, folder: str, step: int, how: str) -> tuple[str, float]:
-    """Save, and wait for it; return what came of it, and how long it took in s."""
-    saver, save = Checkpointer(Path(folder), mesh, Retention()), checkpoint.save
-    parts = {"weights": {"fc": torch.ones(2)}, "velocities": {"fc": torch.ones(2)}}
+    """Save and wait for it; return the outcome, and how long it took in s."""
+    saver, write = Checkpointer(Path(folder), mesh, Retention()), Checkpointer._write
+    tensors = {"fc": torch.ones(2)}
+    breaks = mesh.rank == mesh.world_size - 1
 
-    def slow(*arguments: Any) -> Path:
-        if mesh.rank == 1 and how == "stopped":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(1.5 * TIMEOUT if mesh.rank == 1 and how == "slow" else 0)
-        return save(*arguments)
+    def slow(self: Checkpointer, *arguments: Any) -> None:
+        time.sleep(1.5 * TIMEOUT if breaks and how == "slow" else 0)
+        if breaks and how == "full":
+            raise OSError(28, "No space left on device")
+        write(self, *arguments)
 
-    checkpoint.save = slow
+    Checkpointer._write = slow  # type: ignore[method-assign]
     began = time.monotonic()
     try:
-        saver.start(parts, {}, {"step": step})  # type: ignore[arg-type]
-        while mesh.rank == 0 and how == "taken" and saver.take() is None:
-            time.sleep(0.01)  # it has none any more to wait for, others may
-        said = str(saver.end())
-    except PeerLostError as error:
-        said = str(error)
+        saver.start({"weights": tensors, "velocities": tensors}, {}, {"step": step})
+        if breaks and how == "hung":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        outcome = str(saver.finish())
+    except (PeerLostError, CheckpointError) as error:
+        outcome = str(error)
     finally:
-        checkpoint.save = save
-    return said, time.monotonic() - began
+        Checkpointer._write = write  # type: ignore[method-assign]
+    return outcome, time.monotonic() - began
 
 
-def test_who_stands_still_in_a_save_is_lost_and_who_is_slow_is_not(
-    replicas: Ranks, tmp_path: Path
+def test_hung_rank_times_out_during_save_but_slow_disk_does_not(
+    columns: Ranks, tmp_path: Path
 ) -> None:
-    (said, took), _ = replicas.run(saved, str(tmp_path), 1, "slow")
-    assert said.endswith("step-00000001")
+    (outcome, took), _ = columns.run(saved, str(tmp_path), 1, "slow")
+    assert outcome.endswith("step-00000001")
     assert took > TIMEOUT
-    (said, _), (other, _) = replicas.run(saved, str(tmp_path), 2, "taken")
-    assert said == "None"
-    assert other.endswith("step-00000002")
-    said, took = first(replicas, saved, str(tmp_path), 3, "stopped")
-    assert said.startswith("gather: the other process is gone or silent (")
+    (one, _), (other, _) = columns.run(saved, str(tmp_path), 2, "full")
+    assert one == other
+    assert "step-00000002: not saved, [Errno 28] No space left on device" in one
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert names == ["step-00000001"]
+    outcome, took = first(columns, saved, str(tmp_path), 3, "hung")
+    assert outcome.startswith("gather: ")
     assert took < 2 * TIMEOUT

@@ -1,4 +1,4 @@
-"""The nets that are no columns train as the others do: replicas, resume, evaluation, export."""
+"""Nets of one column train like the others: replicas, resume, evaluation, export."""
 
 import json
 from dataclasses import asdict
@@ -70,7 +70,7 @@ def trained(settings: list[str], run_dir: Path) -> None:
 @pytest.mark.parametrize(
     "net", ["four_layer", pytest.param("torchvision", marks=pytest.mark.slow)]
 )
-def test_a_run_goes_on_exactly_and_is_evaluated_and_exported(
+def test_run_resumes_exactly_and_is_evaluated_and_exported(
     images: Path, tmp_path: Path, net: str
 ) -> None:
     how = words(images, net, "epochs=2", "recipe.lr=0.001")
@@ -104,11 +104,11 @@ def test_a_run_goes_on_exactly_and_is_evaluated_and_exported(
         errors = evaluation.evaluate_checkpoint(settings, evaluation.prepare(settings), ALONE)
         assert errors.top1 == last["top1"]
         assert errors.loss == pytest.approx(last["loss"], rel=1e-5)
-    with pytest.raises(SettingsError, match="its net has one column; give columns=1"):
+    with pytest.raises(SettingsError, match="its net has one column; use columns=1"):
         evaluation.prepare(config.read("evaluate", [f"checkpoint={file}"]))
 
 
 @pytest.mark.parametrize("net", SIZES)
 def test_one_column_is_not_split(images: Path, net: str) -> None:
-    with pytest.raises(SettingsError, match=f"model.net={net}: has one column; give columns=1"):
+    with pytest.raises(SettingsError, match=f"model.net={net}: has one column; use columns=1"):
         prepare.prepare(config.read("train", [*words(images, net), "columns=2"]))

@@ -1,4 +1,4 @@
-"""The control message: different batches, unequal replicas and requests to stop reach everyone."""
+"""The step message: all ranks learn of different batches, unequal replicas and stop requests."""
 
 import os
 import signal
@@ -17,7 +17,9 @@ from modelpar.images.loader import Batch, TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.training import consistency, prepare, trainer
 from modelpar.training.checkpoint import newest, read_part
+from modelpar.training.checkpointer import DONE, FAILED, PENDING
 from modelpar.training.consistency import StepCheck
+from modelpar.training.metrics import read_rows, top1_errors
 
 QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
 
@@ -26,27 +28,29 @@ def batch(digest: int = 7) -> Batch:
     return Batch(torch.zeros(2, 3, 4, 4), torch.tensor([3, 4]), 0.0, digest)
 
 
-def told(mesh: Mesh, wrong: int) -> str:
+def exchanged(mesh: Mesh, wrong: int) -> str:
     """Exchange one message in which rank ``wrong`` has another batch; return what that raises."""
     own = StepCheck(mesh, shutdown.Request())
     try:
-        own.agree(5, batch(8 if mesh.rank == wrong else 7), {})
+        own.step(5, batch(8 if mesh.rank == wrong else 7), {})
     except RunError as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_different_batches_stop_both(pair: Ranks, rank: int) -> None:
-    one, other = pair.run(told, rank)
+def test_different_batches_stop_both_ranks(pair: Ranks, rank: int) -> None:
+    one, other = pair.run(exchanged, rank)
     assert one == other
-    assert one.startswith("DataError: step 5: the columns were given different batches (")
+    assert one.startswith("DataError: step 5: the columns have different batches (")
     assert "digest 00000007" in one
     assert "digest 00000008" in one
 
 
-def test_equal_batches_and_replicas_of_other_batches_go_on(pair: Ranks, two_pairs: Ranks) -> None:
-    assert pair.run(told, -1) == ["", ""]
+def test_equal_batches_and_replicas_with_other_batches_continue(
+    pair: Ranks, two_pairs: Ranks
+) -> None:
+    assert pair.run(exchanged, -1) == ["", ""]
     assert two_pairs.run(replicas, 0.0, -1) == [(0, "")] * 4
 
 
@@ -80,10 +84,10 @@ def read(mesh: Mesh, words: list[str], change: str) -> list[int]:
         ("", [True] * 5),
         ("order", [False] * 5),
         ("label", [False] * 5),
-        ("pixel", [False] + [True] * 4),  # looked at once in a hundred batches
+        ("pixel", [False] + [True] * 4),  # compared in one of a hundred batches
     ],
 )
-def test_a_digest_is_of_what_was_read(
+def test_digest_covers_order_labels_and_pixels(
     pair: Ranks, images: Path, change: str, equal: list[bool]
 ) -> None:
     one, other = pair.run(read, words_of(images), change)
@@ -102,62 +106,63 @@ def replicas(mesh: Mesh, change: float, rank: int) -> tuple[int, str]:
     own = StepCheck(mesh, request)
     weights = {"fc8.weight": torch.ones(3) * mesh.column + change * (mesh.rank == rank)}
     try:
-        return own.agree(consistency.WEIGHTS_EVERY, batch(mesh.replica), weights).asked, ""
+        return own.step(consistency.WEIGHTS_EVERY, batch(mesh.replica), weights).stop, ""
     except DivergedError as error:
         return 0, str(error)
 
 
-def test_replicas_that_differ_stop_all(two_pairs: Ranks) -> None:
+def test_different_replicas_stop_all_ranks(two_pairs: Ranks) -> None:
     ends = two_pairs.run(replicas, 1e-7, 3)
     assert len(set(ends)) == 1
     assert "the replicas' weights of column 1 differ" in ends[0][1]
 
 
-def asked(mesh: Mesh, rank: int) -> tuple[int, int]:
+def requested(mesh: Mesh, rank: int) -> tuple[int, int]:
     with shutdown.signals_noted() as request:
         if mesh.rank == rank:
             os.kill(os.getpid(), signal.SIGUSR1)
         own = StepCheck(mesh, request)
-        return own.agree(1, batch(), {}).asked, own.asked()
+        return own.step(1, batch(), {}).stop, own.poll().stop
 
 
-def test_one_process_that_is_asked_stops_all(pair: Ranks, two_pairs: Ranks) -> None:
-    assert pair.run(asked, 1) == [(signal.SIGUSR1, signal.SIGUSR1)] * 2
-    assert two_pairs.run(asked, 2) == [(signal.SIGUSR1, signal.SIGUSR1)] * 4
-    assert pair.run(asked, -1) == [(0, 0)] * 2
+def test_stop_request_on_one_rank_reaches_all(pair: Ranks, two_pairs: Ranks) -> None:
+    assert pair.run(requested, 1) == [(signal.SIGUSR1, signal.SIGUSR1)] * 2
+    assert two_pairs.run(requested, 2) == [(signal.SIGUSR1, signal.SIGUSR1)] * 4
+    assert pair.run(requested, -1) == [(0, 0)] * 2
 
 
-def test_one_process_alone_needs_no_message() -> None:
+def test_single_process_exchanges_nothing() -> None:
     own = StepCheck(Mesh(torch.device("cpu")), shutdown.Request())
-    assert own.agree(1, batch(), {}) == (0, False, True)
-    assert own.agree(1, batch(), {}, failed=True, finite=False) == (0, True, False)
-    assert own.asked() == 0
+    assert own.step(1, batch(), {}) == (0, (PENDING,), True)
+    assert own.step(1, batch(), {}, saved=FAILED, finite=False) == (0, (FAILED,), False)
+    assert own.poll(DONE) == (0, (DONE,), True)
 
 
-def failed(mesh: Mesh, rank: int) -> bool:
+def saves(mesh: Mesh, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     own = StepCheck(mesh, shutdown.Request())
-    return own.agree(1, batch(), {}, failed=mesh.rank == rank).failed
+    saved = FAILED if mesh.rank == rank else DONE
+    return own.step(1, batch(), {}, saved=saved).saves, own.poll(saved).saves
 
 
-def test_a_save_that_failed_is_everyones(pair: Ranks) -> None:
-    assert pair.run(failed, 1) == [True, True]
-    assert pair.run(failed, 2) == [False, False]
+def test_status_of_a_save_reaches_all_ranks(pair: Ranks) -> None:
+    assert pair.run(saves, 1) == [((DONE, FAILED), (DONE, FAILED))] * 2
+    assert pair.run(saves, 2) == [((DONE, DONE), (DONE, DONE))] * 2
 
 
-def test_a_batch_of_another_step_is_another_batch(pair: Ranks) -> None:
+def test_batch_of_another_step_counts_as_different(pair: Ranks) -> None:
     with pytest.raises(AssertionError, match="DataError"):
         pair.run(out_of_step)
 
 
 def out_of_step(mesh: Mesh) -> None:
     own = StepCheck(mesh, shutdown.Request())
-    own.agree(1 + mesh.rank, batch(), {})
+    own.step(1 + mesh.rank, batch(), {})
 
 
 def interrupted(mesh: Mesh, words: list[str], run_dir: str, step: int, where: str) -> str:
-    """Train, and be asked to stop in ``step``, or in the evaluation after it: rank 1 alone."""
+    """Train; rank 1 is asked to stop in ``step``, or in the evaluation after it."""
     settings = config.read("train", words)
-    agree, asked, at = StepCheck.agree, StepCheck.asked, [0]
+    real_step, real_poll, at = StepCheck.step, StepCheck.poll, [0]
 
     def ask(here: str) -> None:
         if mesh.rank == 1 and (here, at[0]) == (where, step + 1):
@@ -166,19 +171,19 @@ def interrupted(mesh: Mesh, words: list[str], run_dir: str, step: int, where: st
     def in_step(self: StepCheck, number: int, *arguments: Any, **more: Any) -> Any:
         at[0] = number
         ask("step")
-        return agree(self, number, *arguments, **more)
+        return real_step(self, number, *arguments, **more)
 
-    def in_evaluation(self: StepCheck) -> int:
+    def in_evaluation(self: StepCheck, saved: int = 0) -> Any:
         ask("evaluation")
-        return asked(self)
+        return real_poll(self, saved)
 
-    StepCheck.agree, StepCheck.asked = in_step, in_evaluation  # type: ignore[method-assign]
+    StepCheck.step, StepCheck.poll = in_step, in_evaluation  # type: ignore[method-assign]
     try:
         trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
     except RunError as error:
         return f"{error.status}: {error}"
     finally:
-        StepCheck.agree, StepCheck.asked = agree, asked  # type: ignore[method-assign]
+        StepCheck.step, StepCheck.poll = real_step, real_poll  # type: ignore[method-assign]
     return "not stopped"
 
 
@@ -194,7 +199,7 @@ def interrupted(mesh: Mesh, words: list[str], run_dir: str, step: int, where: st
 def test_stopped_and_resumed_equals_never_stopped(
     pair: Ranks, images: Path, tmp_path: Path, step: int, where: str, saved: int
 ) -> None:
-    """In an epoch, at its last step, in its evaluation, in the last evaluation of all."""
+    """Within an epoch, at its last step, in its evaluation, and in the run's last evaluation."""
     # the paper's schedule follows the evaluations
     words = words_of(images, "epochs=2", "recipe=paper", "recipe.lr=0.0005")
     run, once = tmp_path / "run", tmp_path / "once"
@@ -210,8 +215,8 @@ def test_stopped_and_resumed_equals_never_stopped(
     assert one is not None
     assert other is not None
     assert one.manifest["schedule"] == other.manifest["schedule"]
-    assert one.manifest["top1"] == other.manifest["top1"]
+    assert top1_errors(run) == top1_errors(once)
     for key, value in read_part(one, "weights", None).items():
         assert torch.equal(value, read_part(other, "weights", None)[key]), key
-    rows = [(path / "metrics.jsonl").read_text().count('"kind": "test"') for path in (run, once)]
-    assert rows == [2, 2]
+    tests = [row["step"] for row in read_rows(run) if row["kind"] == "test"]
+    assert tests == [5, 10]

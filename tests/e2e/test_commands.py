@@ -379,7 +379,7 @@ def test_who_is_refused_does_not_end_the_run_that_is_at_work(tmp_path: Path) -> 
     process = started(tmp_path, *how)
     again = ours(tmp_path, *SMALL, "run_dir=run", *how)
     assert again.returncode == 4
-    assert "another run is at work there" in again.stderr
+    assert "in use by another run" in again.stderr
     process.terminate()
     _, told = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 75

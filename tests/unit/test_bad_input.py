@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_changes_no_weight(place: Path, name: str) -> None:
     with pytest.raises(Exception, match=name.replace(".", r"\.")) as error:
         trainer.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
     assert type(error.value).__name__ == "CheckpointError"
-    assert "move step-00000002 away, and the run goes on from step-00000001" in str(error.value)
+    assert "move step-00000002 away to continue from step-00000001" in str(error.value)
     assert contents(place) == before
     shutil.move(place / STEP, place / "damaged")
     trainer.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))

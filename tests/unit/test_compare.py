@@ -18,7 +18,7 @@ from modelpar.training import run_dir
 def stored(folder: Path, top1: float, *words: str, steps: int = 4) -> Path:
     """Write a run directory as a training does; its test error falls to ``top1``."""
     settings = config.read("train", [f"steps={steps}", *words])
-    run_dir.write(folder, asdict(settings))
+    run_dir.write(folder, settings)
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         rows.append({"kind": "train", "step": step, "epoch": 0, "loss": 3 - step / steps})

@@ -15,6 +15,7 @@ from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, SettingsError
 from modelpar.files import check_writable
 from modelpar.net import paper
+from modelpar.settings import TrainSettings
 from modelpar.training import prepare
 from modelpar.training import run_dir as run_dirs
 
@@ -166,8 +167,8 @@ def test_a_value_given_wins_over_the_datas_own() -> None:
 # -- a run directory that is used already ---------------------------------------------------------
 
 
-def begun(run_dir: Path, *overrides: str) -> dict[str, Any]:
-    settings = asdict(config.read("train", list(overrides)))
+def begun(run_dir: Path, *overrides: str) -> Any:
+    settings = config.read("train", list(overrides))
     run_dirs.write(run_dir, settings)
     return settings
 
@@ -175,9 +176,7 @@ def begun(run_dir: Path, *overrides: str) -> dict[str, Any]:
 def test_the_same_run_may_go_on_with_more_epochs(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     begun(run_dir, "seed=1")
-    run_dirs.check_compatible(
-        run_dir, asdict(config.read("train", ["seed=1", "epochs=9"])), "auto"
-    )
+    run_dirs.check_compatible(run_dir, config.read("train", ["seed=1", "epochs=9"]))
     assert OmegaConf.load(run_dir / "config.yaml").seed == 1
 
 
@@ -187,7 +186,7 @@ def test_the_same_run_may_go_on_with_more_epochs(tmp_path: Path) -> None:
         ("seed=2", "seed=1, not 2"),
         ("recipe=paper", "recipe.name=code2012, not paper"),
         ("recipe.lr=0.1", "recipe.lr=0.01, not 0.1"),
-        ("batch_size=64", "128 images a step"),
+        ("batch_size=64", "128 images per step"),
         ("model.norm=none", "model.norm=null, not none"),
         ("data=synthetic", "data.name=photos, not synthetic"),
     ],
@@ -196,21 +195,21 @@ def test_another_run_is_refused_by_the_first_difference(
     tmp_path: Path, override: str, named: str
 ) -> None:
     begun(tmp_path / "run", "seed=1")
-    settings = asdict(config.read("train", ["seed=1", override]))
+    settings = config.read("train", ["seed=1", override])
     with pytest.raises(SettingsError, match=named):
-        run_dirs.check_compatible(tmp_path / "run", settings, "auto")
+        run_dirs.check_compatible(tmp_path / "run", settings)
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(SettingsError, match="thesis"):
-        run_dirs.check_compatible(tmp_path, {}, "auto")
+        run_dirs.check_compatible(tmp_path, TrainSettings())
 
 
 def test_resume_never_refuses_a_used_folder(tmp_path: Path) -> None:
-    settings = begun(tmp_path / "run")
+    begun(tmp_path / "run")
     with pytest.raises(SettingsError, match="resume=never"):
-        run_dirs.check_compatible(tmp_path / "run", settings, "never")
+        run_dirs.check_compatible(tmp_path / "run", TrainSettings(resume="never"))
 
 
 def test_a_run_dir_below_a_file_is_refused(tmp_path: Path) -> None:
@@ -223,11 +222,11 @@ def test_a_run_directory_is_one_runs_at_a_time(tmp_path: Path) -> None:
     alone = Mesh(torch.device("cpu"), timeout=0.4)
     with run_dirs.locked(tmp_path / "run", alone):
         with (
-            pytest.raises(CheckpointError, match="another run is at work there"),
+            pytest.raises(CheckpointError, match="in use by another run"),
             run_dirs.locked(tmp_path / "run", alone),
         ):
             pytest.fail("two at once")
-        run_dirs.write_config(tmp_path / "run", {"seed": 1}, alone)
+        run_dirs.write_config(tmp_path / "run", TrainSettings(seed=1), alone)
     with run_dirs.locked(tmp_path / "run", alone):
         assert OmegaConf.load(tmp_path / "run" / "config.yaml").seed == 1
 
@@ -235,7 +234,7 @@ def test_a_run_directory_is_one_runs_at_a_time(tmp_path: Path) -> None:
 def test_a_change_of_the_trajectory_is_told(tmp_path: Path) -> None:
     settings = begun(tmp_path / "run", "epochs=3")
     assert run_dirs.trajectory_changes(tmp_path / "run", settings) == []
-    longer = asdict(config.read("train", ["epochs=4", "log_every=7"]))
+    longer = config.read("train", ["epochs=4", "log_every=7"])
     assert run_dirs.trajectory_changes(tmp_path / "run", longer) == ["epochs=4, not 3"]
 
 
@@ -254,13 +253,13 @@ def test_no_secret_of_the_environment_is_written_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "tellnobody")
-    settings = asdict(config.read("train", [f"data.root=/mnt/${{oc.env:{name}}}/images"]))
-    assert "tellnobody" in settings["data"]["root"]
+    settings = config.read("train", [f"data.root=/mnt/${{oc.env:{name}}}/images"])
+    assert "tellnobody" in settings.data.root
     run_dirs.write(tmp_path, settings)
     text = (tmp_path / "config.yaml").read_text()
     assert "tellnobody" not in text
     assert f"root: /mnt/${{oc.env:{name}}}/images" in text
-    run_dirs.check_compatible(tmp_path, settings, "auto")  # and the run goes on
+    run_dirs.check_compatible(tmp_path, settings)  # and the run can continue
 
 
 def test_a_dtype_of_the_crossings_needs_some(monkeypatch: pytest.MonkeyPatch) -> None:

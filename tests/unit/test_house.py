@@ -29,7 +29,7 @@ FLOORS = [
     ["analysis.neighbours"],
     ["analysis.bars"],
     ["training.monitor", "training.checkpoint", "training.run_dir", "training.consistency"],
-    ["training.saver"],
+    ["training.checkpointer"],
     ["training.engine"],
     ["training.nonfinite", "training.prepare"],
     ["training.trainer"],

@@ -26,7 +26,7 @@ def test_errors_are_those_of_a_full_sort() -> None:
     assert found.samples == 200
 
 
-def test_equal_answers_count_in_order() -> None:
+def test_equal_scores_rank_in_class_order() -> None:
     count = ErrorCount()
     count.add(torch.zeros(7, 7).log_softmax(1), torch.arange(7))
     found = count.result(None, CPU)
@@ -34,7 +34,7 @@ def test_equal_answers_count_in_order() -> None:
     assert found.top5 == pytest.approx(100 * 2 / 7)
 
 
-def test_what_is_not_a_number_is_wrong() -> None:
+def test_nan_counts_as_wrong() -> None:
     count = ErrorCount()
     count.add(torch.full((4, 10), math.nan), torch.zeros(4, dtype=torch.long))
     found = count.result(None, CPU)

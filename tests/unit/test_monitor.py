@@ -1,4 +1,4 @@
-"""What a run shows: rows once a step, kernels of both columns as one picture."""
+"""What a run shows: one row per step, and the kernels of both columns as one picture."""
 
 import io
 import json
@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modelpar.analysis.activations import Activity
 from modelpar.analysis.kernels import kernel_picture
-from modelpar.training.metrics import Errors
-from modelpar.training.monitor import Monitor
+from modelpar.training.metrics import Errors, read_rows, top1_errors
+from modelpar.training.monitor import Monitor, show
 
 RATES = {"conv1.weight": 0.01, "fc8.weight": 0.01, "fc8.bias": 0.02}
 
@@ -31,8 +31,12 @@ def row(step: int) -> dict[str, float]:
     }
 
 
-def watched(run_dir: Path, start: int, end: int) -> None:
-    monitor = Monitor(run_dir, start, end, progress=False, tensorboard=True)
+def opened(run_dir: Path, start: int, end: int, *, repeats: bool = False) -> Monitor:
+    return Monitor(run_dir, start, end, repeats=repeats, progress=False, tensorboard=True)
+
+
+def watched(run_dir: Path, start: int, end: int, *, repeats: bool = False) -> None:
+    monitor = opened(run_dir, start, end, repeats=repeats)
     for step in range(start + 1, end + 1):
         monitor.train(row(step), RATES)
     monitor.test(end, Errors(top1=50.0, top5=10.0, loss=1.5, samples=20), num_classes=10)
@@ -40,9 +44,9 @@ def watched(run_dir: Path, start: int, end: int) -> None:
     monitor.close()
 
 
-def test_each_step_stands_once_after_a_run_was_cut_off(tmp_path: Path) -> None:
+def test_each_step_is_recorded_once_after_a_crash(tmp_path: Path) -> None:
     watched(tmp_path, 0, 5)
-    watched(tmp_path, 3, 6)  # taken up at its checkpoint, step 3
+    watched(tmp_path, 3, 6)  # resumed from its checkpoint of step 3
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [one["step"] for one in rows if one["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [one["step"] for one in rows if one["kind"] == "test"] == [6]
@@ -56,7 +60,18 @@ def test_each_step_stands_once_after_a_run_was_cut_off(tmp_path: Path) -> None:
     assert [event.value for event in board.Scalars("train/top1")] == [50.0] * 6
 
 
-def test_a_training_goes_on_where_nobody_reads_what_it_shows(
+def test_repeated_evaluation_replaces_the_earlier_row(tmp_path: Path) -> None:
+    watched(tmp_path, 0, 3)
+    (tmp_path / "metrics.jsonl").open("a").write('{"kind": "train", "st')  # killed while writing
+    watched(tmp_path, 3, 5)  # not repeated: kept
+    assert list(top1_errors(tmp_path)) == [3, 5]
+    opened(tmp_path, 5, 9, repeats=True).close()
+    rows = read_rows(tmp_path)
+    assert [one["step"] for one in rows if one["kind"] == "train"] == [1, 2, 3, 4, 5]
+    assert top1_errors(tmp_path) == {3: 50.0}
+
+
+def test_training_continues_when_its_output_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Pipe(io.StringIO):
@@ -69,28 +84,28 @@ def test_a_training_goes_on_where_nobody_reads_what_it_shows(
 
     for name in ("sys.stdout", "sys.stderr"):
         monkeypatch.setattr(name, Pipe())
-    monitor = Monitor(tmp_path, 0, 2, progress=True, tensorboard=False)
+    monitor = Monitor(tmp_path, 0, 2, repeats=False, progress=True, tensorboard=False)
     Pipe.gone = True
     for step in (1, 2):
         monitor.train(row(step), RATES)
-    monitor.say("done")
+    show("done")
     monitor.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_kernels_of_one_column_are_not_parted() -> None:
+def test_kernels_of_one_column_have_no_gap() -> None:
     kernels = torch.randn(64, 3, 5, 5)
     assert kernel_picture(kernels, 1).shape == (3, 4 * (4 * 6 + 1), 4 * (16 * 6 + 1))
     both = kernel_picture(kernels, 2)
     assert both.shape == (3, 4 * (2 * (2 * 6 + 1) + 3), 4 * (16 * 6 + 1))
 
 
-def test_groups_of_charts_for_figure_3_and_the_layers(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, 0, 5, progress=False, tensorboard=True)
+def test_scalars_of_figure_3_and_of_the_layers(tmp_path: Path) -> None:
+    monitor = opened(tmp_path, 0, 5)
     grey = torch.ones(48, 3, 11, 11)
     red_less_green = torch.tensor([1.0, -1.0, 0.0])[None, :, None, None] * grey
     monitor.kernels(torch.cat([grey, red_less_green]), 5)
-    monitor.activity(
+    monitor.activations(
         [
             Activity("conv1", 0, mean=1.0, std=2.0, zeros=0.5, dead=0.25),
             Activity("conv1", 1, mean=3.0, std=4.0, zeros=0.0, dead=0.0),
@@ -126,9 +141,9 @@ def test_groups_of_charts_for_figure_3_and_the_layers(tmp_path: Path) -> None:
     )
 
 
-def test_one_columns_kernels_are_one_block(tmp_path: Path) -> None:
+def test_one_column_has_no_scalars_of_a_second_one(tmp_path: Path) -> None:
     assert kernel_picture(torch.randn(64, 3, 11, 11), 1).shape == (3, 4 * 49, 4 * 193)
-    monitor = Monitor(tmp_path, 0, 5, progress=False, tensorboard=True)
+    monitor = opened(tmp_path, 0, 5)
     monitor.kernels(torch.randn(64, 3, 11, 11), 5, columns=1)
     monitor.close()
     board = EventAccumulator(str(tmp_path))

@@ -198,7 +198,8 @@ def test_a_finished_job_starts_nothing(
     prepared = prepare.prepare(settings)
     alone, run_dir = Mesh(torch.device("cpu")), place / "sweep" / "0"
     top1 = trainer.train(settings, prepared, alone, run_dir)
-    assert prepare.last_error(prepared, prepare.resume_point(settings, prepared, run_dir)) == top1
+    start = prepare.resume_point(settings, prepared, run_dir)
+    assert prepare.final_error(prepared, run_dir, start) == top1
     assert swept("columns=1", "seed=0,1") == 0
     assert [settings.seed for settings in launched.settings] == [1]
     finished = f"modelpar: job 0 (seed=0): finished, top-1 {top1:.2f} %"
