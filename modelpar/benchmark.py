@@ -24,7 +24,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
 
 def main() -> NoReturn:
     """Run in this process, which starts those of the contenders."""
-    launch.enter_alone("benchmark", benchmark)
+    launch.main_single("benchmark", benchmark)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def compare(settings: CompareSettings) -> None:
 
 def main() -> NoReturn:
     """Run in this process: it only reads and writes files."""
-    launch.enter_alone("compare", compare)
+    launch.main_single("compare", compare)
 
 
 if __name__ == "__main__":

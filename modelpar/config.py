@@ -298,3 +298,9 @@ def without_secrets(settings: Any) -> Any:
         if SECRET.search(name) and len(value) >= SHORT and value in settings:
             settings = settings.replace(value, f"${{oc.env:{name}}}")
     return settings
+
+
+def quoted(key: str, value: object) -> str:
+    """Return ``KEY='VALUE'``, which Hydra reads as this text, whatever characters it has."""
+    text = re.sub(r"(\\+)(?='|$)", lambda found: found[1] * 2, str(value)).replace("'", r"\'")
+    return f"{key}='{text}'"

@@ -1,57 +1,66 @@
-"""The ways a run can end: one exception and one exit status each, told in one line."""
+"""Errors and exit statuses: each way a run can end is one exception, one status and one line."""
 
+import os
 import sys
+import traceback
 from contextlib import suppress
-from typing import ClassVar
+from typing import ClassVar, Final
+
+KEYBOARD_INTERRUPT: Final = 130  # 128 + SIGINT, as shells count
 
 
 class RunError(Exception):
-    """A run that cannot go on, said in one line: what, where, how to mend it."""
+    """A run that cannot continue, in one line: what is wrong, where, and how to fix it."""
 
     status: ClassVar[int] = 1
 
 
 class SettingsError(RunError):
-    """A setting is unknown, ill-typed or does not fit the others (exit status 2)."""
+    """A setting is unknown, of the wrong type, or does not fit the others."""
 
     status = 2
 
 
 class DataError(RunError):
-    """The images are missing, empty or not what the settings say (exit status 3)."""
+    """Images are missing, unreadable, or not those that the settings describe."""
 
     status = 3
 
 
 class CheckpointError(RunError):
-    """A checkpoint is missing, damaged or of another net (exit status 4)."""
+    """A checkpoint is missing, damaged or of another net, or it cannot be written."""
 
     status = 4
 
 
 class LaunchError(RunError):
-    """The machine, its ports, its GPUs or the launcher do not fit (exit status 5)."""
+    """The machine, its ports, GPUs or memory, or the launcher do not fit the settings."""
 
     status = 5
 
 
 class PeerLostError(RunError):
-    """The other column, or another replica, is gone or does not answer (exit status 6)."""
+    """Another rank has exited or does not respond."""
 
     status = 6
-    asked = False  # the launcher knows already: it has asked this process to end
+    stop_requested = False  # this rank had received a signal: whoever waits for it knows why
 
 
 class DivergedError(RunError):
-    """The loss is no longer a finite number (exit status 7)."""
+    """The loss or a gradient is not finite, or the weights of replicas differ."""
 
     status = 7
 
 
 class StoppedError(RunError):
-    """The run was asked to stop: it saved and goes on from there (exit status 75, EX_TEMPFAIL)."""
+    """A signal stopped the run, which saved a checkpoint and can be resumed (EX_TEMPFAIL)."""
 
     status = 75
+
+
+def one_line(error: BaseException) -> str:
+    """Return the error's text as one line, or its type's name where it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def error_from_text(text: str) -> RunError:
@@ -61,12 +70,35 @@ def error_from_text(text: str) -> RunError:
     return kinds.get(int(status), RunError)(line)
 
 
-def one_line(error: BaseException) -> str:
-    """Return the error's text folded into one line, without trailing white space."""
-    return " ".join(str(error).split()) or type(error).__name__
+def describe(error: BaseException) -> tuple[int, str]:
+    """Return the exit status of ``error`` and the line that is printed for it."""
+    if isinstance(error, RunError):
+        return error.status, one_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        return KEYBOARD_INTERRUPT, "stopped"
+    return RunError.status, f"{type(error).__name__}: {one_line(error)}"
 
 
 def say(line: str) -> None:
     """Print one line to stderr; nothing where stderr is closed or cannot encode it."""
     with suppress(OSError):
         print(f"modelpar: {' '.join(line.split())}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def report(error: BaseException) -> int:
+    """Print the line of ``error``, after a traceback if it is a bug; return its exit status."""
+    status, line = describe(error)
+    if status == RunError.status:
+        with suppress(OSError):
+            traceback.print_exception(error)
+    say(line)
+    return status
+
+
+def flush_output() -> None:
+    """Flush stdout and stderr, so that a closed pipe does not change the exit status later."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed at the start
+        try:
+            stream.flush()
+        except OSError:  # the interpreter would try again at exit, and exit with status 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -15,7 +15,7 @@ def export(settings: ExportSettings) -> None:
 
 def main() -> NoReturn:
     """Run in this process: a file is merged, nothing is distributed."""
-    launch.enter_alone("export", export)
+    launch.main_single("export", export)
 
 
 if __name__ == "__main__":

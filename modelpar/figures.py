@@ -50,7 +50,7 @@ def figures(settings: FiguresSettings) -> None:
 
 def main() -> NoReturn:
     """Run in this process, with the whole net on one device."""
-    launch.enter_alone("figures", figures)
+    launch.main_single("figures", figures)
 
 
 if __name__ == "__main__":

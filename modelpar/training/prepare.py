@@ -72,7 +72,7 @@ def prepare(settings: TrainSettings) -> Prepared:
     loader.check_shared_memory(
         data.workers,
         settings.batch_size * 3 * images.stored_size**2,
-        launched.local_size if launched.size > 1 else settings.columns * settings.replicas,
+        launched.local_size if launched.world_size > 1 else settings.columns * settings.replicas,
     )
     return Prepared(data, images, statistics(images, cache, data.workers), plan, steps)
 

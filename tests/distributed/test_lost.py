@@ -76,10 +76,10 @@ def left(mesh: Mesh, steps: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("steps", "operation"), [(0, "replicate"), (1, "gradients")])
+@pytest.mark.parametrize(("steps", "operation"), [(0, "data parallel"), (1, "gradients")])
 def test_a_replica_that_is_killed_is_lost(replicas: Ranks, steps: int, operation: str) -> None:
     said = first(replicas, left, steps)
-    assert said.startswith(f"{operation}: the other process is gone or silent (")
+    assert said.startswith(f"{operation}: another rank has exited or does not respond (")
     assert "\n" not in said
 
 
@@ -133,5 +133,5 @@ def test_hung_rank_times_out_during_save_but_slow_disk_does_not(
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert names == ["step-00000001"]
     outcome, took = first(columns, saved, str(tmp_path), 3, "hung")
-    assert outcome.startswith("gather: ")
+    assert outcome.startswith("all-gather: another rank has exited or does not respond (")
     assert took < 2 * TIMEOUT

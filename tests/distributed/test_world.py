@@ -1,12 +1,14 @@
-"""The mesh on real processes: who is where, what all learn, what is refused."""
+"""The mesh on real processes: positions, messages between all ranks, refused tensors."""
 
 import resource
+import time
 
 import torch
 import torch.distributed as dist
 from ranks import Ranks
 
-from modelpar.distributed import Mesh, all_reduce_sum, exchange, first_complaint
+from modelpar.distributed import Mesh, all_reduce_sum, exchange
+from modelpar.errors import DataError, RunError
 
 
 def place(mesh: Mesh) -> tuple[int, int, int, str]:
@@ -14,7 +16,7 @@ def place(mesh: Mesh) -> tuple[int, int, int, str]:
 
 
 def test_columns_of_a_replica_are_neighbours(two_pairs: Ranks) -> None:
-    line = "two columns x 2 replicas on 4 CPU processes (gloo), 1 thread each, freed memory kept"
+    line = "two columns x 2 replicas on 4 CPU processes (gloo), 1 thread each"
     assert two_pairs.run(place) == [
         (0, 0, 0, line),
         (1, 0, 1, line),
@@ -23,34 +25,57 @@ def test_columns_of_a_replica_are_neighbours(two_pairs: Ranks) -> None:
     ]
 
 
-def complaint(mesh: Mesh, refusing: int) -> str:
-    return first_complaint(f"rank {mesh.rank}: no" * (mesh.rank >= refusing), mesh)
+def prepared(mesh: Mesh, failing: int, seconds: float = 0.0) -> str:
+    """Prepare; the ranks from ``failing`` on raise an error, after so many seconds."""
+    try:
+        with mesh.all_or_none(patient=True):
+            if mesh.rank >= failing:
+                time.sleep(seconds)
+                raise DataError(f"rank {mesh.rank}: no images")
+    except RunError as error:
+        return f"{error.status} {error}"
+    return ""
 
 
-def test_the_first_complaint_is_everyones(two_pairs: Ranks) -> None:
-    assert two_pairs.run(complaint, 4) == [""] * 4
+def test_all_ranks_raise_if_one_raises(two_pairs: Ranks) -> None:
+    assert two_pairs.run(prepared, 4) == [""] * 4
     for rank in range(4):
-        assert two_pairs.run(complaint, rank) == [f"rank {rank}: no"] * 4
+        lines = [f"3 rank {max(rank, other)}: no images" for other in range(4)]
+        assert two_pairs.run(prepared, rank) == lines
 
 
-def told(mesh: Mesh) -> list[str]:
-    return mesh.gather_text(f"runs/größe-{mesh.rank}" if mesh.rank != 2 else "")
+def test_a_host_may_prepare_for_longer_than_the_timeout() -> None:
+    ranks = Ranks(2, timeout=2.0)
+    try:
+        assert ranks.run(prepared, 1, 5.0) == ["3 rank 1: no images"] * 2
+    finally:
+        ranks.close()
 
 
-def test_all_learn_what_each_says(two_pairs: Ranks) -> None:
-    assert two_pairs.run(told) == [["runs/größe-0", "runs/größe-1", "", "runs/größe-3"]] * 4
+def counted(mesh: Mesh) -> list[tuple[int, ...]]:
+    return mesh.gather_ints((mesh.rank, 2 * mesh.rank))
 
 
-def patience(mesh: Mesh) -> list[float]:
-    groups = [dist.group.WORLD, mesh.pair, mesh.replica_group]
+def texts(mesh: Mesh) -> list[str]:
+    return mesh.gather_text("" if mesh.rank == 2 else f"runs/größe-{mesh.rank}" * 10**mesh.rank)
+
+
+def test_messages_of_all_ranks_come_in_rank_order(two_pairs: Ranks) -> None:
+    assert two_pairs.run(counted) == [[(0, 0), (1, 2), (2, 4), (3, 6)]] * 4
+    expected = ["runs/größe-0", "runs/größe-1" * 10, "", "runs/größe-3" * 1000]
+    assert two_pairs.run(texts) == [expected] * 4
+
+
+def timeouts(mesh: Mesh) -> list[float]:
+    groups = [dist.group.WORLD, mesh.pair, mesh.replica_group, mesh.world, mesh.patient]
     return [
         group._get_backend(torch.device("cpu")).options._timeout.total_seconds()  # type: ignore[union-attr]
         for group in groups
     ]
 
 
-def test_every_group_waits_as_long_as_it_was_told(two_pairs: Ranks) -> None:
-    assert two_pairs.run(patience) == [[60.0] * 3] * 4
+def test_every_group_has_its_timeout(two_pairs: Ranks) -> None:
+    assert two_pairs.run(timeouts) == [[60.0] * 4 + [86400.0]] * 4
 
 
 def page_faults(mesh: Mesh) -> int:
@@ -88,11 +113,11 @@ def refusals(mesh: Mesh) -> list[str]:
     return found
 
 
-def test_a_tensor_that_gloo_would_get_wrong_is_refused(pair: Ranks) -> None:
+def test_tensors_that_gloo_would_garble_are_refused(pair: Ranks) -> None:
     for found in pair.run(refusals):
         assert found == [
-            "swap: a tensor of shape (3, 4) is not contiguous",
-            "sum: a tensor of shape (3, 4) is not contiguous",
-            "swap: torch.complex64 is not carried",
-            "sum: torch.complex64 is not carried",
+            "exchange: a tensor of shape (3, 4) is not contiguous",
+            "all-reduce: a tensor of shape (3, 4) is not contiguous",
+            "exchange: a tensor of torch.complex64 cannot be sent",
+            "all-reduce: a tensor of torch.complex64 cannot be sent",
         ]

