@@ -9,6 +9,11 @@ import torch
 from catalogue import write_images
 from ranks import Ranks
 
+# Only the processes that GPU tests start see a GPU, by the fixture gpu_env.
+GPUS = torch.cuda.device_count()
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 def pytest_report_header() -> str:
     """Name what the results depend on."""
@@ -58,3 +63,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
     write_images(root, train=20, val=5)
     return root
+
+
+@pytest.fixture(scope="session")
+def gpu_env() -> dict[str, str]:
+    """Return the environment of a process that sees the GPUs; skip the test if there are none."""
+    if not GPUS:
+        pytest.skip("needs a GPU, and torch finds none here")
+    tests = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}:{tests / 'distributed'}"}
+    del env["CUDA_VISIBLE_DEVICES"]
+    return env if VISIBLE_GPUS is None else {**env, "CUDA_VISIBLE_DEVICES": VISIBLE_GPUS}

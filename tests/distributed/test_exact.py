@@ -26,12 +26,15 @@ CROSSINGS = {"conv3", "fc6", "fc7", "fc8"}
 SLOW = pytest.mark.slow
 
 
-def batches(steps: int, images: int) -> list[Batch]:
+CPU = torch.device("cpu")
+
+
+def batches(steps: int, images: int, device: torch.device = CPU) -> list[Batch]:
     source = torch.Generator().manual_seed(7)
     return [
         Batch(
-            torch.randn(images, 3, SIZE, SIZE, generator=source) * 60,
-            torch.randint(0, CLASSES, (images,), generator=source),
+            (torch.randn(images, 3, SIZE, SIZE, generator=source) * 60).to(device),
+            torch.randint(0, CLASSES, (images,), generator=source).to(device),
             0.0,
         )
         for _ in range(steps)
@@ -40,7 +43,10 @@ def batches(steps: int, images: int) -> list[Batch]:
 
 def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
     """Return what trains; ``how`` holds settings by name and switches of the plan."""
+    how = dict(how)
     compiled = how.pop("compile", False)
+    if compiled:
+        torch.compiler.reset()  # torch compiles at most eight versions of a function
     channels_last = how.pop("channels_last", True)
     precision = how.pop("precision", "float64")
     keys = ("overlap", "chunks", "dtype")
@@ -58,18 +64,18 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
 
 
 def outcome(mesh: Mesh, recipe: str, steps: int, how: dict[str, Any]) -> dict[str, Any]:
-    """Forward, gradients and a trajectory with dropout on; own part of everything."""
+    """Return this rank's logits, gradients, and a trajectory of training with dropout."""
     trained = learner(mesh, recipe, how)
     net = trained.net
     rows = slice(mesh.replica * trained.batch_size, (mesh.replica + 1) * trained.batch_size)
-    first = batches(1, BATCH)[0]
+    first = batches(1, BATCH, mesh.device)[0]
     net.eval()
     logits = net(first.images[rows])
     functional.cross_entropy(logits, first.labels[rows]).backward()
     gradients = {name: weight.grad.clone() for name, weight in net.named_parameters()}  # type: ignore[union-attr]
     trained.optimizer.zero_grad()
     losses = []
-    for step, batch in enumerate(batches(steps, BATCH)):
+    for step, batch in enumerate(batches(steps, BATCH, mesh.device)):
         own = Batch(batch.images[rows], batch.labels[rows], 0.0)
         losses.append(float(trained.step(own, step, trained.schedule.rates(0))))
     return {
@@ -83,7 +89,7 @@ def outcome(mesh: Mesh, recipe: str, steps: int, how: dict[str, Any]) -> dict[st
 
 @lru_cache(maxsize=1)  # many cases in a row compare with the same whole net
 def whole_outcome(recipe: str, steps: int = STEPS, **how: Any) -> dict[str, Any]:
-    return outcome(Mesh(torch.device("cpu")), recipe, steps, how)
+    return outcome(Mesh(CPU), recipe, steps, how)
 
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:
