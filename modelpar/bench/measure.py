@@ -96,7 +96,7 @@ def _measure(workers: list[Workers], settings: BenchmarkSettings, result: dict[s
 def _row(case: Case, cases: list[Case], settings: BenchmarkSettings) -> dict[str, Any]:
     workers, ranks = case.workers, [rank for turn in case.turns for rank in turn]
     size, seconds = len(workers.processes), case.seconds()
-    sent = statistics.median(rank["wire"] for rank in ranks)
+    sent = statistics.median(rank["sent"] for rank in ranks)
     return {
         "contender": workers.name,
         "what": CONTENDERS[workers.name].text,
@@ -111,6 +111,7 @@ def _row(case: Case, cases: list[Case], settings: BenchmarkSettings) -> dict[str
         "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
         # on one host the loopback interface carries what all processes send
         "wire_bytes": int(sent if settings.link.hosts or size == 1 else sent / size),
+        "counted_bytes": ranks[-1]["counted"],
         "first_step_s": workers.start_s,
     }
 

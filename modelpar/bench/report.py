@@ -4,19 +4,11 @@ from typing import Any, Final
 
 from modelpar import tables
 
+RATIOS: Final = ("plain float32", "plain", "ddp", "full rate")
 HEAD: Final = (
-    "contender", "precision", "step, s", "images/s", "/ plain float32", "/ plain", "/ ddp",
+    "contender", "precision", "link", "step, s", "images/s", *(f"/ {base}" for base in RATIOS),
     "share of peak", "memory, MB", "sent, MB", "first step, s",
 )  # fmt: skip
-LINK_HEAD: Final = (
-    "link",
-    "contender",
-    "precision",
-    "step, s",
-    "images/s",
-    "/ full rate",
-    "/ ddp",
-)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -27,32 +19,29 @@ def markdown(result: dict[str, Any]) -> str:
         f"{where}; torch {machine['torch']}, Python {machine['python']}; "
         f"{settings['image_size']} pixels, {settings['num_classes']} classes, "
         f"recipe {settings['recipe']['name']}; median over {settings['rounds']} rounds of "
-        f"{settings['steps']} steps (fastest-slowest round). Memory is the peak of a process, "
-        "sent what a process sends per step."
+        f"{settings['steps']} steps (fastest-slowest round). Columns with a slash: speed relative "
+        "to that contender, or to the same one at the full rate of the link. Memory is the peak "
+        "of a process, sent what a process sends per step."
     )
     blocks = [about]
     for peaks in result["peaks"]:
         rows = [row for row in result["rows"] if row["batch_size"] == peaks["batch_size"]]
-        limited = [row for row in rows if row["link_mbit"] is not None]
-        full = [row for row in rows if row["link_mbit"] is None]
-        blocks += [f"Batch {peaks['batch_size']}", tables.markdown(HEAD, map(_cells, full))]
+        blocks += [f"Batch {peaks['batch_size']}", tables.markdown(HEAD, map(_cells, rows))]
         found = [f"{value:.0f} in {key}" for key, value in peaks.items() if key != "batch_size"]
         blocks.append(f"Peak of matrix products, GFLOP/s of all processes: {', '.join(found)}.")
-        if limited:
-            blocks.append(tables.markdown(LINK_HEAD, map(_link_cells, limited)))
     texts = {row["contender"]: row["what"] for row in result["rows"]}
     blocks.append("\n".join(f"- {name}: {text}" for name, text in texts.items()))
     return "\n\n".join(blocks)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    ratios = [_spread(row["ratios"].get(base)) for base in ("plain float32", "plain", "ddp")]
     return [
         row["contender"],
         row["precision"],
+        "" if row["link_mbit"] is None else f"{row['link_mbit']:g} Mbit/s",
         _spread(row["step_s"]),
         f"{row['images_per_s']['median']:.1f}",
-        *ratios,
+        *(_spread(row["ratios"][base]) if base in row["ratios"] else "" for base in RATIOS),
         f"{row['share_of_peak']:.0%}",
         f"{row['peak_bytes'] / 1e6:.0f}",
         f"{row['wire_bytes'] / 1e6:.1f}",
@@ -60,13 +49,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _link_cells(row: dict[str, Any]) -> list[str]:
-    ratios = [_spread(row["ratios"].get(base)) for base in ("full rate", "ddp")]
-    return [f"{row['link_mbit']:g} Mbit/s", *_cells(row)[:4], *ratios]
-
-
-def _spread(value: dict[str, float] | None) -> str:
-    if value is None:
-        return ""
+def _spread(value: dict[str, float]) -> str:
     low, median, high = (f"{value[key]:.2f}" for key in ("low", "median", "high"))
     return median if low == high else f"{median} ({low}-{high})"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import count
 from typing import Final, NamedTuple
 
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modelpar.distributed import Mesh
 from modelpar.images.loader import Batch
 from modelpar.net import paper
-from modelpar.net.alexnet import AlexNet
+from modelpar.net.alexnet import AlexNet, Column
 from modelpar.net.paper import COLUMNS, LAYERS
 from modelpar.net.plan import Plan, Recipe, plan_for
 from modelpar.seeding import generator
@@ -45,7 +46,11 @@ CONTENDERS: Final = {
 }
 
 
-Step = Callable[[], object]  # takes one training step of this process
+class Step(NamedTuple):
+    """Takes a training step of this process; ``bytes_sent`` counts what its exchanges sent."""
+
+    take: Callable[[], object]
+    bytes_sent: Callable[[], int] = int
 
 
 class Plain(nn.Module):
@@ -64,42 +69,31 @@ class Plain(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
-        x = self._layer("conv1", functional.pad(images, self.plan.conv1_padding))
-        if self.plan.recipe.norm1_input == "linear":
-            x = functional.relu(self._pool(self._across(x)))
+        plan, layer, relu = self.plan, self.get_submodule, functional.relu
+        pool = partial(functional.max_pool2d, kernel_size=3, stride=2, ceil_mode=True)
+        drop = partial(functional.dropout, p=plan.dropout, training=self.training)
+        x = layer("conv1")(functional.pad(images, plan.conv1_padding))
+        if plan.recipe.norm1_input == "linear":
+            x = relu(pool(self._across(x)))
         else:
-            x = self._pool(self._across(functional.relu(x)))
-        x = self._across(functional.relu(self._layer("conv2", x)))
-        if self.plan.recipe.norms == "across_and_within":
-            x = self._within(x)
-        x = self._pool(x)
-        x = functional.relu(self._layer("conv3", x))
-        x = functional.relu(self._layer("conv4", x))
-        x = self._pool(functional.relu(self._layer("conv5", x))).flatten(1)
-        x = self._drop(functional.relu(self._layer("fc6", x)))
-        x = self._drop(functional.relu(self._layer("fc7", x)))
-        return self._layer("fc8", x)
-
-    def _layer(self, name: str, x: Tensor) -> Tensor:
-        return self.get_submodule(name)(x)
+            x = pool(self._across(relu(x)))
+        x = self._across(relu(layer("conv2")(x)))
+        if plan.recipe.norms == "across_and_within":
+            mean = functional.avg_pool2d(x * x, paper.WITHIN_SIZE, 1, paper.WITHIN_SIZE // 2)
+            x = x * (paper.WITHIN_K + paper.WITHIN_ALPHA * mean) ** -paper.WITHIN_BETA
+        x = relu(layer("conv3")(pool(x)))
+        x = relu(layer("conv4")(x))
+        x = pool(relu(layer("conv5")(x))).flatten(1)
+        x = drop(relu(layer("fc6")(x)))
+        x = drop(relu(layer("fc7")(x)))
+        return layer("fc8")(x)
 
     def _across(self, x: Tensor) -> Tensor:
-        alpha, size, beta = self.plan.recipe.alpha, paper.NORM_SIZE, paper.NORM_BETA
-        columns = [
-            functional.local_response_norm(column, size, alpha, beta, paper.NORM_K)
-            for column in x.chunk(COLUMNS, dim=1)
-        ]
-        return torch.cat(columns, dim=1)
-
-    def _within(self, x: Tensor) -> Tensor:
-        mean = functional.avg_pool2d(x * x, paper.WITHIN_SIZE, 1, paper.WITHIN_SIZE // 2)
-        return x * (paper.WITHIN_K + paper.WITHIN_ALPHA * mean) ** -paper.WITHIN_BETA
-
-    def _pool(self, x: Tensor) -> Tensor:
-        return functional.max_pool2d(x, 3, 2, ceil_mode=True)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return functional.dropout(x, self.plan.dropout, self.training)
+        norm = functional.local_response_norm
+        beta, alpha, k = paper.NORM_BETA, self.plan.recipe.alpha, paper.NORM_K
+        return torch.cat(
+            [norm(c, paper.NORM_SIZE, alpha, beta, k) for c in x.chunk(COLUMNS, 1)], 1
+        )
 
 
 def plan_of(settings: BenchmarkSettings) -> Plan:
@@ -141,7 +135,11 @@ def make(
     )
     learner = Learner.create(plan, trained, mesh, compiled=settings.compile)
     steps = count()
-    return lambda: learner.step(batch, next(steps), learner.schedule.rates(0))
+    link = learner.net.link if isinstance(learner.net, Column) else None
+    return Step(
+        lambda: learner.step(batch, next(steps), learner.schedule.rates(0)),
+        lambda: link.bytes_sent if link else 0,
+    )
 
 
 def _torch_step(net: nn.Module, plan: Plan, batch: Batch, precision: str) -> Step:
@@ -152,7 +150,7 @@ def _torch_step(net: nn.Module, plan: Plan, batch: Batch, precision: str) -> Ste
         net.to(wide).parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
     )
 
-    def step() -> None:
+    def take() -> None:
         rounds = precision == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16) if rounds else nullcontext():
             logits = net(images)
@@ -160,7 +158,7 @@ def _torch_step(net: nn.Module, plan: Plan, batch: Batch, precision: str) -> Ste
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return Step(take)
 
 
 def _parallelized(plan: Plan, settings: BenchmarkSettings, mesh: Mesh) -> nn.Module:

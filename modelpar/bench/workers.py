@@ -146,7 +146,7 @@ class _Worker:
     def turn(self, steps: int) -> dict[str, Any]:
         """Take a step that is not timed, then ``steps`` that are; return what they cost."""
         self._step()
-        before, seconds = link.bytes_sent(), list[float]()
+        sent, counted, seconds = link.bytes_sent(), self.step.bytes_sent(), list[float]()
         for _ in range(steps):
             start = time.perf_counter()
             self._step()
@@ -154,12 +154,13 @@ class _Worker:
         return {
             "now": time.perf_counter(),
             "seconds": seconds,
-            "wire": (link.bytes_sent() - before) // max(1, steps),
+            "sent": (link.bytes_sent() - sent) // max(1, steps),
+            "counted": (self.step.bytes_sent() - counted) // max(1, steps),
             "peak_bytes": self._peak_bytes(),
         }
 
     def _step(self) -> None:
-        self.step()
+        self.step.take()
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -41,16 +41,11 @@ class Group:
 
 def group(runs: Sequence[Run]) -> dict[str, list[Group]]:
     """Return the groups of each data set, in the order of the runs."""
-    sets: dict[str, list[list[Run]]] = {}
+    sets: dict[str, dict[Any, list[Run]]] = {}
     for run in runs:
-        groups = sets.setdefault(run.data, [])
-        kind = (run.label, run.identity)
-        same = next((one for one in groups if (one[0].label, one[0].identity) == kind), None)
-        if same is None:
-            groups.append([run])
-        else:
-            same.append(run)
-    return {data: _labelled(groups) for data, groups in sets.items()}
+        kind = (run.label, frozenset(run.identity.items()))
+        sets.setdefault(run.data, {}).setdefault(kind, []).append(run)
+    return {data: _labelled(list(groups.values())) for data, groups in sets.items()}
 
 
 def _labelled(groups: list[list[Run]]) -> list[Group]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ CAPTION: Final = (
     f"for random kernels; colour kernels: those over {kernels.COLOUR_SHARE:g}; frequency in "
     "cycles per pixel. Mean and standard deviation over a column's kernels."
 )
+
+SAME: Final = ("data", "batch_size", "workers", "cache_dir")  # settings as in an evaluation
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,9 @@ def of_checkpoint(settings: FiguresSettings) -> Snapshot:
 
     Raises CheckpointError, DataError and SettingsError as an evaluation does.
     """
-    request = EvaluateSettings(
-        checkpoint=str(settings.checkpoint),
-        data=settings.data,
-        columns=1,
-        batch_size=settings.batch_size,
-        device=device.choose_device(settings.device, 1),
-        workers=settings.workers,
-        cache_dir=settings.cache_dir,
-    )
+    same: Any = {key: getattr(settings, key) for key in SAME}
+    kind = device.choose_device(settings.device, 1)
+    request = EvaluateSettings(checkpoint=str(settings.checkpoint), columns=1, device=kind, **same)
     prepared = evaluation.prepare(request)
     trained, images = prepared.trained, prepared.images
     mesh = Mesh(device.torch_device(request.device, 0))

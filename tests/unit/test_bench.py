@@ -114,8 +114,11 @@ def test_tables_show_what_was_measured() -> None:
         "rows": [row, slow],
     }
     text = report.markdown(json.loads(json.dumps(result)))
-    assert "| pair | float32 | 2.00 (1.50-2.50) | 4.0 | 2.00 (1.50-2.50) |  |" in text
+    assert "| pair | float32 |  | 2.00 (1.50-2.50) | 4.0 | 2.00 (1.50-2.50) |  |" in text
     assert "| 50% | 2 | 3.0 | 7 |" in text
-    assert "| 100 Mbit/s | pair | float32 |" in text
+    assert (
+        "| pair | float32 | 100 Mbit/s | 2.00 (1.50-2.50) | 4.0 |  |  |  | 0.90 (1.50-2.50) |"
+        in text
+    )
     assert "90 in float32" in text
     assert "- pair: the two columns" in text
