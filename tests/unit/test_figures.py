@@ -131,7 +131,7 @@ def test_runs_without_checkpoint_setting_need_no_images(
 
 
 BAD = [
-    ([], 2, "checkpoint: missing; add checkpoint=RUN_DIR, or runs=[RUN,RUN]"),
+    ([], 2, "checkpoint: missing; add checkpoint=RUN_DIR or runs=[RUN,RUN]"),
     (["runs=[nowhere]"], 2, "runs=nowhere: no run there"),
     (["checkpoint=nowhere"], 4, "checkpoint=nowhere: no checkpoint there"),
     (["checkpoint=run", "training_images=0"], 2, "training_images=0: use 1 or more"),
