@@ -27,7 +27,6 @@ FLOORS = [
     ["training.schedule", "training.optimizer", "training.metrics", "analysis.kernels"],
     ["analysis.activations"],
     ["analysis.neighbours"],
-    ["analysis.bars"],
     ["training.monitor", "training.checkpoint", "training.run_dir", "training.consistency"],
     ["training.checkpointer"],
     ["training.engine"],
