@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Subset
-from torchvision.utils import make_grid
 
 from modelpar.analysis.activations import activations_of
 from modelpar.distributed import Mesh, all_reduce_sum
@@ -26,7 +25,6 @@ SHOWN: Final = 8  # test images with their top predictions
 TOP: Final = 5  # predictions per test image
 QUERIES: Final = 5  # test images in the first column of the right half
 NEAREST: Final = 6  # training images next to each query
-BORDER: Final = 2  # pixels around each picture
 
 
 @dataclass(frozen=True)
@@ -163,19 +161,3 @@ def figure4(
     ]
     predictions = top_predictions(stored[:half], labels[:half], logits[:half].cpu())
     return Figure4(predictions, neighbours, len(rows))
-
-
-def nearest_picture(likenesses: Sequence[Neighbours]) -> Tensor:
-    """Return figure 4's right half (3, H, W) in 0..1: each query, a gap, its nearest images."""
-    white = torch.full_like(likenesses[0].query, 255)
-    rows = [[*one.images, *[white] * NEAREST][:NEAREST] for one in likenesses]
-    queries = _grid([one.query for one in likenesses], 1)
-    found = _grid([image for row in rows for image in row], NEAREST)
-    gap = torch.ones(3, queries.shape[1], 2 * BORDER)
-    return torch.cat([queries, gap, found], dim=2)
-
-
-def _grid(images: Sequence[Tensor], columns: int) -> Tensor:
-    bright = torch.stack(list(images)).float() / 255
-    framed = functional.pad(bright, [BORDER] * 4, value=1.0)  # make_grid frames no single picture
-    return make_grid(framed, nrow=columns, padding=0)

@@ -11,7 +11,6 @@ from modelpar.analysis.neighbours import (
     features,
     figure4,
     nearest_distinct,
-    nearest_picture,
     random_subset,
     top_predictions,
 )
@@ -79,8 +78,6 @@ def test_only_the_requested_rows_are_searched() -> None:
     assert found is not None
     (one,) = found.neighbours
     assert [int(image[0, 0, 0]) for image in one.images] == [91, 10, 200]
-    picture = nearest_picture([one])
-    assert picture.shape == (3, 8, 7 * 8 + 4)  # missing neighbours are white
 
 
 def test_most_probable_classes_come_first() -> None:
