@@ -1,4 +1,4 @@
-"""Evaluating and exporting what a training left: a run, one of its steps, or one file."""
+"""Evaluates and exports trained weights: of a run, of one of its steps, or of one file."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +15,7 @@ from torch import Tensor
 from modelpar import config
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, SettingsError, one_line
+from modelpar.files import atomic_write
 from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.loader import TestLoader
 from modelpar.images.samples import ImageSet
@@ -29,13 +30,15 @@ from modelpar.training.checkpoint import Checkpoint, read_tensors
 from modelpar.training.engine import DTYPES, Net, build, evaluate
 from modelpar.training.metrics import Errors
 
-RUN_KEYS: Final = ("step", "seed", "images_a_step")
-METADATA: Final = "modelpar"  # key of the exported file's metadata: plan and data as JSON
+RUN_KEYS: Final = ("step", "seed", "images_a_step")  # numbers that a manifest records of its run
+METADATA: Final = (
+    "modelpar"  # key of an exported file's metadata, which holds plan, data and RUN_KEYS as JSON
+)
 
 
 @dataclass(frozen=True)
 class TrainedNet:
-    """Weights, and what their run's manifest or their file's metadata tell of them."""
+    """Weights, with what the manifest of their run or the metadata of their file records."""
 
     source: Checkpoint | Path
     plan: Plan
@@ -48,10 +51,8 @@ class TrainedNet:
         """Return a column's weights, or the whole net's for None; raises CheckpointError."""
         if isinstance(self.source, Checkpoint):
             return checkpoint.read_part(self.source, "weights", column)
-        whole_net = read_tensors(self.source)
-        if column is None:
-            return whole_net
-        return column_state(whole_net, column)
+        whole = read_tensors(self.source)
+        return whole if column is None else column_state(whole, column)
 
 
 def find(path: str) -> TrainedNet:
@@ -59,16 +60,16 @@ def find(path: str) -> TrainedNet:
     source = checkpoint.find(path)
     try:
         if isinstance(source, Checkpoint):
-            told = source.manifest
+            record = source.manifest
         else:
             with safetensors.safe_open(source, framework="pt") as file:
-                told = json.loads((file.metadata() or {})[METADATA])
-        plan, data = plan_of(told["plan"]), _data_of(told["data"])
-        numbers = [int(told[key]) for key in RUN_KEYS]
+                record = json.loads((file.metadata() or {})[METADATA])
+        plan, data = plan_of(record["plan"]), _data_of(record["data"])
+        numbers = [int(record[key]) for key in RUN_KEYS]
         return TrainedNet(source, plan, data, *numbers)
     except (KeyError, TypeError, ValueError, SafetensorError, SettingsError) as error:
         raise CheckpointError(
-            f"checkpoint={path}: does not say what net it holds ({one_line(error)})"
+            f"checkpoint={path}: does not describe the net it holds ({one_line(error)})"
         ) from None
 
 
@@ -81,7 +82,7 @@ def _data_of(values: dict[str, Any]) -> DataSettings:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an evaluation needs before its processes meet."""
+    """What an evaluation needs before its first batch."""
 
     trained: TrainedNet
     images: ImageSet
@@ -90,14 +91,17 @@ class Prepared:
 
 
 def prepare(settings: EvaluateSettings) -> Prepared:
-    """Find weights, images and mean image; raises for all that can fail before a process group."""
+    """Find weights, images and mean image.
+
+    Raises CheckpointError, SettingsError and DataError.
+    """
     trained = find(settings.checkpoint)
     if settings.columns > trained.plan.columns:
         raise SettingsError(
             f"checkpoint={settings.checkpoint}: its net has one column; use columns=1"
         )
     data = settings.data
-    if not data.name:  # the run's own, but for what was given
+    if not data.name:  # those of the run, with the settings that were given
         data = replace(trained.data, download=data.download)
         if settings.data.root is not None:
             data = replace(data, root=settings.data.root)
@@ -105,11 +109,12 @@ def prepare(settings: EvaluateSettings) -> Prepared:
     data = replace(data, image_size=plan.image_size, num_classes=plan.num_classes)
     cache = config.cache_dir(settings.cache_dir)
     images = open_set(data, cache, trained.seed, trained.images_a_step)
-    if isinstance(trained.source, Checkpoint):  # the mean the net was trained with
+    if isinstance(trained.source, Checkpoint):  # the mean image that the net was trained with
         stats = Statistics(**checkpoint.read_statistics(trained.source))
         if stats.mean.shape[-1] != images.stored_size:
             raise SettingsError(
-                f"data={data.name}: stored at another size than {trained.source.folder}'s"
+                f"data={data.name}: its images are stored at another size than those of "
+                f"{trained.source.folder}; use the data it was trained on"
             )
     else:
         stats = statistics(images, cache, data.workers)
@@ -135,7 +140,7 @@ def loaded(settings: EvaluateSettings, trained: TrainedNet, mesh: Mesh) -> Net:
 
 
 def evaluate_checkpoint(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
-    """Return the exact errors over every test image once; a collective of the whole mesh."""
+    """Return the exact errors over all test images.  A collective of the whole mesh."""
     trained = prepared.trained
     net = loaded(settings, trained, mesh)
     batches = TestLoader(
@@ -146,14 +151,15 @@ def evaluate_checkpoint(settings: EvaluateSettings, prepared: Prepared, mesh: Me
         replicas=mesh.replicas,
         workers=prepared.workers,
     )
-    lens = Augmentation(
+    augmentation = Augmentation(
         prepared.statistics, trained.plan.image_size, scaled=False, device=mesh.device
     )
-    return evaluate(net, mesh, batches, lens, views=settings.views, precision=settings.precision)
+    views, precision = settings.views, settings.precision
+    return evaluate(net, mesh, batches, augmentation, views=views, precision=precision)
 
 
 def describe(errors: Errors, views: int) -> str:
-    """Say the errors in one line, exactly enough to compare two evaluations."""
+    """Return the errors in one line, with enough digits to compare two evaluations."""
     shown = "the central view" if views == 1 else f"{views} views"
     return (
         f"top-1 error {errors.top1:.4f} %, top-5 error {errors.top5:.4f} %, "
@@ -162,26 +168,24 @@ def describe(errors: Errors, views: int) -> str:
 
 
 def export(path: str, out: Path) -> str:
-    """Write the whole net to one file that its class loads; return what was written, in a line.
+    """Write the whole net to one safetensors file; return a line that describes it.
 
-    The metadata tells plan and data.  Raises CheckpointError.
+    Raises CheckpointError.
     """
     trained = find(path)
     weights = trained.weights(None)
     check_state(whole_net(trained.plan, seed=0), weights, path)
-    told = {
+    record = {
         "plan": settings_of(trained.plan),
         "data": config.without_secrets(asdict(trained.data)),
         **{key: getattr(trained, key) for key in RUN_KEYS},
     }
-    unfinished = out.with_name(f".{out.name}.part")
+    contiguous = {key: value.contiguous() for key, value in weights.items()}
+    content = safetensors.torch.save(contiguous, {METADATA: json.dumps(record)})
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {key: value.contiguous() for key, value in weights.items()}
-        safetensors.torch.save_file(contiguous, unfinished, {METADATA: json.dumps(told)})
-        unfinished.replace(out)
-    except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
+        atomic_write(out, content)
+    except OSError as error:
         raise CheckpointError(f"out={out}: not written ({one_line(error)})") from None
     parameters = sum(value.numel() for value in weights.values())
     return f"{out}: {len(weights)} tensors, {parameters:,} parameters, {trained.plan.recipe.name}"
