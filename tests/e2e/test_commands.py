@@ -1,4 +1,4 @@
-"""The real commands, through both doors."""
+"""The real commands, started by the launcher and by torchrun."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps through door 2."""
+    """A run of six steps, started by the launcher."""
     folder = tmp_path_factory.mktemp("trained")
     out = fine(ours(folder, *COMPILED, "steps=6", "run_dir=run", "checkpoint_every=2"))
     assert out.startswith(f"modelpar: two columns on 2 CPU processes (gloo), {HOW}, float32\n")
@@ -79,7 +79,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_a_run_directory_is_the_contract(trained: Path) -> None:
+def test_run_directory_has_the_documented_contents(trained: Path) -> None:
     names = {path.name.partition(".")[0] for path in trained.iterdir()}
     assert names == {"config", "metrics", "events", "checkpoints", "log", "conv1"}
     steps = sorted(path.name for path in (trained / "checkpoints").iterdir())
@@ -111,7 +111,7 @@ def test_a_run_directory_is_the_contract(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_both_doors_and_one_process_give_one_result(tmp_path: Path) -> None:
+def test_launcher_torchrun_and_one_process_give_the_same_result(tmp_path: Path) -> None:
     how = [*SMALL, "steps=4", "precision=float64", "monitor.tensorboard=false"]
     fine(ours(tmp_path, *how, "run_dir=two"))
     fine(torchrun(tmp_path, *how, "run_dir=torchrun"))
@@ -132,7 +132,7 @@ def test_both_doors_and_one_process_give_one_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resume_equals_no_interruption(tmp_path: Path, trained: Path) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, trained: Path) -> None:
     how = [*COMPILED, "run_dir=run", "monitor.tensorboard=false"]
     fine(ours(tmp_path, *how, "steps=2"))
     fine(torchrun(tmp_path, *how, "steps=5"))
@@ -148,7 +148,7 @@ def test_resume_equals_no_interruption(tmp_path: Path, trained: Path) -> None:
     ]
 
 
-def test_a_finished_run_exits_0_and_stays_as_it_is(trained: Path) -> None:
+def test_finished_run_exits_0_and_changes_nothing(trained: Path) -> None:
     def contents() -> dict[str, bytes]:
         kept = [
             path for path in trained.rglob("*") if path.is_file() and "hydra" not in path.parts
@@ -162,7 +162,7 @@ def test_a_finished_run_exits_0_and_stays_as_it_is(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resume_takes_a_path_into_a_new_run(tmp_path: Path, trained: Path) -> None:
+def test_resume_from_a_path_starts_a_new_run(tmp_path: Path, trained: Path) -> None:
     step = trained / "checkpoints" / "step-00000004"
     fine(ours(tmp_path, *COMPILED, "steps=6", "run_dir=new", f"resume={step}"))
     once, again = weights(trained), weights(tmp_path / "new")
@@ -190,7 +190,7 @@ def test_evaluate_on_two_processes_equals_on_one(
         assert f"top-1 error {top1:.4f} %" in single
 
 
-def test_export_is_one_file_that_the_whole_net_loads(tmp_path: Path, trained: Path) -> None:
+def test_exported_file_loads_into_the_whole_net(tmp_path: Path, trained: Path) -> None:
     out = tmp_path / "sub" / "net.safetensors"
     said = fine(ours(tmp_path, f"checkpoint={trained}", f"out={out}", main="export"))
     assert "16 tensors" in said
@@ -231,7 +231,7 @@ BAD = [  # as real commands; the others are in tests/unit/test_bad_input.py
 
 
 @pytest.mark.parametrize(("words", "status", "said"), BAD, ids=lambda value: str(value)[:40])
-def test_bad_settings_are_one_line_and_leave_nothing(
+def test_bad_settings_print_one_line_and_create_nothing(
     tmp_path: Path, words: list[str], status: int, said: str
 ) -> None:
     done = ours(tmp_path, *words, "run_dir=run")
@@ -243,7 +243,7 @@ def test_bad_settings_are_one_line_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_under_torchrun_one_rank_speaks(tmp_path: Path) -> None:
+def test_under_torchrun_one_rank_reports(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "batchsize=4")
     assert done.returncode == 1  # torchrun's own
     said = [line for line in done.stderr.splitlines() if line.startswith("modelpar: ")]
@@ -251,20 +251,20 @@ def test_under_torchrun_one_rank_speaks(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_world_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_world_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "run_dir=run", ranks=3)
     assert "columns=2 replicas=1: a world of 3 does not fit" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path, trained: Path) -> None:
+def test_checkpoint_of_another_training_is_refused(tmp_path: Path, trained: Path) -> None:
     done = ours(tmp_path, *SMALL, "seed=7", "run_dir=new", f"resume={trained}")
     assert done.returncode == 4
     assert "its seed is not this training's" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_another_runs_folder_is_refused_and_left_alone(trained: Path) -> None:
+def test_run_dir_of_another_run_is_refused_and_unchanged(trained: Path) -> None:
     before = sorted(path.stat().st_mtime_ns for path in trained.rglob("*"))
     done = ours(trained.parent, *SMALL, "steps=6", "run_dir=run", "seed=5")
     assert done.returncode == 2
@@ -273,12 +273,12 @@ def test_another_runs_folder_is_refused_and_left_alone(trained: Path) -> None:
     assert sorted(path.stat().st_mtime_ns for path in trained.rglob("*")) == before
 
 
-def test_a_sweep_under_torchrun_is_refused_with_the_right_command(tmp_path: Path) -> None:
+def test_sweep_under_torchrun_is_refused_with_the_right_command(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "-m", "seed=0,1")
     assert "python -m modelpar.train -m 'seed=0,1'" in done.stderr
 
 
-def test_hydra_shows_settings_and_help(tmp_path: Path) -> None:
+def test_settings_and_help_are_shown(tmp_path: Path) -> None:
     assert "name: code2012" in fine(ours(tmp_path, "--cfg", "job"))
     assert "recipe" in fine(ours(tmp_path, "--help"))
     assert not list(tmp_path.iterdir())
@@ -292,7 +292,7 @@ def test_each_start_without_run_dir_is_a_new_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_without_a_compiler_it_trains_and_says_so(
+def test_run_without_a_compiler_trains_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
@@ -303,7 +303,7 @@ def test_without_a_compiler_it_trains_and_says_so(
 
 
 def started(folder: Path, *words: str, runs: Sequence[str] = ("run",)) -> subprocess.Popen[str]:
-    """Start ``modelpar.train`` through door 2, wait until all ``runs`` have learnt two steps."""
+    """Start ``modelpar.train``; wait until all ``runs`` have trained two steps."""
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
         [sys.executable, "-m", "modelpar.train", *SMALL, "run_dir=run", *words],
@@ -342,25 +342,25 @@ def children(of: int) -> set[int]:
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
-def test_asked_to_stop_it_saves_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    group = number != signal.SIGUSR1  # by a terminal or a scheduler: the loaders get it too
+def test_signal_saves_and_the_run_resumes(tmp_path: Path, number: signal.Signals) -> None:
+    group = number != signal.SIGUSR1  # a terminal or a scheduler signals the whole group
     how = ["monitor.tensorboard=false", f"workers={int(group)}"]
     process = started(tmp_path, "steps=500", *how)
     (os.killpg if group else os.kill)(process.pid, number)
-    _, told = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=60)
     assert process.returncode == 75
     saved = newest(tmp_path / "run")
     assert saved is not None
-    (line,) = told.splitlines()
+    (line,) = text.splitlines()
     assert f"({number.name}), saved at step {saved.step} of 500; the same command" in line
     assert json.loads((tmp_path / "run" / "log" / "exit.json").read_text())["status"] == 75
     steps = saved.step + 1
     fine(ours(tmp_path, *SMALL, "run_dir=run", f"steps={steps}", "monitor.tensorboard=false"))
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, steps + 1))
-    assert not (tmp_path / "run" / "log" / "exit.json").exists()  # that end is over
+    assert not (tmp_path / "run" / "log" / "exit.json").exists()  # it was of an earlier end
 
 
-def test_a_killed_launcher_takes_its_ranks_with_it(tmp_path: Path) -> None:
+def test_ranks_save_and_exit_when_the_launcher_is_killed(tmp_path: Path) -> None:
     process = started(tmp_path, "steps=500", "monitor.tensorboard=false")
     ranks = children(process.pid)
     assert len(ranks) >= 2
@@ -374,38 +374,38 @@ def test_a_killed_launcher_takes_its_ranks_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_who_is_refused_does_not_end_the_run_that_is_at_work(tmp_path: Path) -> None:
+def test_second_start_of_an_active_run_is_refused(tmp_path: Path) -> None:
     how = ["monitor.tensorboard=false", "steps=5000"]
     process = started(tmp_path, *how)
     again = ours(tmp_path, *SMALL, "run_dir=run", *how)
     assert again.returncode == 4
     assert "in use by another run" in again.stderr
     process.terminate()
-    _, told = process.communicate(timeout=TIMEOUT)
+    _, text = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 75
-    assert "(SIGTERM), saved at step " in told
+    assert "(SIGTERM), saved at step " in text
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_ranks_that_hear_none(tmp_path: Path) -> None:
+def test_second_signal_kills_blocked_ranks(tmp_path: Path) -> None:
     process = started(tmp_path, "steps=500", "monitor.tensorboard=false")
-    still = max(child for child in children(process.pid) if spawned(child))
-    os.kill(still, signal.SIGSTOP)  # its peer is blocked then, and Python hears no signal
+    hung = max(child for child in children(process.pid) if is_rank(child))
+    os.kill(hung, signal.SIGSTOP)  # the other rank blocks and runs no signal handler
     process.terminate()
     time.sleep(DEBOUNCE_SECONDS + 1)
     began = time.monotonic()
     process.terminate()
     process.wait(30)
     assert time.monotonic() - began < 15
-    assert not Path(f"/proc/{still}").exists()
+    assert not Path(f"/proc/{hung}").exists()
 
 
-def spawned(number: int) -> bool:
+def is_rank(number: int) -> bool:
     """Whether the process is a rank."""
     return "run_dir=" in Path(f"/proc/{number}/cmdline").read_text()
 
 
-def test_a_run_ends_well_where_nobody_reads_what_it_says(tmp_path: Path, images: Path) -> None:
+def test_run_succeeds_with_closed_output_pipes(tmp_path: Path, images: Path) -> None:
     words = [*SMALL, *TINY, f"data.root={images}"]
     readable, writable = os.pipe()
     root = str(Path(__file__).parents[2])
@@ -423,7 +423,7 @@ def test_a_run_ends_well_where_nobody_reads_what_it_says(tmp_path: Path, images:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_already_is_told_in_one_line(tmp_path: Path) -> None:
+def test_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
     if os.geteuid() != 0 or not shutil.which("unshare"):
         pytest.skip("needs root, to make a small disk")
     words = " ".join([*SMALL, "run_dir=disk/run", "steps=2"])
@@ -507,9 +507,9 @@ def test_a_sweep_asked_to_stop_saves_and_goes_on(
     process = started(tmp_path, "-m", *words, "epochs=1000", *launcher, runs=runs)
     below = children(process.pid)
     (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
-    _, told = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 75, told
-    lines = told.splitlines()
+    _, text = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 75, text
+    lines = text.splitlines()
     assert (
         lines[-1] == f"modelpar: stopped; the same command with run_dir={tmp_path}/sweep goes on"
     )
