@@ -1,6 +1,6 @@
-"""The nets the paper's is held against that are no columns: figure 1's, and torchvision's AlexNet.
+"""The baselines without columns: the net of figure 1, and torchvision's AlexNet.
 
-``whole`` builds any plan's net on one device.
+``whole_net`` builds the net of any plan on one device.
 """
 
 from collections.abc import Generator
@@ -31,11 +31,11 @@ def whole_net(plan: Plan, seed: int | None = None) -> "AlexNet | FourLayer | Tor
 
 
 class Local(nn.Module):
-    """A convolution whose weights, biases too, are each place's own (cuda-convnet: ``local``).
+    """A convolution with other weights and biases at each place (cuda-convnet: ``local``).
 
-    ``side`` is that of its maps in pixels, in and out; ``weight`` (side ** 2, outputs, inputs *
-    kernel ** 2), ``bias`` (side ** 2, outputs): places row by row, inputs before rows and columns
-    of a kernel.
+    Its maps, in and out, are ``side`` pixels wide.  ``weight`` is (side ** 2, outputs, inputs *
+    kernel ** 2), ``bias`` (side ** 2, outputs).  Places are in row order; a kernel is ordered
+    by inputs, rows, columns.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, side: int) -> None:
@@ -44,7 +44,7 @@ class Local(nn.Module):
         self.side = side
         places = side**2
         size = (places, outputs, inputs * kernel**2)
-        self.weight = nn.Parameter(torch.empty(size, device="meta"))  # _fill brings the values
+        self.weight = nn.Parameter(torch.empty(size, device="meta"))
         self.bias = nn.Parameter(torch.empty(places, outputs, device="meta"))
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -56,17 +56,18 @@ class Local(nn.Module):
         return units.permute(2, 1, 0).unflatten(2, (self.side, self.side))
 
     def extra_repr(self) -> str:
-        """Name what makes it."""
+        """Return the sizes."""
         places, outputs, inputs = self.weight.shape
         return f"{inputs // self.kernel**2}, {outputs}, kernel={self.kernel}, places={places}"
 
 
 class FourLayer(nn.Module):
-    """The CIFAR-10 net of section 3.3, with or without its norms; figure 1's is without.
+    """The CIFAR-10 net of section 3.3, with or without norms; that of figure 1 has none.
 
-    Layers as in cuda-convnet's example files, 13 and 11 % of error: two convolutions, two locally
-    connected layers, and one unit a class.  Without dropout.  Differs: crops are 28 pixels wide,
-    so that images are stored at their own 32; the files were trained with 24.
+    It has the layers of cuda-convnet's example files, whose errors are 13 and 11 %: two
+    convolutions, two locally connected layers, and one unit for each class; no dropout.
+    Differs: crops are 28 pixels wide, so that images are stored at their 32 pixels; the files
+    were trained with 24.
     """
 
     def __init__(self, plan: Plan, seed: int | None = None) -> None:
@@ -118,7 +119,7 @@ def _norm(plan: Plan, row: paper.Layer) -> nn.Module:
 
 
 def _fill(net: FourLayer, plan: Plan, seed: int | None) -> None:
-    """Give ``net`` its initial weights, a function of seed and layer alone, on torch's device."""
+    """Set initial weights, which depend only on seed and layer, on torch's default device."""
     device = torch.get_default_device()
     for name, row in plan.layers.items():
         layer = net.get_submodule(name)
@@ -140,13 +141,13 @@ def _as_weight(images: Tensor, weight: Tensor) -> Tensor:
 class Torchvision(torchvision.models.AlexNet):
     """torchvision's AlexNet: one column of 64, 192, 384, 256, 256 kernels, without norms.
 
-    Layers, their names, initial weights and scaled dropout are its own; a seed fixes them, and a
-    draw the masks.  Differs: it sees our crops, less the mean image, and its velocity holds the
-    rate; torchvision's own saw crops of many sizes, less the mean colour.
+    Layers, their names, initial weights and scaled dropout are torchvision's; a seed fixes the
+    weights, a DropoutSeed the masks.  Differs: here it is trained with our crops, less the mean
+    image, and our optimizer; torchvision used crops of many sizes, less the mean colour.
     """
 
     def __init__(self, plan: Plan, seed: int | None = None) -> None:
-        with _seeded(seed), torch.device("cpu"):  # whose generator it is
+        with _seeded(seed), torch.device("cpu"):  # its global generator is seeded
             super().__init__(plan.num_classes, plan.dropout)
         self.plan = plan
         for place, layer in enumerate(self.classifier):
@@ -180,7 +181,7 @@ class ScaledDropout(nn.Module):
 
 @contextmanager
 def _seeded(seed: int | None) -> Generator[None]:
-    """Let torch's global generator start from ``seed`` for a while, then give it back."""
+    """Seed torch's global generator, and restore it afterwards; None: leave it as it is."""
     if seed is None:
         yield
         return

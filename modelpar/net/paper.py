@@ -1,7 +1,7 @@
 """The numbers of the paper and of the code its authors ran in 2012, as one frozen table.
 
 Paper: Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural
-Networks", NIPS 2012; "section" and "table" mean its own.  Code: the authors' source as the
+Networks", NIPS 2012; "section" and "table" refer to it.  Code: the authors' source as the
 Computer History Museum released it; "run N" is the training its ``layer-params-N.cfg`` logs.
 """
 
@@ -83,19 +83,19 @@ FOUR_LAYERS: Final = MappingProxyType(
     }
 )
 
-# The paper's net and those it was held against, each by the layers of one column.
+# The paper's net and the variants it was compared with, by the layers of one column.
 NETS: Final = MappingProxyType(
     {
         "two_columns": LAYERS,  # run 145
         "one_column": _net(conv5=256, fc6=4096, fc7=4096),  # run 145-half: one column alone
-        "no_crossing": _net(conv2=160, fc6=4096),  # run 150: wider, since the columns do not meet
+        "no_crossing": _net(conv2=160, fc6=4096),  # run 150: wider, without crossings
         "conv6": _with_conv6(),  # run 146
         "drop_conv3": _net("conv3"),  # section 7: without one of the middle layers
         "drop_conv4": _net("conv4"),
     }
 )
 
-# What the nets that are no columns have of the plan's switches; the first is what they come with.
+# The values of switches that the baselines without columns accept; the first is the default.
 BASELINES: Final[Mapping[str, Mapping[str, tuple[Any, ...]]]] = MappingProxyType(
     {
         "four_layer": {

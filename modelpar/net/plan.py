@@ -87,7 +87,7 @@ class Plan:
         check(ModelSettings(**switches), "model.")
         least = MIN_IMAGE_SIZES.get(self.net, MIN_IMAGE_SIZE)
         if self.image_size < least:
-            raise SettingsError(f"model.image_size={self.image_size}: give {least} pixels or more")
+            raise SettingsError(f"model.image_size={self.image_size}: use {least} pixels or more")
         self._refuse_foreign()
         if self.conv4_dropout and "conv4" not in self.layers and self.net in NETS:
             raise SettingsError(
@@ -111,7 +111,7 @@ class Plan:
 
     @property
     def layers(self) -> Mapping[str, Layer]:
-        """The net's layers in order, as one column holds them; torchvision's are its own."""
+        """The net's layers in order, as one column holds them; torchvision's are not listed."""
         if self.net == "four_layer":
             return FOUR_LAYERS[self.norm]
         return NETS.get(self.net, {})
@@ -199,7 +199,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
 
 
 def plan_of(values: dict[str, Any]) -> Plan:
-    """Return the plan that ``settings_of`` wrote down; raises SettingsError where it does not."""
+    """Return the plan of values from ``settings_of``; raises SettingsError if they are not one."""
     values = dict(values)
     try:
         values["recipe"] = Recipe(**values["recipe"])
@@ -222,8 +222,8 @@ def plan_from(
 
 def plan_for(recipe: Recipe, model: ModelSettings, num_classes: int, image_size: int) -> Plan:
     """Return the net that recipe, switches and data ask for; raises SettingsError."""
-    own = BASELINES.get(model.net or "", {})
-    chosen: dict[str, Any] = {key: choices[0] for key, choices in own.items()}
+    defaults = BASELINES.get(model.net or "", {})
+    chosen: dict[str, Any] = {key: choices[0] for key, choices in defaults.items()}
     chosen |= {
         key: getattr(model, key)
         for key in ("net", "norm", "activation", "pool", "dropout", "conv4_dropout")

@@ -14,12 +14,12 @@ from modelpar.net.plan import Recipe
 class MomentumDecay(Optimizer):
     """v <- .9 v - .0005 lr w - lr g;  w <- w + v  (section 5).
 
-    The rate stands inside the velocity: unlike with torch's SGD, a lower rate does not shrink the
-    velocity gathered so far.  A rate of 0 leaves weight and velocity untouched (weights.cu).
-    One group a parameter, named as in the net.
+    The rate is inside the velocity: unlike with torch's SGD, a lower rate does not shrink the
+    velocity so far.  A rate of 0 changes neither weight nor velocity (weights.cu).  Each parameter
+    is a group, named as in the net.
 
-    With ``dtype`` bfloat16 the net becomes that, and the weights that learn are float32 masters
-    kept here; each step rounds them anew into the net.  ``factors`` multiply the decay of some
+    With ``dtype`` bfloat16 the net is converted to it, and the float32 master weights are kept
+    here; each step updates these and rounds them into the net.  ``factors`` multiply the decay of
     layers, by name.
     """
 
@@ -32,7 +32,7 @@ class MomentumDecay(Optimizer):
     ) -> None:
         masters = {name: weight.detach() for name, weight in net.named_parameters()}
         if dtype is not None and dtype.itemsize < torch.float32.itemsize:
-            net.to(dtype)  # the masters stay as they are
+            net.to(dtype)  # the masters keep theirs
         groups = [
             {
                 "params": [weight],
@@ -44,9 +44,9 @@ class MomentumDecay(Optimizer):
         super().__init__(groups, {"lr": recipe.lr, "momentum": recipe.momentum})
         for group in self.param_groups:
             (weight,), master = group["params"], masters[group["name"]]
-            own = {"master": master} if master.dtype != weight.dtype else {}
+            master_state = {"master": master} if master.dtype != weight.dtype else {}
             velocity = torch.zeros_like(master, memory_format=torch.preserve_format)
-            self.state[weight] = {"velocity": velocity, **own}
+            self.state[weight] = {"velocity": velocity, **master_state}
         self.update = _update
 
     def compile(self) -> None:
@@ -72,7 +72,7 @@ class MomentumDecay(Optimizer):
         self.update = _update
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
-        """Give each parameter its learning rate, by name."""
+        """Set the learning rate of each parameter, by name."""
         for group in self.param_groups:
             group["lr"] = rates[group["name"]]
 
@@ -89,7 +89,7 @@ class MomentumDecay(Optimizer):
             [self.state[weight].get("master", weight) for weight in weights],
             [self.state[weight]["velocity"] for weight in weights],
             [weight.grad for weight in weights],
-            # as tensors: a graph is not compiled anew for another rate
+            # tensors, so that another rate needs no new compilation
             [torch.tensor(group["lr"], dtype=torch.float64, device="cpu") for group in active],
             [group["decay"] for group in active],
             [group["momentum"] for group in active],
@@ -105,7 +105,7 @@ class MomentumDecay(Optimizer):
         }
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the weights that learn under their names: the net's own, or their masters."""
+        """Return the trained weights by name: the float32 masters if there are any."""
         named = {group["name"]: group["params"][0] for group in self.param_groups}
         return {
             name: self.state[weight].get("master", weight.detach())
@@ -116,7 +116,7 @@ class MomentumDecay(Optimizer):
     def load(
         self, weights: Mapping[str, torch.Tensor], velocities: Mapping[str, torch.Tensor]
     ) -> None:
-        """Take up weights and velocities by name; the net gets the weights in its own dtype."""
+        """Restore weights and velocities by name, with the weights rounded to the net's dtype."""
         for group in self.param_groups:
             (weight,), name = group["params"], group["name"]
             self.state[weight]["velocity"].copy_(velocities[name])
@@ -134,7 +134,7 @@ def _update(
     momenta: Sequence[float],
     rounded: Sequence[torch.Tensor | None],
 ) -> None:
-    """Update in place; ``rounded`` get the new weights in their own dtype."""
+    """Update in place, and copy each new weight into its entry of ``rounded``, if there is one."""
     for weight, velocity, grad, rate, decay, momentum, copy in zip(
         weights, velocities, grads, rates, decays, momenta, rounded, strict=True
     ):
@@ -160,7 +160,7 @@ def _updated(
 
 
 def decay(name: str, recipe: Recipe, factors: Mapping[str, float]) -> float:
-    """Return the decay of the parameter ``name``: of all (section 5), or of weights alone (code).
+    """Return the decay of the parameter ``name``: all decay (section 5), or only weights (code).
 
     ``factors`` multiply it in the layers that they name.
     """

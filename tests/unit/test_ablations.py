@@ -47,7 +47,7 @@ def stand_in(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
     return torch.empty_like(tensor), lambda: None
 
 
-def test_they_are_all_there() -> None:
+def test_all_documented_experiments_exist() -> None:
     assert set(NAMES) >= {
         *("two_columns", "one_column", "no_lrn", "no_overlap", "no_crossing", "late_crossing"),
         *("half_precision_crossing", "no_lrn2", "norm_before_relu2", "dropout_conv4", "batch256"),
@@ -59,7 +59,7 @@ def test_they_are_all_there() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_composes_and_says_what_it_is(name: str) -> None:
+def test_each_composes_with_its_control_and_published_error(name: str) -> None:
     settings = composed(name)
     assert settings.experiment == name
     assert settings.control == CONTROLS.get(name, "two_columns")
@@ -96,7 +96,7 @@ def test_each_is_one_change_of_its_control(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_builds_the_net_it_names(name: str) -> None:
+def test_each_builds_its_net(name: str) -> None:
     settings = composed(name)
     recipe = Recipe(**asdict(settings.recipe))
     classes = settings.model.num_classes or (10 if name.startswith("cifar") else 1000)
@@ -142,13 +142,13 @@ def test_figure_1_is_without_regularization() -> None:
     assert relu["recipe"] == tanh["recipe"]
 
 
-def test_an_unknown_one_offers_the_nearest() -> None:
+def test_an_unknown_experiment_suggests_the_nearest() -> None:
     with pytest.raises(config.SettingsError, match="experiment=no_lr: did you mean no_lrn"):
         composed("no_lr")
 
 
 @pytest.mark.parametrize("name", ["no_crossing", "conv6", "drop_conv3", "two_columns"])
-def test_a_net_meets_where_its_experiment_says(name: str) -> None:
+def test_default_crossings_are_those_of_the_experiment(name: str) -> None:
     settings = composed(name)
     recipe = Recipe(**asdict(settings.recipe))
     said = plan_for(recipe, settings.model, 10, 224)
@@ -163,13 +163,13 @@ def test_a_net_meets_where_its_experiment_says(name: str) -> None:
         ("model.net=one_column", "columns=1", "model.crossing_at=[conv9]"),
     ],
 )
-def test_a_switch_of_a_layer_that_is_not_there_is_refused(words: tuple[str, ...]) -> None:
+def test_a_setting_for_a_missing_layer_is_refused(words: tuple[str, ...]) -> None:
     settings = config.read("train", ["data=synthetic", *words])
     with pytest.raises(config.SettingsError, match=words[-1].partition("=")[0]):
         plan_for(Recipe(**asdict(settings.recipe)), settings.model, 10, 224)
 
 
-def test_a_mean_is_taken_of_rectified_values() -> None:
+def test_average_pooling_averages_rectified_values() -> None:
     """Whatever the recipe normalizes: only the largest may be rectified after it was chosen."""
     plan = Plan(Recipe.named("code2012"), 10, 64, norm="none", pool="average")
     blocks = AlexNet(plan, 0).eval().blocks
@@ -192,7 +192,7 @@ def test_a_mean_is_taken_of_rectified_values() -> None:
     ],
     ids=str,
 )
-def test_switches_compose(words: list[str]) -> None:
+def test_settings_of_the_net_combine(words: list[str]) -> None:
     settings = config.read("train", ["data=synthetic", *words])
     plan = plan_for(Recipe(**asdict(settings.recipe)), settings.model, 10, 224)
     with FakeTensorMode():

@@ -17,12 +17,12 @@ RECIPES = ("paper", "code2012", "clean")
 
 
 def stand_in(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
-    """A transport that leads nowhere: what comes has the shape of what goes."""
+    """A transport without a peer: it receives a tensor of the same shape."""
     return torch.empty_like(tensor), lambda: None
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_state_dict_is_the_contract(recipe: str) -> None:
+def test_state_dict_has_the_documented_keys_and_shapes(recipe: str) -> None:
     net = AlexNet.from_recipe(recipe)
     assert {key: tuple(value.shape) for key, value in net.state_dict().items()} == {
         "conv1.weight": (96, 3, 11, 11),
@@ -45,7 +45,7 @@ def test_state_dict_is_the_contract(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_initial_weights(recipe: str) -> None:
+def test_initial_weights_have_the_published_distribution(recipe: str) -> None:
     net = AlexNet.from_recipe(recipe, image_size=64, seed=0)
     for name, weight in net.named_parameters():
         layer = name.partition(".")[0]
@@ -58,7 +58,7 @@ def test_initial_weights(recipe: str) -> None:
             assert abs(float(weight.detach().mean())) < 1e-3
 
 
-def test_a_seed_fixes_the_weights_and_torchs_generator_does_without() -> None:
+def test_weights_depend_on_the_seed_or_else_on_torchs_generator() -> None:
     def first(**how: int) -> torch.Tensor:
         return AlexNet.from_recipe("clean", 10, 64, **how).conv1.weight  # type: ignore[arg-type]
 
@@ -78,7 +78,7 @@ def test_other_image_sizes_work(size: int, pool: str) -> None:
     assert net(torch.zeros(1, 3, size, size)).shape == (1, 7)
 
 
-def test_double_works() -> None:
+def test_float64_works() -> None:
     net = AlexNet.from_recipe("code2012", 10, 64).double()
     assert net(torch.randn(2, 3, 64, 64).double()).dtype == torch.float64
 
@@ -99,12 +99,14 @@ def test_double_works() -> None:
     ],
     ids=str,
 )
-def test_a_plan_that_is_no_net_is_refused_by_name(change: dict[str, object], named: str) -> None:
+def test_an_impossible_plan_is_refused_with_the_setting(
+    change: dict[str, object], named: str
+) -> None:
     with pytest.raises(SettingsError, match=named):
         AlexNet.from_recipe("paper", **change)  # type: ignore[arg-type]
 
 
-def test_an_unknown_recipe_names_the_nearest() -> None:
+def test_an_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(SettingsError, match="did you mean code2012"):
         AlexNet.from_recipe("code2013")
 
@@ -124,7 +126,7 @@ def test_split_and_merge_are_inverse() -> None:
 
 
 @pytest.mark.parametrize("column", [0, 1])
-def test_a_column_takes_its_part_of_split(column: int) -> None:
+def test_a_column_loads_its_part_of_split(column: int) -> None:
     whole = AlexNet.from_recipe("clean", 10, 64, seed=1).state_dict()
     net = Column.from_recipe("clean", Link(stand_in, column), 10, 64, seed=2)
     net.load_state_dict(split(whole)[column])
@@ -142,15 +144,15 @@ def test_check_state_names_the_tensor() -> None:
         check_state(AlexNet.from_recipe("clean", 11, 64), state, "here")
 
 
-def test_a_plan_survives_being_written_down() -> None:
+def test_a_plan_equals_the_plan_of_its_settings() -> None:
     plan = Plan(Recipe.named("clean"), 10, 96, crossing_at=("fc6",), pool="average")
     assert plan_of(settings_of(plan)) == plan
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("column", [0, 1])
-def test_forward_on_fake_gpus(column: int, *, overlap: bool) -> None:
-    """A tensor left on the CPU would raise here; no GPU is needed."""
+def test_forward_leaves_no_tensor_on_the_cpu(column: int, *, overlap: bool) -> None:
+    """A tensor on the CPU would raise here; no GPU is needed."""
     device = torch.device("cuda", column)
     with FakeTensorMode(), device:
         net = Column.from_recipe("code2012", Link(stand_in, column, overlap=overlap)).train()
@@ -161,7 +163,7 @@ def test_forward_on_fake_gpus(column: int, *, overlap: bool) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("column", [0, 1])
-def test_a_step_on_meta_tensors(column: int, recipe: str) -> None:
+def test_a_training_step_works_on_meta_tensors(column: int, recipe: str) -> None:
     net = Column.from_recipe(recipe, Link(stand_in, column)).to("meta").train()
     optimizer = MomentumDecay(net, net.plan.recipe)
     logits = net(torch.empty(2, 3, 224, 224, device="meta"))

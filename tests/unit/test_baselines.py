@@ -1,4 +1,4 @@
-"""The nets that are no columns: their sizes, layers, weights, masks, and what they refuse."""
+"""The baselines without columns: sizes, layers, weights, masks, and refused settings."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -41,7 +41,7 @@ def local(inputs: int, outputs: int, kernel: int, side: int) -> Local:
     return layer
 
 
-def test_each_place_has_weights_of_its_own() -> None:
+def test_each_place_has_other_weights() -> None:
     layer, side = local(3, 4, 3, 5), 5
     maps = torch.randn(2, 3, side, side, dtype=torch.float64)
     around = functional.pad(maps, (1, 1, 1, 1))
@@ -113,7 +113,7 @@ def test_the_four_layers_are_those_of_the_files(norm: str, maps: int, size: int)
 
 
 @pytest.mark.parametrize("size", [6, 7, 32])
-def test_the_least_image_still_fills_the_second_pool(size: int) -> None:
+def test_the_smallest_image_still_fills_the_second_pool(size: int) -> None:
     net = whole_net(plan("four_layer", size=size), seed=0)
     assert net(torch.randn(1, 3, size, size)).shape == (1, 10)
     assert net.plan.pooled(6) == 3
@@ -137,7 +137,7 @@ def test_the_four_layers_start_as_in_the_files() -> None:
     assert not torch.equal(net.conv2.weight, whole_net(plan("four_layer"), seed=1).conv2.weight)
 
 
-def test_its_norm_is_torchs_over_nine_maps() -> None:
+def test_the_norm_equals_torchs_over_nine_maps() -> None:
     net = whole_net(plan("four_layer"), seed=0).double()
     maps = (torch.randn(2, 64, 5, 5, dtype=torch.float64) * 60).requires_grad_()
     torchs = nn.LocalResponseNorm(9, alpha=0.001, beta=0.75, k=1.0)
@@ -153,7 +153,7 @@ def test_its_norm_is_torchs_over_nine_maps() -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
-def test_a_rising_function_may_come_after_the_pool(activation: str) -> None:
+def test_an_increasing_function_may_follow_the_pool(activation: str) -> None:
     """The first file rectifies conv1 and pools, the second pools and rectifies."""
     net = whole_net(
         plan("four_layer", f"model.activation={activation}", "model.norm=none"), seed=0
@@ -178,7 +178,7 @@ def test_each_layer_decays_as_in_its_file(norm: str, fc10: float) -> None:
 # -- torchvision's -------------------------------------------------------------------------------
 
 
-def test_torchvisions_is_its_own_class_with_its_own_weights() -> None:
+def test_torchvisions_net_is_its_class_with_its_weights() -> None:
     chosen = plan("torchvision", classes=1000, size=224)
     net, moved = kept_and_moved(lambda: whole_net(chosen, seed=0))
     assert not moved
@@ -191,7 +191,7 @@ def test_torchvisions_is_its_own_class_with_its_own_weights() -> None:
     assert torch.equal(net.eval()(images), theirs.eval()(images / (255 * std)))
 
 
-def test_torchvisions_weights_are_a_function_of_the_seed() -> None:
+def test_torchvisions_weights_depend_only_on_the_seed() -> None:
     chosen = plan("torchvision", size=64)
     nets = [whole_net(chosen, seed).state_dict() for seed in (0, 0, 1)]
     torch.manual_seed(5)
@@ -210,7 +210,7 @@ def masked(net: Torchvision, draw: DropoutSeed | None, units: torch.Tensor) -> t
     return net.classifier[0](units)
 
 
-def test_torchvisions_masks_are_drawn_whole_and_scaled() -> None:
+def test_torchvisions_masks_cover_the_whole_batch_and_are_scaled() -> None:
     net = whole_net(plan("torchvision", size=64), seed=0).train()
     assert isinstance(net, Torchvision)
     units = torch.ones(8, 9216)
@@ -239,7 +239,7 @@ def test_any_other_net_is_alexnet() -> None:
 
 
 @pytest.mark.parametrize("net", ["four_layer", "torchvision"])
-def test_a_plan_is_what_its_description_says(net: str) -> None:
+def test_a_plan_equals_the_plan_of_its_settings(net: str) -> None:
     chosen = plan(net, size=64)
     assert plan_of(settings_of(chosen)) == chosen
     assert chosen.columns == 1
@@ -247,7 +247,7 @@ def test_a_plan_is_what_its_description_says(net: str) -> None:
 
 
 @pytest.mark.parametrize("net", ["four_layer", "torchvision"])
-def test_it_computes_in_bfloat16(net: str) -> None:
+def test_each_baseline_computes_in_bfloat16(net: str) -> None:
     chosen = plan(net, size=64)
     built = whole_net(chosen, seed=0).eval()
     images = torch.randn(2, 3, 64, 64) * 60
@@ -288,7 +288,9 @@ def test_it_computes_in_bfloat16(net: str) -> None:
         ("torchvision", "model.crossing_at=[fc6]", "model.crossing_at=[fc6]: model.net=torchvis"),
     ],
 )
-def test_a_switch_the_net_does_not_have_is_refused(net: str, word: str, expected: str) -> None:
+def test_a_setting_that_the_net_does_not_have_is_refused(
+    net: str, word: str, expected: str
+) -> None:
     with pytest.raises(SettingsError) as error:
         plan(net, word, size=64)
     assert expected in str(error.value)
@@ -297,7 +299,7 @@ def test_a_switch_the_net_does_not_have_is_refused(net: str, word: str, expected
 @pytest.mark.parametrize(
     ("net", "size", "least"), [("four_layer", 5, 6), ("torchvision", 62, 63), ("conv6", 63, 64)]
 )
-def test_each_net_has_its_own_least_image(net: str, size: int, least: int) -> None:
-    with pytest.raises(SettingsError, match=f"model.image_size={size}: give {least} pixels"):
+def test_each_net_has_a_smallest_image(net: str, size: int, least: int) -> None:
+    with pytest.raises(SettingsError, match=f"model.image_size={size}: use {least} pixels"):
         plan(net, size=size)
     assert plan(net, size=least).image_size == least

@@ -20,7 +20,7 @@ from modelpar.net.layers import (
 
 @pytest.mark.parametrize("alpha", [1e-4, 5e-4])
 @pytest.mark.parametrize("columns", [1, 2])
-def test_across_maps_is_torchs_layer_in_each_column(columns: int, alpha: float) -> None:
+def test_across_maps_equals_torchs_layer_in_each_column(columns: int, alpha: float) -> None:
     maps = torch.randn(2, columns * 12, 5, 5, dtype=torch.float64) * 100
     maps.requires_grad_()
     expected = torch.cat(
@@ -61,7 +61,7 @@ def plain_within(maps: torch.Tensor) -> torch.Tensor:
     ids=["float64", "float32", "bfloat16"],
 )
 @pytest.mark.parametrize("kind", ["across", "within"])
-def test_norms_are_torchs_own_layers(
+def test_norms_equal_torchs_layers_in_each_dtype(
     kind: str, dtype: torch.dtype, error: float, *, compiled: bool, channels_last: bool
 ) -> None:
     plain = {"across": plain_across, "within": plain_within}[kind]
@@ -82,7 +82,7 @@ def test_norms_are_torchs_own_layers(
         assert float(off.detach()) < error
 
 
-def test_the_band_is_no_part_of_a_state_dict() -> None:
+def test_the_band_is_not_in_the_state_dict() -> None:
     assert not AcrossMaps(48, 1e-4).state_dict()
 
 
@@ -114,7 +114,7 @@ def test_overlapping_pool_takes_the_largest_of_nine() -> None:
     assert pool("overlapping")(maps).tolist() == [[[[12, 14], [22, 24]]]]
 
 
-def test_batch_norm_is_torchs_own_without_scale_and_shift() -> None:
+def test_batch_norm_equals_torchs_without_scale_and_shift() -> None:
     ours, torchs = BatchNorm(3), nn.BatchNorm2d(3, affine=False)
     for _ in range(3):
         maps = torch.randn(4, 3, 5, 5) * 7 + 2
@@ -157,7 +157,7 @@ def test_activations_are_torchs_layers(name: str, layer: nn.Module) -> None:
         ("none", "conv2", [nn.Identity]),
     ],
 )
-def test_each_norm_stands_where_it_is_said_to(
+def test_each_choice_of_norm_has_its_layers_after_conv1_and_conv2(
     choice: str, layer: str, kinds: list[type[nn.Module]]
 ) -> None:
     found = norm(Plan(Recipe.named("code2012"), norm=choice), layer, 2)  # type: ignore[arg-type]

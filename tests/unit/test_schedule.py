@@ -43,7 +43,7 @@ def test_run_167_falls_further_than_run_170() -> None:
     assert [further.colour_noise(epoch) for epoch in (62, 63)] == [0.1, 0.0]
 
 
-def test_run_145_colour_noise_goes_off_at_67() -> None:
+def test_colour_noise_of_run_145_ends_at_67() -> None:
     schedule = Schedule(Recipe.named("code2012"), 91)
     assert [schedule.colour_noise(epoch) for epoch in (0, 66, 67, 90)] == [0.1, 0.1, 0.0, 0.0]
 
@@ -57,7 +57,7 @@ def test_with_equal_rates_biases_follow_the_weights() -> None:
     assert found["fc8.bias"] == found["fc8.weight"] == pytest.approx(1e-3)
 
 
-def test_colour_noise_ends_with_the_codes_rule_and_stays_with_the_papers() -> None:
+def test_colour_noise_ends_in_the_code_and_stays_in_the_paper() -> None:
     assert changed("code2012", 91, colour_noise="added").colour_noise(90) == 0.1
     assert changed("paper", 90, colour_noise="added_and_scaled").colour_noise(89) == 0.0
     for schedule in ("constant", "cifar", "every_30"):
@@ -87,7 +87,7 @@ def test_a_constant_rate_stays() -> None:
     assert found[0]["conv1.weight"] == found[0]["fc8.bias"] / 2 == 0.01
 
 
-def test_the_cifar_nets_weights_fall_twice_at_the_end_and_its_biases_never() -> None:
+def test_weight_rates_of_the_cifar_net_fall_twice_and_bias_rates_never() -> None:
     schedule = changed("code2012", 520, schedule="cifar")
     found = [schedule.rates(epoch) for epoch in (0, 499, 500, 509, 510, 519)]
     assert [one["conv1.weight"] for one in found] == pytest.approx(
@@ -132,7 +132,7 @@ def test_plateau_waits_five_epochs_and_drops_three_times() -> None:
     assert seen[17:] == pytest.approx([1e-5] * len(seen[17:]))  # three drops, no more
 
 
-def test_plateau_takes_up_where_it_was() -> None:
+def test_plateau_continues_from_its_state() -> None:
     schedule = Schedule(Recipe.named("paper"), 90)
     for epoch, error in enumerate([50.0] + [60.0] * 5):
         schedule.plateau.observe(epoch, error)

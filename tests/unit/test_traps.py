@@ -44,7 +44,7 @@ def test_1_response_normalization_constants(recipe: str, expected: float) -> Non
     assert torch.allclose(interior, torch.full_like(interior, expected), atol=0.01)
 
 
-def test_2_no_window_reaches_over_the_seam() -> None:
+def test_2_no_window_reaches_into_the_other_column() -> None:
     net = AlexNet(plan("code2012"), seed=0)
     maps = torch.randn(1, 96, 7, 7)
     other = maps.clone()
@@ -75,7 +75,7 @@ def test_3_norm_before_pool(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_3_what_enters_the_first_norm(recipe: str) -> None:
+def test_3_the_first_norm_reads_what_the_recipe_says(recipe: str) -> None:
     net = AlexNet(plan(recipe), seed=0)
     entered: list[torch.Tensor] = []
     for norm in (net.blocks.norm1, net.blocks.norm2):
@@ -100,7 +100,7 @@ def test_4_conv1_geometry(recipe: str) -> None:
     assert rows == columns == list(range(108, 119))
 
 
-def test_4_the_other_geometry_is_torchvisions() -> None:
+def test_4_padding_around_is_torchvisions_geometry() -> None:
     recipe = Recipe(**{**vars(Recipe.named("paper")), "conv1_padding": "around"})
     net = AlexNet.from_recipe(recipe, seed=0)
     image = torch.zeros(1, 3, 224, 224, requires_grad=True)
@@ -148,7 +148,7 @@ def test_6_dropout_masks_in_training_and_halves_in_evaluation(recipe: str) -> No
     assert torch.allclose(mean.mean(0), drop(units).mean(0), rtol=0.05)
 
 
-def test_6_a_mask_is_a_function_of_seed_step_and_layer() -> None:
+def test_6_a_mask_depends_only_on_seed_step_and_layer() -> None:
     net = AlexNet(plan("code2012"), seed=0).train()
     six, seven = net.blocks.drop6, net.blocks.drop7
     ones = torch.ones(8, 4096)
@@ -158,7 +158,7 @@ def test_6_a_mask_is_a_function_of_seed_step_and_layer() -> None:
         return six(ones[rows]), seven(ones[rows])
 
     first = masks(0, 5, slice(0, 8))
-    torch.rand(100)  # the global generator has no part in it
+    torch.rand(100)  # the global generator must not matter
     again = masks(0, 5, slice(0, 8))
     assert torch.equal(first[0], again[0])
     assert not torch.equal(first[0], first[1])
@@ -178,7 +178,7 @@ def pink_images(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("recipe", "spread"), [("code2012", 3.3e-2), ("paper", 2.3e-3)])
-def test_9_the_start_carries_a_signal(recipe: str, spread: float) -> None:
+def test_9_logits_of_the_initial_net_differ_between_images(recipe: str, spread: float) -> None:
     net = AlexNet.from_recipe(recipe, seed=0).eval()
     with torch.no_grad():
         logits = net(pink_images(6))
@@ -202,7 +202,7 @@ def update(recipe: str, lr: float, *, bias: bool) -> tuple[torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_10_the_rate_stands_inside_the_velocity(recipe: str) -> None:
+def test_10_the_rate_is_inside_the_velocity(recipe: str) -> None:
     first = -0.01 * (1 + 0.0005 * 2.0)
     weight = 2.0 + first
     second = 0.9 * first - 0.001 * (1 + 0.0005 * weight)
@@ -211,7 +211,7 @@ def test_10_the_rate_stands_inside_the_velocity(recipe: str) -> None:
     assert float(updated) == pytest.approx(weight + second, rel=1e-6)
 
 
-def test_10_a_rate_of_zero_touches_nothing() -> None:
+def test_10_a_rate_of_zero_changes_nothing() -> None:
     updated, velocity = update("code2012", 0.0, bias=False)
     assert float(velocity) == pytest.approx(-0.01 * 1.001, rel=1e-5)
     assert float(updated) == pytest.approx(2 - 0.01 * 1.001, rel=1e-6)
@@ -267,7 +267,7 @@ def test_11_colours_are_standard_deviations_of_the_pixels() -> None:
 
 
 class _Constant(nn.Module):
-    """Answers each view by the image's top left pixel."""
+    """Returns the top left pixel of each view as a logit."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.stack([images[:, 0, 0, 0], torch.zeros(len(images))], dim=1)
@@ -306,7 +306,7 @@ def test_13_the_one_column_control_keeps_the_pairs_width() -> None:
     assert net(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
 
 
-def test_14_tiled_pooling_keeps_fc6() -> None:
+def test_14_non_overlapping_pooling_keeps_the_inputs_of_fc6() -> None:
     net = AlexNet.from_recipe("code2012", pool="non_overlapping", seed=0)
     sizes: list[int] = []
     for name in ("conv1", "conv2", "conv3", "conv5"):
