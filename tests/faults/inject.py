@@ -201,9 +201,9 @@ class Injector:
         self.random = random.Random(seed)
         write_images(folder / "images", train=40, val=10)
         first = Run(folder, "first")  # also measures the mean image
-        assert first.wait() == 0, first.log.read_text()
+        assert (status := first.wait()) == 0, (status, first.log.read_text())
         reference = Run(folder, "reference")
-        assert reference.wait() == 0, reference.log.read_text()
+        assert (status := reference.wait()) == 0, (status, reference.log.read_text())
         self.seconds = time.monotonic() - reference.began
         self.expected = verify(reference.run_dir)
         assert self.expected == verify(first.run_dir), "two undisturbed runs differ"
