@@ -459,14 +459,15 @@ def swept(folder: Path, images: Path, *words: str) -> subprocess.CompletedProces
 @pytest.mark.slow
 def test_jobs_at_once_keep_apart_and_one_fails_alone(tmp_path: Path, images: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    done = swept(tmp_path, images, "seed=0,-1,1", "steps=1", *AT_ONCE, "cache_dir=cache")
-    assert done.returncode == 2, done.stdout + done.stderr
-    failed = "modelpar: job 1 (seed=-1): seed=-1: give 0 or more"
-    assert done.stderr.splitlines() == [failed, "modelpar: 1 job failed:", failed]
-    losses = [rows(tmp_path / "sweep" / name)[0]["loss"] for name in ("0", "2")]
-    assert losses[0] != losses[1]
-    for name, seed in (("0", 0), ("2", 1)):
-        assert f"\nseed: {seed}\n" in (tmp_path / "sweep" / name / "config.yaml").read_text()
+    rates = "recipe.lr=0.01,1e30,0.02"
+    done = swept(tmp_path, images, rates, "steps=2", *AT_ONCE, "cache_dir=cache")
+    assert done.returncode == 7, done.stdout + done.stderr
+    first, last = done.stderr.splitlines()
+    assert "recipe.lr" in first  # of the job itself
+    assert last == "modelpar: job 1 (recipe.lr=1e+30): failed with status 7"
+    for name, rate in (("0", 0.01), ("2", 0.02)):
+        assert f"\n  lr: {rate}\n" in (tmp_path / "sweep" / name / "config.yaml").read_text()
+        assert [row["step"] for row in rows(tmp_path / "sweep" / name)] == [1, 2]
     assert len(list((tmp_path / "cache" / "statistics").glob("*.safetensors"))) == 1
 
 
@@ -478,9 +479,9 @@ def test_a_sweep_makes_a_folder_a_job(tmp_path: Path, images: Path, launcher: li
     fine(swept(tmp_path, images, "seed=0,1", "steps=1", *launcher))
     losses = [rows(tmp_path / "sweep" / name)[0]["loss"] for name in ("0", "1")]
     assert losses[0] != losses[1]
-    failed = swept(tmp_path, images, "seed=0,1,-1", "steps=1", *launcher)
-    assert failed.returncode == 2
-    assert failed.stderr.splitlines()[-1] == ("modelpar: job 2 (seed=-1): seed=-1: give 0 or more")
+    failed = swept(tmp_path, images, "seed=0,5", "steps=1", *launcher)
+    assert failed.returncode == 2  # the folder of job 1 holds another run
+    assert failed.stderr.splitlines()[-1] == "modelpar: job 1 (seed=5): failed with status 2"
 
 
 def _at_work(process: int) -> bool:
@@ -511,7 +512,7 @@ def test_a_sweep_asked_to_stop_saves_and_goes_on(
     assert process.returncode == 75, text
     lines = text.splitlines()
     assert (
-        lines[-1] == f"modelpar: stopped; the same command with run_dir={tmp_path}/sweep goes on"
+        lines[-1] == f"modelpar: stopped; the same command with run_dir={tmp_path}/sweep continues"
     )
     assert launcher == LOCAL or len(lines) == len(runs) + 1  # submitit has files for the jobs'
     # Only submitit's jobs do not wait for Python's own trackers.
@@ -526,5 +527,5 @@ def test_a_sweep_asked_to_stop_saves_and_goes_on(
         found = [row["step"] for row in rows(tmp_path / "sweep" / name)]
         assert found == list(range(1, max(steps) + 1))
     out = fine(swept(tmp_path, images, "seed=0,1,2", f"steps={max(steps)}"))
-    assert out.count("): finished, top-1 ") == 3
+    assert out.count("): finished, top-1 error ") == 3
     assert "two columns on" not in out

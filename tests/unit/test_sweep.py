@@ -1,254 +1,247 @@
-"""Sweeps: what is checked before the first job, what a job's end does to the others."""
+"""Sweeps: what is checked before the first job, and what the end of a job does to the others."""
 
-import math
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
-from modelpar import config, train
-from modelpar.distributed import Mesh
-from modelpar.errors import DivergedError, PeerLostError, SettingsError, StoppedError
-from modelpar.training import prepare, trainer
+from modelpar import config, sweep
+from modelpar.errors import SettingsError
+from modelpar.sweep import Sweep
 
-agent = pytest.importorskip("modelpar.agent", reason="a sweep's jobs are now processes")
-SMALL = [
-    "data=imagefolder",
-    "model.image_size=64",
-    "workers=0",
-    "batch_size=8",
-    "steps=2",
-    "monitor.progress=false",
-    "monitor.tensorboard=false",
-    "compile=false",
-]
+SMALL = ["data=synthetic", "model.image_size=64", "workers=0", "batch_size=8", "compile=false"]
+
+
+class Jobs:
+    """Takes the place of the processes: notes each job's words and its exit status."""
+
+    def __init__(self) -> None:
+        self.words: list[list[str]] = []
+        self.status: Callable[[str], int] = lambda _: 0
+        self.top1: Callable[[str], float | None] = lambda _: 10.0
+
+    def __call__(self, words: list[str]) -> int:
+        self.words.append(words)
+        line = " ".join(words)
+        if (top1 := self.top1(line)) is not None:
+            run_dir = Path(words[-1].partition("=")[2].strip("'"))
+            rows = [{"kind": "test", "step": step, "top1": top1 + 2 - step} for step in (1, 2)]
+            (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"kin')
+        return self.status(line)
+
+    def values(self, key: str) -> list[str]:
+        """Return the values that the jobs had for a key."""
+        found = [dict(word.split("=", 1) for word in words) for words in self.words]
+        return [words[key] for words in found]
 
 
 @pytest.fixture
-def place(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["modelpar-train"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    (tmp_path / "images").symlink_to(images)
-    return tmp_path
+    monkeypatch.setattr(sweep, "_handle_signals", lambda _: None)
+    made = Jobs()
+    monkeypatch.setattr(Sweep, "_run", lambda self, words, cfg: made(words))  # noqa: ARG005
+    return made
 
 
-class Launched:
-    """Stands for torchrun's agent: the settings it was given, and how each job ends."""
-
-    def __init__(self, end: Callable[[Any], float]) -> None:
-        self.end = end
-        self.settings: list[Any] = []
-        self.folders: list[str] = []
-
-    def __call__(
-        self, job: Any, settings: Any, ranks: int, run_dir: Path, handled: Any = None
-    ) -> float:
-        del job, ranks, handled
-        self.settings.append(settings)
-        self.folders.append(str(run_dir))
-        return self.end(settings)
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
-    stand_in = Launched(lambda settings: 10.0 + settings.seed)
-    monkeypatch.setattr(agent, "launch", stand_in)
-    return stand_in
-
-
-def swept(*words: str) -> Any:
+def run(*words: str) -> int:
     """Run a sweep in this process; return its exit status."""
-    sys.argv = ["modelpar-train", "-m", *SMALL, "data.root=images", "run_dir=sweep", *words]
-    with pytest.raises(SystemExit) as end:
-        train.main()
-    return end.value.code
+    return sweep.run("train", ["-m", *SMALL, "run_dir=sweep", *words])
 
 
-def said(capfd: pytest.CaptureFixture[str]) -> list[str]:
-    return capfd.readouterr().err.splitlines()
-
-
-def raises(error: BaseException, seed: int) -> Callable[[Any], float]:
-    def end(settings: Any) -> float:
-        if settings.seed == seed:
-            raise error
-        return 10.0
-
-    return end
+def lines(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """Return the lines of modelpar on stderr; Optuna logs there, too."""
+    return [line for line in capfd.readouterr().err.splitlines() if line.startswith("modelpar: ")]
 
 
 # -- before the first job ------------------------------------------------------------------------
 
 WRONG = [
     ("experiment=two_columns,no_lnr", "experiment=no_lnr: did you mean no_lrn?"),
-    ("experiment=glob(no_such*)", "experiment=glob(no_such*): stands for nothing"),
+    ("experiment=glob(no_such*)", "experiment=glob(no_such*): matches nothing"),
     ("recipe=code2012,code2013", "recipe=code2013: did you mean code2012?"),
     ("batch_size=8,many", "batch_size: Value 'many'"),
+    ("batch_size=8,-1", "batch_size=-1: use 1 or more"),
     ("batchsize=8,16", "batchsize: no such setting; did you mean batch_size?"),
+    ("model.norm=none,batchnorm", "model.norm=batchnorm"),
+    ("model.net=two_columns,apart", "model.net=apart: this value is now called no_crossing"),
+    ("columns=1,3", "columns=3: use one of 1, 2"),
     ("+new=1,2", "new: no such setting"),
     ("seed=0,[", "seed=0,["),
     ("on_failure=halt", "on_failure=halt: use one of continue, stop"),
+    ("on_failure=go_on", "on_failure=go_on: this value is now called continue"),
     ("hydra/launcher=jobli", "hydra/launcher=jobli: did you mean joblib?"),
     ("hydra/sweeper=optun", "hydra/sweeper=optun: did you mean optuna?"),
     ("run_dir=a,b", "run_dir: several values"),
-    ("--config-dir=conf", "--config-dir=conf does not go with -m"),
-    ("recipe.lr=interval(0.1,1)", "does not support sweep type"),
+    ("--config-dir=conf", "not --config-dir=conf"),
+    ("recipe.lr=interval(0.1,1)", "requires hydra/sweeper=optuna"),
 ]
 
 
 @pytest.mark.parametrize(("word", "expected"), WRONG)
-def test_what_is_wrong_is_told_before_any_job(
-    place: Path, launched: Launched, capfd: pytest.CaptureFixture[str], word: str, expected: str
+def test_a_wrong_value_is_one_line_before_any_job(
+    jobs: Jobs, capfd: pytest.CaptureFixture[str], word: str, expected: str
 ) -> None:
-    assert swept("seed=0,1", word) == 2
-    (line,) = said(capfd)
+    assert run("seed=0,1", word) == 2
+    (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("modelpar: ")
     assert expected in line
-    assert not launched.settings
-    assert [path.name for path in place.iterdir()] == ["images"]
+    assert not jobs.words
+    assert not list(Path().iterdir())
 
 
-def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_switch_that_the_net_lacks_is_one_line_before_any_job(
+    jobs: Jobs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("model.net=two_columns,four_layer", "model.dropout=0.5") == 2
+    assert "model.dropout=0.5: model.net=four_layer takes only" in lines(capfd)[0]
+    assert not jobs.words
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(config.PLUGINS["hydra/launcher"], "absent", "slurm")
     with pytest.raises(SettingsError, match=r"not installed; pip install 'modelpar\[slurm\]'"):
         config.check_sweep("train", ["hydra/launcher=absent"])
 
 
-def test_a_sweep_takes_globs_and_combines_lists(place: Path, launched: Launched) -> None:
-    launched.end = lambda _: math.nan  # nothing measured is no failure
-    assert swept("experiment=glob(no_lrn*)", "seed=0,1") == 0
-    found = [(settings.experiment, settings.seed) for settings in launched.settings]
-    assert found == [("no_lrn", 0), ("no_lrn", 1), ("no_lrn2", 0), ("no_lrn2", 1)]
-    assert launched.folders == [str(place / "sweep" / str(number)) for number in range(4)]
+def test_a_folder_with_a_run_is_refused(jobs: Jobs, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("sweep").mkdir()
+    Path("sweep/config.yaml").touch()
+    assert run("seed=0,1") == 2
+    assert "holds a run, not a sweep" in lines(capfd)[0]
+    assert not jobs.words
 
 
-def test_a_search_is_a_sweep(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    sys.argv = ["modelpar-train", "search=rate"]
-    with pytest.raises(SystemExit) as end:
-        train.main()
-    assert end.value.code == 2
-    assert "run python -m modelpar.train -m search=rate" in said(capfd)[0]
-    assert [path.name for path in place.iterdir()] == ["images"]
+def test_globs_and_lists_are_combined_and_each_job_has_a_run_dir(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    jobs.top1 = lambda _: None  # a job that was not evaluated has not failed
+    assert run("experiment=glob(no_lrn*)", "seed=0,1") == 0
+    found = list(zip(jobs.values("experiment"), jobs.values("seed"), strict=True))
+    assert found == [("no_lrn", "0"), ("no_lrn", "1"), ("no_lrn2", "0"), ("no_lrn2", "1")]
+    assert jobs.values("run_dir") == [f"'{tmp_path}/sweep/{number}'" for number in range(4)]
 
 
 # -- how a job ends ------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("place")
-def test_a_failed_job_says_why_and_the_sweep_goes_on(
-    launched: Launched, capfd: pytest.CaptureFixture[str]
+def test_a_failed_job_is_one_line_at_the_end_and_the_others_run(
+    jobs: Jobs, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    launched.end = raises(DivergedError("step 2: the loss is nan"), 1)
-    assert swept("seed=0,1,-5,2") == 7  # the first that failed
-    assert [settings.seed for settings in launched.settings] == [0, 1, 2]
-    failed = [
-        "modelpar: job 1 (seed=1): step 2: the loss is nan",
-        "modelpar: job 2 (seed=-5): seed=-5: give 0 or more",
+    jobs.status = lambda line: 7 if "seed=1" in line else 0
+    assert run("seed=0,1,2") == 7
+    assert jobs.values("seed") == ["0", "1", "2"]
+    assert lines(capfd) == ["modelpar: job 1 (seed=1): failed with status 7"]
+
+
+def test_on_failure_stop_starts_no_further_job(
+    jobs: Jobs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    jobs.status = lambda line: 6 if "seed=1" in line else 0
+    assert run("seed=0,1,2", "on_failure=stop") == 6
+    assert jobs.values("seed") == ["0", "1"]
+    assert lines(capfd) == ["modelpar: job 1 (seed=1): failed with status 6"]
+    jobs.status = lambda _: 0
+    assert run("seed=0,1,2", "on_failure=stop") == 0  # the earlier end is over
+    assert jobs.values("seed") == ["0", "1", "1", "2"]  # and job 0 had finished
+
+
+def test_a_stopped_job_stops_the_sweep(
+    jobs: Jobs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    jobs.status = lambda line: 75 if "seed=1" in line else 0
+    assert run("seed=0,1,2") == 75
+    assert jobs.values("seed") == ["0", "1"]
+    assert lines(capfd) == [
+        f"modelpar: stopped; the same command with run_dir={tmp_path}/sweep continues"
     ]
-    assert said(capfd) == [*failed, "modelpar: 2 jobs failed:", *failed]
 
 
-@pytest.mark.usefixtures("place")
-def test_or_it_stops_as_asked(launched: Launched, capfd: pytest.CaptureFixture[str]) -> None:
-    launched.end = raises(PeerLostError("rank 1 was ended by SIGKILL"), 1)
-    assert swept("seed=0,1,2", "on_failure=stop") == 6
-    assert [settings.seed for settings in launched.settings] == [0, 1]
-    assert said(capfd)[1] == "modelpar: 1 job failed:"
-    launched.end = lambda _: 10.0
-    assert swept("seed=2", "on_failure=stop") == 0  # what stopped it is over
-
-
-@pytest.mark.usefixtures("place")
-def test_a_bug_in_a_job_brings_its_traceback_and_no_other(
-    launched: Launched, capfd: pytest.CaptureFixture[str]
+def test_a_finished_job_is_not_started_again(
+    jobs: Jobs, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    launched.end = raises(ZeroDivisionError("a bug"), 0)
-    assert swept("seed=0,1") == 1
-    assert len(launched.settings) == 2
-    lines = said(capfd)
-    assert lines.count("Traceback (most recent call last):") == 1
-    assert lines[-1] == "modelpar: job 0 (seed=0): ZeroDivisionError: a bug"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [StoppedError("sweep/1: asked to stop, saved at step 1 of 2; so"), KeyboardInterrupt()],
-)
-def test_a_job_that_was_asked_to_stop_stops_the_sweep(
-    place: Path, launched: Launched, capfd: pytest.CaptureFixture[str], error: BaseException
-) -> None:
-    launched.end = raises(error, 1)
-    assert swept("seed=0,1,2") == 75
-    assert [settings.seed for settings in launched.settings] == [0, 1]
-    lines = said(capfd)
-    assert lines[-1] == f"modelpar: stopped; the same command with run_dir={place}/sweep goes on"
-    if isinstance(error, StoppedError):
-        assert "job 1 (seed=1): sweep/1: asked to stop, saved at step 1 of 2" in lines[0]
-
-
-def test_a_finished_job_starts_nothing(
-    place: Path, launched: Launched, capfd: pytest.CaptureFixture[str]
-) -> None:
-    settings = config.read("train", [*SMALL, "data.root=images", "columns=1"])
-    prepared = prepare.prepare(settings)
-    alone, run_dir = Mesh(torch.device("cpu")), place / "sweep" / "0"
-    top1 = trainer.train(settings, prepared, alone, run_dir)
-    start = prepare.resume_point(settings, prepared, run_dir)
-    assert prepare.final_error(prepared, run_dir, start) == top1
-    assert swept("columns=1", "seed=0,1") == 0
-    assert [settings.seed for settings in launched.settings] == [1]
-    finished = f"modelpar: job 0 (seed=0): finished, top-1 {top1:.2f} %"
-    assert finished in capfd.readouterr().out
-    assert swept("columns=1", "seed=0", "steps=3") == 0  # there is more to do now
-    assert [settings.seed for settings in launched.settings] == [1, 0]
-    assert swept("columns=1", "seed=5") == 2  # another command: its folder holds another run
-    assert "job 0: run_dir=" in (lines := said(capfd))[0]
-    assert "holds a run with seed=0, not 5" in lines[0]
+    assert run("seed=0,1", "steps=2") == 0
+    assert run("seed=0,1,2", "steps=2") == 0
+    assert jobs.values("seed") == ["0", "1", "2"]
+    assert "modelpar: job 0 (seed=0): finished, top-1 error 10.00 %" in capfd.readouterr().out
+    assert run("seed=0,1", "steps=3") == 0  # there is more to do now
+    assert jobs.values("seed") == ["0", "1", "2", "0", "1"]
 
 
 # -- search --------------------------------------------------------------------------------------
 
 
-def test_a_search_survives_rates_that_diverge_and_takes_itself_up(
-    place: Path, launched: Launched, capfd: pytest.CaptureFixture[str]
+def test_a_search_survives_diverged_jobs_and_resumes(
+    jobs: Jobs, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-
-    def end(settings: Any) -> float:
-        if len(launched.settings) == 2:
-            raise DivergedError("step 2: the loss is nan")
-        return math.nan if len(launched.settings) == 3 else 100 * settings.recipe.lr
-
-    launched.end = end
-    assert swept("search=rate", "hydra.sweeper.n_trials=5") == 7
-    rates = [settings.recipe.lr for settings in launched.settings]
+    rate: Callable[[str], float] = lambda line: float(line.split("recipe.lr=")[1].split()[0])  # noqa: E731
+    jobs.top1 = lambda line: None if len(jobs.words) == 3 else 100 * rate(line)
+    jobs.status = lambda _: 7 if len(jobs.words) == 2 else 0
+    assert run("search=rate", "hydra.sweeper.n_trials=5") == 7
+    rates = [float(value) for value in jobs.values("recipe.lr")]
     assert len(set(rates)) == 5
-    assert all(0.001 <= rate <= 0.1 for rate in rates)
-    assert f"job 1 (recipe.lr={rates[1]}): step 2: the loss is nan" in said(capfd)[-1]
-    best = OmegaConf.load(place / "sweep" / "optimization_results.yaml")
+    assert all(0.001 <= value <= 0.1 for value in rates)
+    assert lines(capfd) == [f"modelpar: job 1 (recipe.lr={rates[1]}): failed with status 7"]
+    best = OmegaConf.load("sweep/optimization_results.yaml")
     assert best.best_value == pytest.approx(100 * min(rates[0], *rates[3:]))
-    assert swept("search=rate", "hydra.sweeper.n_trials=2") == 0
-    assert [settings.recipe.lr for settings in launched.settings[5:]] == rates[:2]
+    assert run("search=rate", "hydra.sweeper.n_trials=2") == 0
+    assert [float(value) for value in jobs.values("recipe.lr")[5:]] == rates[1:2]
 
 
-def test_a_search_of_failures_alone_ends_with_theirs(
-    place: Path, launched: Launched, capfd: pytest.CaptureFixture[str]
+def test_a_search_whose_jobs_all_failed_ends_with_their_status(
+    jobs: Jobs, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    assert swept("search=rate", "hydra.sweeper.n_trials=2", "batch_size=0") == 2
-    lines = [line for line in said(capfd) if line.startswith("modelpar: ")]  # Optuna logs, too
-    assert not launched.settings
-    assert lines[2:4] == [
-        "modelpar: optuna: No trials are completed yet.",
-        "modelpar: 2 jobs failed:",
-    ]
-    assert [line.endswith("batch_size=0: give 1 or more") for line in lines] == [True] * 2 + [
-        False
-    ] * 2 + [True] * 2
-    assert (place / "sweep" / "1").is_dir()
+    jobs.status = lambda _: 3
+    assert run("search=rate", "hydra.sweeper.n_trials=2") == 3
+    first, *failed = lines(capfd)
+    assert "No trials are completed yet" in first
+    assert [line.endswith("failed with status 3") for line in failed] == [True, True]
+
+
+# -- the process of a job -------------------------------------------------------------------------
+
+WAITS = """
+import signal, sys, time
+def stop(number, frame):
+    open("signals", "a").write("x")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+open("started", "w").close()
+time.sleep(60)
+"""
+
+
+def test_a_signal_reaches_a_running_job_and_the_sweep_ends_with_75(tmp_path: Path) -> None:
+    """A package of this name takes the place of ``modelpar.train``, whose start takes seconds."""
+    (tmp_path / "job.py").write_text(WAITS)
+    script = (
+        "import os, sys; from pathlib import Path; from omegaconf import OmegaConf\n"
+        "from modelpar import sweep\n"
+        "folder, shared = Path('sweep').absolute(), frozenset()\n"
+        "s = sweep.Sweep('train', folder, shared, 'continue', 0, os.getpid())\n"
+        "real = sweep.subprocess.Popen\n"
+        "sweep.subprocess.Popen = lambda command, **k: real([sys.executable, 'job.py'], **k)\n"
+        "sweep._handle_signals(s.request_stop)\n"
+        "print(s._run([], OmegaConf.create({})))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert out.strip() == "75"
+    assert (tmp_path / "signals").read_text() == "x"
