@@ -63,8 +63,8 @@ def run(name: str, words: list[str]) -> int:
 
 def _checked(name: str, words: list[str]) -> "Sweep":
     """Return the sweep that a command line asks for; raises SettingsError for any of its jobs."""
-    if config.has_flags(words):
-        raise SettingsError(f"-m: use key=value with it, not {' '.join(words)}")
+    if flags := [word for word in words if word.startswith("-")]:
+        raise SettingsError(f"-m: use key=value with it, not {' '.join(flags)}")
     first, shared = config.check_sweep(name, words, _check_job)
     cores, hydra = 0, first.hydra
     if hydra.runtime.choices["hydra/launcher"] == "joblib":
