@@ -117,6 +117,7 @@ def test_the_environment_is_read_at_the_doors_alone() -> None:
     }
     assert readers <= {
         "launch",
+        "sweep",
         "environment",
         "device",
         "distributed",
