@@ -34,7 +34,7 @@ for number in 1 0; do
   tc -n "$host" qdisc replace dev wire root tbf rate "${rates}mbit" latency 50ms \
     burst $((rates > 500 ? rates * 250 : 131072)) # 2 ms at that rate, two large segments at least
   ip netns exec "$host" torchrun --nnodes 2 --node-rank "$number" --nproc-per-node 1 \
-    --master-addr "$MASTER_ADDR" --master-port 29512 --shutdown-timeout 120 \
+    --master-addr "$MASTER_ADDR" --master-port 29512 \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m "$main" \
     "threads=$((cores > 1 ? cores / 2 : 1))" "$@" &
   last=$!
