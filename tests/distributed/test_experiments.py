@@ -36,7 +36,7 @@ def trained(mesh: Mesh, name: str, run_dir: str) -> float:
     "name",
     [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES],
 )
-def test_each_takes_two_steps(pair: Ranks, tmp_path: Path, name: str) -> None:
+def test_each_experiment_trains_two_steps(pair: Ranks, tmp_path: Path, name: str) -> None:
     run_dir = tmp_path / "run"
     columns = config.read("train", words_of(name)).columns
     if columns == 1:
@@ -63,7 +63,7 @@ def statistics(mesh: Mesh, run_dir: str, steps: int) -> None:
     trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
-def test_running_means_are_kept_and_taken_up(pair: Ranks, tmp_path: Path) -> None:
+def test_running_means_are_saved_and_loaded(pair: Ranks, tmp_path: Path) -> None:
     pair.run(statistics, str(tmp_path / "twice"), 2)
     for name in ("twice", "once"):
         pair.run(statistics, str(tmp_path / name), 3)
@@ -71,7 +71,7 @@ def test_running_means_are_kept_and_taken_up(pair: Ranks, tmp_path: Path) -> Non
     assert one is not None
     assert other is not None
     hashes = [
-        {name: told["sha256"] for name, told in found.manifest["files"].items()}
+        {name: file["sha256"] for name, file in found.manifest["files"].items()}
         for found in (one, other)
     ]
     assert hashes[0] == hashes[1]

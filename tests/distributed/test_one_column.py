@@ -85,8 +85,8 @@ def test_run_resumes_exactly_and_is_evaluated_and_exported(
     for kind in ("weights", "velocities"):
         one, other = (read_part(each, kind, None) for each in (once, twice))  # type: ignore[arg-type]
         assert all(torch.equal(one[key], other[key]) for key in one), kind
-    told = once.manifest["files"]["whole.weights.safetensors"]["tensors"]
-    assert all(place["whole"] == list(state[key].shape) for key, place in told.items())
+    tensors = once.manifest["files"]["whole.weights.safetensors"]["tensors"]
+    assert all(place["whole"] == list(state[key].shape) for key, place in tensors.items())
     assert (tmp_path / "once" / "conv1.png").is_file()
     assert read_conv1(once).shape == (64, 3, *((5, 5) if net == "four_layer" else (11, 11)))
 

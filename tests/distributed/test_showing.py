@@ -128,6 +128,6 @@ def test_replicas_record_the_error_of_the_global_batch(
     trained(ALONE, [*words, "columns=1"], str(tmp_path / "one"))
     four, one = (rows(tmp_path / name, "step", "top1") for name in ("four", "one"))
     assert four == one
-    assert {row[2] for row in one[:3]} - {0.0, 100.0}  # something to tell apart
+    assert {row[2] for row in one[:3]} - {0.0, 100.0}  # the rows differ
     assert all((row[2] / 12.5).is_integer() for row in one[:3])  # of eight images
     assert tags(tmp_path / "four") == tags(tmp_path / "one")

@@ -457,7 +457,7 @@ def swept(folder: Path, images: Path, *words: str) -> subprocess.CompletedProces
 
 
 @pytest.mark.slow
-def test_jobs_at_once_keep_apart_and_one_fails_alone(tmp_path: Path, images: Path) -> None:
+def test_parallel_jobs_are_separate_and_one_may_fail(tmp_path: Path, images: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     rates = "recipe.lr=0.01,1e30,0.02"
     done = swept(tmp_path, images, rates, "steps=2", *AT_ONCE, "cache_dir=cache")
@@ -473,7 +473,9 @@ def test_jobs_at_once_keep_apart_and_one_fails_alone(tmp_path: Path, images: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=submitit_local"]], ids=str)
-def test_a_sweep_makes_a_folder_a_job(tmp_path: Path, images: Path, launcher: list[str]) -> None:
+def test_sweep_creates_a_folder_for_each_job(
+    tmp_path: Path, images: Path, launcher: list[str]
+) -> None:
     if launcher:
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     fine(swept(tmp_path, images, "seed=0,1", "steps=1", *launcher))
@@ -495,7 +497,7 @@ def _at_work(process: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], AT_ONCE, LOCAL], ids=str)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_sweep_asked_to_stop_saves_and_goes_on(
+def test_stopped_sweep_saves_and_continues(
     tmp_path: Path, images: Path, launcher: list[str], number: signal.Signals
 ) -> None:
     """SIGTERM as of ``kill``, to the launcher alone, SIGINT as of a terminal, to all."""

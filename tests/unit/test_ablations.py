@@ -74,10 +74,10 @@ def test_each_composes_with_its_control_and_published_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_one_change_of_its_control(name: str) -> None:
-    told = {"experiment", "control", "published", "control_published"}
+    labels = {"experiment", "control", "published", "control_published"}
     settings = asdict(composed(name))
     control = asdict(composed(settings["control"] or name))
-    changed = {key for key in settings.keys() - told if settings[key] != control[key]}
+    changed = {key for key in settings.keys() - labels if settings[key] != control[key]}
     sizes = {
         "two_columns": set(),
         "clean": {"recipe"},

@@ -1,4 +1,4 @@
-"""Whatever is wrong: one line that says what, where and how to mend it, and nothing is touched."""
+"""Wrong input gives one line that names the problem, the place and the fix; no file changes."""
 
 import os
 import shutil
@@ -52,13 +52,13 @@ def made(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, the working directory; its files are links, to be replaced, not written to."""
+    """A copy of ``made`` as working directory.  Its files are hard links: replace, never write."""
     shutil.copytree(made, tmp_path / "here", copy_function=os.link)
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
 
 
-def told(main: str, words: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+def outcome(main: str, words: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[Any, str]:
     """Run a main in this process; return its exit status and its one line."""
     sys.argv = [f"modelpar-{main}", *words]
     with pytest.raises(SystemExit) as end:
@@ -74,7 +74,7 @@ def told(main: str, words: list[str], capfd: pytest.CaptureFixture[str]) -> tupl
 @pytest.mark.parametrize(
     ("name", "words", "status", "said"), SETTINGS, ids=[row[0] for row in SETTINGS]
 )
-def test_a_wrong_word(
+def test_wrong_setting_is_one_line(
     place: Path,
     capfd: pytest.CaptureFixture[str],
     name: str,
@@ -83,7 +83,7 @@ def test_a_wrong_word(
     said: str,
 ) -> None:
     before = contents(place)
-    code, line = told("train", [*SMALL, *words], capfd)
+    code, line = outcome("train", [*SMALL, *words], capfd)
     assert code == status, name
     assert said in line
     assert contents(place) == before
@@ -99,24 +99,22 @@ def test_wrong_images(
 ) -> None:
     spoil(place)
     before = contents(place)
-    code, line = told("train", [*SMALL, "run_dir=run", "cache_dir=../cache"], capfd)
+    code, line = outcome("train", [*SMALL, "run_dir=run", "cache_dir=../cache"], capfd)
     assert code == 3, name
     assert said in line
     assert contents(place) == before
 
 
-def test_a_damaged_record_of_settings_is_named(
-    place: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_config_file_is_named(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (place / "run/config.yaml").unlink()
     (place / "run/config.yaml").write_text("{ no")
-    code, line = told("train", [*SMALL, "run_dir=run"], capfd)
+    code, line = outcome("train", [*SMALL, "run_dir=run"], capfd)
     assert code == 2
     assert "run/config.yaml: cannot be read" in line
 
 
 @pytest.mark.parametrize("mode", ["I;16", "RGBA", "P", "LA", "CMYK", "1"])
-def test_odd_images_are_rgb_all_the_same(place: Path, mode: str) -> None:
+def test_images_of_other_modes_become_rgb(place: Path, mode: str) -> None:
     """22 to 25: whatever their mode, an odd EXIF block, a JPEG that is named PNG."""
     path = remove_third(place)
     form = "JPEG" if mode == "CMYK" else "PNG"
@@ -180,7 +178,7 @@ def test_a_damaged_checkpoint_is_not_used(
     flipped(place, name)
     words = ["checkpoint=run", *(["columns=1"] if main == "evaluate" else ["out=o.safetensors"])]
     before = contents(place)
-    code, line = told(main, words, capfd)
+    code, line = outcome(main, words, capfd)
     assert code == 4
     assert name in line
     assert contents(place) == before
@@ -206,7 +204,7 @@ def signals_kept() -> Iterator[None]:
 
 @pytest.mark.usefixtures("signals_kept")
 @pytest.mark.parametrize(("name", "variables", "said"), LAUNCHES, ids=[row[0] for row in LAUNCHES])
-def test_a_wrong_launch(
+def test_wrong_launch_is_one_line(
     place: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -217,7 +215,7 @@ def test_a_wrong_launch(
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
     before = contents(place)
-    code, line = told("train", [*SMALL, "run_dir=new"], capfd)
+    code, line = outcome("train", [*SMALL, "run_dir=new"], capfd)
     assert code == 5, name
     assert said in line
     assert contents(place) == before
@@ -225,7 +223,7 @@ def test_a_wrong_launch(
 
 @pytest.mark.usefixtures("place", "signals_kept")
 @pytest.mark.parametrize("address", ["nohost.invalid", "127.0.0.1"])
-def test_44_an_address_where_nobody_answers(
+def test_address_where_nobody_answers_is_one_line(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")

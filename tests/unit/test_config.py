@@ -158,7 +158,7 @@ def test_each_data_set_composes(name: str) -> None:
     assert config.read("train", [f"data={name}"]).data.name == name
 
 
-def test_a_value_given_wins_over_the_datas_own() -> None:
+def test_value_on_the_command_line_overrides_the_data_group() -> None:
     settings = config.read("train", ["data=imagenet", "data.epochs=3", "workers=0"])
     assert settings.data.epochs == 3
     assert settings.workers == 0
@@ -173,7 +173,7 @@ def begun(run_dir: Path, *overrides: str) -> Any:
     return settings
 
 
-def test_the_same_run_may_go_on_with_more_epochs(tmp_path: Path) -> None:
+def test_run_may_continue_with_more_epochs(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     begun(run_dir, "seed=1")
     run_dirs.check_compatible(run_dir, config.read("train", ["seed=1", "epochs=9"]))
@@ -218,7 +218,7 @@ def test_a_run_dir_below_a_file_is_refused(tmp_path: Path) -> None:
         check_writable("run_dir", tmp_path / "file" / "run")
 
 
-def test_a_run_directory_is_one_runs_at_a_time(tmp_path: Path) -> None:
+def test_run_directory_is_locked_by_one_run(tmp_path: Path) -> None:
     alone = Mesh(torch.device("cpu"), timeout=0.4)
     with run_dirs.locked(tmp_path / "run", alone):
         with (
@@ -231,14 +231,14 @@ def test_a_run_directory_is_one_runs_at_a_time(tmp_path: Path) -> None:
         assert OmegaConf.load(tmp_path / "run" / "config.yaml").seed == 1
 
 
-def test_a_change_of_the_trajectory_is_told(tmp_path: Path) -> None:
+def test_change_of_the_trajectory_is_reported(tmp_path: Path) -> None:
     settings = begun(tmp_path / "run", "epochs=3")
     assert run_dirs.trajectory_changes(tmp_path / "run", settings) == []
     longer = config.read("train", ["epochs=4", "log_every=7"])
     assert run_dirs.trajectory_changes(tmp_path / "run", longer) == ["epochs=4, not 3"]
 
 
-def test_a_lock_that_outlives_its_run_is_waited_for(tmp_path: Path) -> None:
+def test_lock_of_a_killed_run_is_waited_for(tmp_path: Path) -> None:
     alone = Mesh(torch.device("cpu"))
     (tmp_path / "run" / "log").mkdir(parents=True)
     held = FileLock(tmp_path / "run" / run_dirs.LOCK, thread_local=False)
@@ -249,7 +249,7 @@ def test_a_lock_that_outlives_its_run_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["STORE_ACCESS_KEY", "MYSQL_PWD", "DATABASE_URL", "SIGNING_KEY"])
-def test_no_secret_of_the_environment_is_written_down(
+def test_secrets_of_the_environment_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "tellnobody")
@@ -262,7 +262,7 @@ def test_no_secret_of_the_environment_is_written_down(
     run_dirs.check_compatible(tmp_path, settings)  # and the run can continue
 
 
-def test_a_dtype_of_the_crossings_needs_some(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crossing_dtype_needs_two_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="one column has no crossings; use columns=2"):
         config.read("train", ["columns=1", "crossing.dtype=float16"])
     config.read("train", ["columns=1", "crossing.dtype=float32"])  # as it is anyway

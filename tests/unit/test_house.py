@@ -83,7 +83,7 @@ def test_imports_run_only_downward(module: str) -> None:
         assert HEIGHT[other] < HEIGHT[module], f"{module} imports {other}"
 
 
-def test_the_wings_keep_apart() -> None:
+def test_packages_do_not_import_each_other() -> None:
     for module in MODULES:
         if module.startswith("net."):
             assert not [
@@ -106,7 +106,7 @@ def names(module: str) -> set[str]:
     return found
 
 
-def test_the_environment_is_read_at_the_doors_alone() -> None:
+def test_only_some_modules_read_the_environment() -> None:
     readers = {
         module
         for module in MODULES
