@@ -8,8 +8,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 from modelpar import distributed
 
+# One server imports torch and the package once; all ranks of all tests are forked from it.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["ranks", "modelpar.train"])
 TIMEOUT = 120.0  # s; a hang is the usual failure of a collective
 
 
@@ -31,8 +36,6 @@ def _serve(
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
-    import torch  # noqa: PLC0415 - after the number of threads is set
-
     torch.set_num_threads(1)
     with distributed.process_mesh(columns, "cpu", timeout) as ranks:
         while (task := pipe.recv()) is not None:
@@ -47,13 +50,12 @@ class Ranks:
     """``size`` gloo processes; ``run`` calls a function on all of them with their mesh."""
 
     def __init__(self, size: int, columns: int = 2, timeout: float = 60.0) -> None:
-        context = multiprocessing.get_context("spawn")
         port = _free_port()
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(
                 target=_serve, args=(rank, size, columns, port, timeout, theirs), daemon=True
             )
             process.start()
