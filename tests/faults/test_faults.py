@@ -5,7 +5,7 @@ from inject import KINDS, inject
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_runs_survive_five_faults_of_each_kind(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():  # shows the table
         faults = inject(5, seed=1, only=list(KINDS))
