@@ -25,7 +25,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 SMALL = ["batch_size=16", "monitor.progress=false", "compile=false"]  # quick to start
 COMPILED = [*SMALL, "compile=true"]
 HOW = "1 thread each"
-TIMEOUT = 180
+TIMEOUT = 280
 
 
 def run(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -25,10 +25,14 @@ def write_images(root: Path, *, train: int, val: int) -> None:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return the size of each file and the time of its last change."""
+    """Return the size of each file and the time of its last change.
+
+    Without the lock of a run: filelock 3.30 changes its time when it locks.
+    """
     return {
         os.fsdecode(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
         for path in folder.rglob("*")
+        if path.name != "lock"
     }
 
 

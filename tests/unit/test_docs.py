@@ -75,6 +75,8 @@ def test_every_setting_in_the_text_is_accepted(page: Path) -> None:
 )
 def test_the_settings_of_every_command_are_accepted(command: str) -> None:
     main, words = program(command)
+    if "search=rate" in words:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     flags = {word for word in words if word.startswith("-")}
     words = [word for word in words if word not in flags]
     if "-m" in flags:
