@@ -1,7 +1,7 @@
 """Split changes nothing: the pair computes what the whole net computes, to 1e-12 in float64."""
 
-from functools import lru_cache
 from contextlib import nullcontext
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
