@@ -28,6 +28,7 @@ from modelpar.files import atomic_write, check_writable
 from modelpar.net.plan import Recipe, plan_for
 from modelpar.settings import TrainSettings, check
 from modelpar.shutdown import SIGNALS
+from modelpar.training.metrics import top1_errors
 from modelpar.training.run_dir import CONFIG
 
 FLAGS: Final = ("--multirun", "-m", "hydra.mode=MULTIRUN")
@@ -216,9 +217,4 @@ def _size(path: Path) -> int:
 
 def _last_error(run_dir: Path) -> float | None:
     """Return the last top-1 error of a run in %, None if it was never evaluated."""
-    top1 = None
-    with suppress(OSError), (run_dir / "metrics.jsonl").open() as rows:
-        for row in rows:
-            with suppress(ValueError, KeyError):  # a row that was cut off
-                top1 = float(json.loads(row)["top1"]) if '"test"' in row else top1
-    return top1
+    return next(reversed(top1_errors(run_dir).values()), None)
