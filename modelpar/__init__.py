@@ -1,9 +1,20 @@
 """AlexNet as it ran in 2012, split over two devices, in today's PyTorch."""
 
-from modelpar.net.alexnet import AlexNet, Column
-from modelpar.net.exchange import Link
-from modelpar.net.plan import Plan, Recipe
-from modelpar.net.weights import merge, split
+import gc
+
+# Importing torch makes a million objects that stay.  Searching them for garbage over and over
+# takes a second of each start, so the collector pauses.
+collects = gc.isenabled()
+gc.disable()
+
+from modelpar.net.alexnet import AlexNet, Column  # noqa: E402
+from modelpar.net.exchange import Link  # noqa: E402
+from modelpar.net.plan import Plan, Recipe  # noqa: E402
+from modelpar.net.weights import merge, split  # noqa: E402
+
+if collects:
+    gc.enable()
+del collects
 
 __all__ = ["AlexNet", "Column", "Link", "Plan", "Recipe", "merge", "split"]
 __version__ = "0.1.0"

@@ -6,6 +6,7 @@ the same ranks without it.  A rank exits with the status of its error, see ``mod
 """
 
 import errno
+import gc
 import json
 import logging
 import os
@@ -64,6 +65,7 @@ class Command:
 
 def main(command: Command) -> NoReturn:
     """Run ``command`` as a rank, a sweep or the launcher; exit with its status."""
+    gc.freeze()  # what was imported stays: no collection, the one at exit too, looks at it again
     words = sys.argv[1:]
     if "RANK" in os.environ:
         status = run_rank(command, words)
@@ -82,6 +84,7 @@ def main_single(name: str, work: Callable[[Any], None]) -> NoReturn:
         work(config.typed(name, cfg))
         return 0
 
+    gc.freeze()
     status = _run_hydra(name, sys.argv[1:], lambda: config.read(name, sys.argv[1:]), run)
     errors.flush_output()
     sys.exit(status)
