@@ -206,7 +206,8 @@ def test_exported_file_loads_into_the_whole_net(tmp_path: Path, trained: Path) -
         1,
         14,
     )
-    line = fine(ours(tmp_path, f"checkpoint={out}", main="evaluate")).splitlines()[-1]
+    done = ours(tmp_path, f"checkpoint={out}", "columns=1", main="evaluate")
+    line = fine(done).splitlines()[-1]
     assert f"top-1 error {rows(trained, 'test')[0]['top1']:.4f} %" in line
 
 
