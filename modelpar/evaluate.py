@@ -9,28 +9,24 @@ from typing import NoReturn
 from modelpar import launch
 from modelpar.distributed import Mesh
 from modelpar.settings import EvaluateSettings
-from modelpar.training import evaluation
+from modelpar.training.evaluation import Prepared, evaluate_checkpoint, prepare
 
 
-def prepare(settings: EvaluateSettings, run_dir: Path | None) -> evaluation.Prepared:
-    """Open everything that the evaluation needs; writes nothing."""
-    del run_dir
-    return evaluation.prepare(settings)
-
-
-def work(
-    settings: EvaluateSettings, prepared: evaluation.Prepared, mesh: Mesh, run_dir: Path
-) -> None:
-    """Evaluate on this rank; rank 0 prints the errors."""
-    del run_dir
-    errors = evaluation.evaluate_checkpoint(settings, prepared, mesh)
+def evaluate(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh, _run_dir: Path) -> None:
+    """Evaluate; rank 0 prints the errors with enough digits to compare two evaluations."""
+    errors = evaluate_checkpoint(settings, prepared, mesh)
+    views = "the central view" if settings.views == 1 else f"{settings.views} views"
     if mesh.rank == 0:
-        print(evaluation.describe(errors, settings.views), flush=True)  # noqa: T201
+        print(  # noqa: T201
+            f"top-1 error {errors.top1:.4f} %, top-5 error {errors.top5:.4f} %, "
+            f"loss {errors.loss:.6f}, {errors.samples} images, {views}",
+            flush=True,
+        )
 
 
 def main() -> NoReturn:
     """Run as the launcher or, under torchrun, as a rank."""
-    launch.main(launch.Command("evaluate", prepare, work, has_run_dir=False))
+    launch.main(launch.Command("evaluate", prepare, evaluate, has_run_dir=False))
 
 
 if __name__ == "__main__":

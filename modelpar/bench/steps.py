@@ -132,8 +132,9 @@ def make(
         seed=settings.seed,
         precision=precision,
         channels_last=settings.channels_last,
+        compile=settings.compile,
     )
-    learner = Learner.create(plan, trained, mesh, compiled=settings.compile)
+    learner = Learner(plan, trained, mesh)
     steps = count()
     link = learner.net.link if isinstance(learner.net, Column) else None
     return Step(

@@ -1,26 +1,34 @@
-"""A checkpoint on disk: one safetensors file per column and a JSON manifest, found and read.
+"""Checkpoints: one safetensors file per column and a JSON manifest with a hash of each file.
 
-A step's folder is complete or absent, and nothing in it is a pickle.  Each file is checked
-against the manifest, which has a hash of its own.  ``checkpointer`` writes them.
+A step's folder is complete or absent, and nothing in it is a pickle.  Each rank writes its own
+files in a thread and reports in the step message when they are on disk.  When all are, rank 0
+writes the manifest and renames the folder.
 """
 
-import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final, Literal
+from platform import python_version
+from threading import Thread
+from typing import Any, Final
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from modelpar import __version__
+from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, one_line
-from modelpar.net.paper import COLUMNS
-from modelpar.net.weights import column_state, merge
+from modelpar.files import atomic_write, check_space, fsync_folder
+from modelpar.net.weights import column_state, location, merge
+from modelpar.training.metrics import top1_errors
 
 FORMAT: Final = 3
 READABLE: Final = (2, 3)  # format 2 also recorded the last evaluation, which metrics.jsonl has
@@ -28,8 +36,9 @@ MANIFEST: Final = "manifest.json"
 STATISTICS: Final = "statistics.safetensors"
 STEP_NAME: Final = re.compile(r"step-(\d{8})")
 PICKLES: Final = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar")
-KERNEL_DIMS: Final = 4  # of a convolution's weights
-Kind = Literal["weights", "velocities"]
+PENDING, DONE, FAILED = 0, 1, 2  # what a rank reports about its share of a save
+Tensors = Mapping[str, Tensor]
+State = Mapping[str, Tensors]  # "weights" and "velocities" of one column
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Checkpoint:
         return int(self.manifest["step"])
 
 
-def file_name(columns: int, column: int, kind: Kind) -> str:
+def file_name(columns: int, column: int, kind: str) -> str:
     """Return the file name of one column's weights or velocities, or of the whole net's."""
     owner = f"column-{column}" if columns > 1 else "whole"
     return f"{owner}.{kind}.safetensors"
@@ -55,29 +64,188 @@ def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``manifest`` with a hash of everything else in it."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     text = json.dumps(content, sort_keys=True)
-    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return {**content, "sha256": sha256(text.encode()).hexdigest()}
 
 
-def described(content: bytes) -> dict[str, Any]:
-    """Return what a manifest records of a file: its size and hash."""
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def num_bytes(state: State) -> int:
+    """Return the bytes of one column's tensors."""
+    return sum(value.nbytes for tensors in state.values() for value in tensors.values())
 
 
-def list_steps(folder: Path) -> list[Path]:
-    """Return the published step folders, oldest first; those without a manifest are skipped."""
-    if not folder.is_dir():
-        return []
-    named = sorted(path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name))
-    whole = [path for path in named if (path / MANIFEST).is_file()]
-    for path in set(named) - set(whole):
-        logging.getLogger(__name__).warning("%s: skipped, it has no %s", path, MANIFEST)
-    return whole
+def list_steps(folder: Path) -> dict[int, Path]:
+    """Return the published steps by number, oldest first; those without manifest are skipped."""
+    steps: dict[int, Path] = {}
+    for path in sorted(folder.glob("step-*")):
+        named = STEP_NAME.fullmatch(path.name)
+        if named and (path / MANIFEST).is_file():
+            steps[int(named[1])] = path
+        elif named:
+            logging.getLogger(__name__).warning("%s: skipped, it has no %s", path, MANIFEST)
+    return steps
+
+
+class Checkpointer:
+    """Saves a copy of the state in a thread while training continues; one save at a time.
+
+    A save has two stages: all ranks write their files, then rank 0 publishes the folder.  Every
+    rank sends ``status`` in its messages and passes what all ranks sent to ``advance``.  The
+    threads take part in no collective, so a slow disk only delays the publication.
+
+    The ``last`` steps stay on disk, every ``every``-th (0: none), and the ``best``.
+    """
+
+    def __init__(
+        self, run_dir: Path, mesh: Mesh, *, last: int = 2, every: int = 0, best: bool = True
+    ) -> None:
+        self.folder, self.mesh = run_dir / "checkpoints", mesh
+        self.last, self.every, self.best = last, every, best
+        self.last_step = -1  # that was saved or resumed from
+        self.thread: Thread | None = None  # of this rank's share of the present stage
+        self.error: Exception | None = None
+        if mesh.rank == 0:
+            for left in self.folder.glob(".*-step-*"):  # of saves and deletions cut short
+                shutil.rmtree(left, ignore_errors=True)
+
+    def start(self, state: State, statistics: Tensors, manifest: Mapping[str, Any]) -> None:
+        """Copy ``state`` and start writing this rank's share; ``finish`` an earlier save first."""
+        self.manifest, self.last_step = dict(manifest), int(manifest["step"])
+        self.final = self.folder / f"step-{self.last_step:08d}"
+        self.unfinished = self.folder / f".tmp-{self.final.name}"
+        self.publishing = False
+        copies: State = {
+            kind: {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+            for kind, tensors in state.items()
+            if self.mesh.replica == 0  # replicas are equal: the first one writes
+        }
+        self._run(lambda: self._write(copies, statistics))
+
+    def status(self, patience: float = 0.0) -> int:
+        """Return PENDING, DONE or FAILED for this rank's share; wait ``patience`` s at most."""
+        if self.thread is not None:
+            self.thread.join(patience)
+        if self.thread is None or self.thread.is_alive():
+            return PENDING
+        return FAILED if self.error else DONE
+
+    def advance(self, statuses: Sequence[int]) -> Path | None:
+        """Begin the next stage if all ranks are done; return the folder once it is published.
+
+        ``statuses`` must be the same on every rank.  Raises CheckpointError on every rank if one
+        of them failed; that is a collective of the world.
+        """
+        if FAILED in statuses:
+            self.thread = None
+            if self.mesh.rank == 0:
+                shutil.rmtree(self.unfinished, ignore_errors=True)
+            with self.mesh.all_or_none():
+                if self.error is not None:
+                    raise self.error
+        if self.thread is None or PENDING in statuses:
+            return None
+        if self.publishing:
+            self.thread = None
+            return self.final
+        self.publishing = True
+        if self.mesh.rank == 0:
+            self._run(self._publish)
+        return None
+
+    def finish(self) -> Path | None:
+        """Wait for the save under way; return its folder, or None if there is none.
+
+        A collective of the world.  Raises CheckpointError on every rank if the save failed, and
+        PeerLostError if a rank hangs; a slow disk does not count as hanging.
+        """
+        published = None
+        while self.thread is not None:
+            self.mesh.wait_until_all(lambda patience: self.status(patience) != PENDING)
+            published = self.advance([one for (one,) in self.mesh.gather_ints((self.status(),))])
+        return published
+
+    def _run(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except (OSError, ValueError, SafetensorError, CheckpointError) as error:
+                line = f"{self.final}: not saved, {one_line(error)}; older checkpoints are intact"
+                self.error = CheckpointError(line)
+            except Exception as error:  # noqa: BLE001 - raised in the main thread
+                self.error = error
+
+        self.error = None
+        self.thread = Thread(target=run, name="checkpoint", daemon=True)  # exiting waits for none
+        self.thread.start()
+
+    def _write(self, state: State, statistics: Tensors) -> None:
+        """Write this column's files and a list of what they should hash to."""
+        if not state:
+            return
+        mesh, folder = self.mesh, self.unfinished
+        check_space(self.folder, num_bytes(state))
+        self.folder.mkdir(exist_ok=True)  # but not the run directory, which holds the settings
+        folder.mkdir(exist_ok=True)
+        files: dict[str, Any] = {}
+        for kind, tensors in state.items():
+            name = file_name(mesh.columns, mesh.column, kind)
+            files[name] = _write_tensors(folder / name, tensors)
+            files[name]["tensors"] = {
+                key: {
+                    "dtype": str(value.dtype).removeprefix("torch."),
+                    "shape": list(value.shape),
+                    **location(key, value.shape, mesh.columns, mesh.column),
+                }
+                for key, value in tensors.items()
+            }
+        if mesh.rank == 0:
+            files[STATISTICS] = _write_tensors(folder / STATISTICS, statistics)
+        atomic_write(folder / f"files-{mesh.column}.json", json.dumps(files))
+
+    def _publish(self) -> None:
+        """Write the manifest, rename the folder, and delete old steps: rank 0."""
+        files: dict[str, Any] = {}
+        for column in range(self.mesh.columns):
+            listed = self.unfinished / f"files-{column}.json"
+            files |= json.loads(listed.read_text())
+            listed.unlink()
+        versions = {
+            "modelpar": __version__,
+            "torch": torch.__version__,
+            "python": python_version(),
+        }
+        manifest = {"format": FORMAT, "versions": versions, **self.manifest}
+        manifest |= {"columns": self.mesh.columns, "files": files}
+        atomic_write(self.unfinished / MANIFEST, json.dumps(signed(manifest), indent=1))
+        fsync_folder(self.unfinished)
+        self.unfinished.rename(self.final)  # fails if that step is there already
+        fsync_folder(self.folder)
+        fsync_folder(self.folder.parent)
+        with suppress(OSError):  # the step is saved; old ones are deleted next time
+            self._prune()
+
+    def _prune(self) -> None:
+        """Delete the steps that are not to be kept: rename first, then remove."""
+        steps, errors = list_steps(self.folder), top1_errors(self.folder.parent)
+        kept = {*list(steps)[-self.last :], self.last_step}
+        kept |= {step for step in steps if self.every and step % self.every == 0}
+        if self.best and (tested := [step for step in steps if step in errors]):
+            kept.add(min(tested, key=errors.__getitem__))
+        for step in steps.keys() - kept:
+            doomed = self.folder / f".del-{steps[step].name}"
+            steps[step].rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)  # the rest when the run starts again
+
+
+def _write_tensors(path: Path, tensors: Tensors) -> dict[str, Any]:
+    """Write and flush to disk; return size and hash of what was meant to be written."""
+    content = safetensors.torch.save({key: one.contiguous() for key, one in tensors.items()})
+    atomic_write(path, content)
+    return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
 
 
 def newest(run_dir: Path) -> Checkpoint | None:
     """Return the newest published step of a run, None where it has none."""
     found = list_steps(run_dir / "checkpoints")
-    return open_step(found[-1]) if found else None
+    return open_step(found[max(found)]) if found else None
 
 
 def open_step(folder: Path) -> Checkpoint:
@@ -105,13 +273,11 @@ def open_step(folder: Path) -> Checkpoint:
 
 def _damaged(path: Path, what: str) -> CheckpointError:
     """Return an error that names the file and the step that the run can continue from."""
-    folder = path.parent
-    older = [step.name for step in list_steps(folder.parent) if step.name < folder.name]
-    advice = (
-        f"move {folder.name} away to continue from {older[-1]}"
-        if older
-        else "there is no older step; start a new run_dir"
-    )
+    steps, folder = list_steps(path.parent.parent).values(), path.parent
+    older = [step.name for step in steps if step.name < folder.name]
+    advice = "there is no older step; start a new run_dir"
+    if older:
+        advice = f"move {folder.name} away to continue from {older[-1]}"
     return CheckpointError(f"{path}: {what}; {advice}")
 
 
@@ -122,21 +288,18 @@ def find(path: str) -> Checkpoint | Path:
         return named
     if (named / MANIFEST).is_file():
         return open_step(named)
+    problem = "no checkpoint there"
     if named.suffix in PICKLES or (named / ".metadata").is_file():
-        raise CheckpointError(
-            f"checkpoint={path}: may hold a pickle, which can run any code, and is never read; "
-            "use a run, a step or a .safetensors file"
-        )
-    found = newest(named)
-    if found is None:
-        raise CheckpointError(
-            f"checkpoint={path}: no checkpoint there; use a run, a step or a .safetensors file"
-        )
-    return found
+        problem = "may hold a pickle, which can run any code, and is never read"
+    elif found := newest(named):
+        return found
+    raise CheckpointError(
+        f"checkpoint={path}: {problem}; use a run, a step or a .safetensors file"
+    )
 
 
 def read_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file, whose size and hash must be the ``expected`` ones of a manifest.
+    """Read a safetensors file, checked against its ``expected`` entry in a manifest.
 
     Raises CheckpointError.
     """
@@ -145,7 +308,7 @@ def read_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> dict[
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise (_damaged(path, what) if expected else CheckpointError(f"{path}: {what}")) from None
-    if expected and described(content) != {key: expected[key] for key in ("bytes", "sha256")}:
+    if expected and sha256(content).hexdigest() != expected["sha256"]:
         raise _damaged(path, "damaged, size or hash differs from the manifest")
     try:
         return safetensors.torch.load(content)
@@ -153,25 +316,21 @@ def read_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> dict[
         raise CheckpointError(f"{path}: not a safetensors file ({one_line(error)})") from None
 
 
-def read_part(source: Checkpoint, kind: Kind, column: int | None) -> dict[str, Tensor]:
+def read_part(source: Checkpoint, kind: str, column: int | None) -> dict[str, Tensor]:
     """Return a column's tensors, or the whole net's for None, whichever way they were saved.
 
     Every file that is read is checked against the manifest.  Raises CheckpointError.
     """
     saved = int(source.manifest["columns"])
-
-    def part(owner: int) -> dict[str, Tensor]:
+    parts: list[dict[str, Tensor]] = []
+    for owner in range(saved) if column is None or saved == 1 else [column]:
         name = file_name(saved, owner, kind)
         if name not in source.manifest["files"]:
             raise CheckpointError(f"{source.folder / MANIFEST}: {name} is not listed")
-        return read_tensors(source.folder / name, source.manifest["files"][name])
-
-    if saved == 1:
-        whole = part(0)
-        return whole if column is None else column_state(whole, column)
-    if column is not None:
-        return part(column)
-    return merge([part(owner) for owner in range(COLUMNS)])
+        parts.append(read_tensors(source.folder / name, source.manifest["files"][name]))
+    if saved == 1 and column is not None:
+        return column_state(parts[0], column)
+    return merge(parts) if len(parts) > 1 else parts[0]
 
 
 def read_statistics(source: Checkpoint) -> dict[str, Tensor]:
@@ -185,8 +344,7 @@ def read_conv1(source: Checkpoint) -> Tensor:
     kernels: list[Tensor] = []
     for column in range(saved):
         name = file_name(saved, column, "weights")
-        tensors = source.manifest["files"][name]["tensors"]  # in the order of the net's layers
-        first = next(key for key, one in tensors.items() if len(one["shape"]) == KERNEL_DIMS)
+        first = next(iter(source.manifest["files"][name]["tensors"]))  # in the order of layers
         with safetensors.safe_open(source.folder / name, framework="pt") as file:
             kernels.append(file.get_tensor(first))
     return torch.cat(kernels)

@@ -31,8 +31,7 @@ class StepCheck:
     """Exchanges the step message; every method is a collective of the world."""
 
     def __init__(self, mesh: Mesh, request: Request) -> None:
-        self.mesh = mesh
-        self.request = request
+        self.mesh, self.request = mesh, request
 
     def step(
         self,
@@ -49,8 +48,8 @@ class StepCheck:
         if the columns of a replica have different batches, and DivergedError if replicas have
         different weights: the same error on every rank.
         """
-        hashes_weights = self.mesh.replicas > 1 and step % WEIGHTS_EVERY == 0
-        hashed = digest(weights.values()) if hashes_weights else 0
+        compares = self.mesh.replicas > 1 and step % WEIGHTS_EVERY == 0
+        hashed = digest(weights.values()) if compares else 0
         flags = (self.request.signal, saved, int(not finite))
         messages = self.mesh.gather_ints((step, batch.digest, hashed, *flags))
         columns = self.mesh.columns

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +14,12 @@ from modelpar.distributed import Mesh, comm_errors
 from modelpar.errors import say
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch
-from modelpar.net.alexnet import AlexNet, Column
+from modelpar.net.alexnet import AlexNet, Blocks, Column
 from modelpar.net.exchange import Link
 from modelpar.net.four_layer import FourLayer, Torchvision, whole_net
 from modelpar.net.layers import DropoutSeed
 from modelpar.net.plan import Plan
-from modelpar.settings import CrossingSettings, TrainSettings
+from modelpar.settings import RankSettings, TrainSettings
 from modelpar.training.metrics import ErrorCount, Errors
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
@@ -34,52 +33,28 @@ DTYPES: Final = {
 Net = AlexNet | Column | FourLayer | Torchvision
 
 
-def build(
-    plan: Plan,
-    mesh: Mesh,
-    precision: str,
-    crossing: CrossingSettings,
-    seed: int,
-    *,
-    channels_last: bool = True,
-) -> Net:
+def build(plan: Plan, mesh: Mesh, settings: RankSettings, seed: int) -> Net:
     """Return this process's part of the net on its device: a column, or the whole net.
 
     Weights are float32, or float64 with that precision.  With bfloat16 the optimizer or the
     evaluation rounds them.
     """
+    crossing = settings.crossing
     if mesh.pair is None:
         net: Net = whole_net(plan, seed)
     else:
-        wire = DTYPES[crossing.dtype or precision]
+        wire = DTYPES[crossing.dtype or settings.precision]
         link = Link.between(
             mesh.pair, dtype=wire, overlap=crossing.overlap, chunks=crossing.chunks
         )
         net = Column(plan, link, seed)
-    net.to(mesh.device, _wide(precision))
-    if channels_last:
+    net.to(mesh.device, torch.promote_types(DTYPES[settings.precision], torch.float32))
+    if settings.channels_last:
         net.to(memory_format=torch.channels_last)
     return net
 
 
-def _wide(precision: str) -> torch.dtype:
-    """Return the dtype of logits and loss, and of the weights that are updated."""
-    return torch.float64 if precision == "float64" else torch.float32
-
-
-class Part(Protocol):
-    """Something that may be compiled: the blocks of a net, the optimizer."""
-
-    def compile(self) -> None:
-        """Compile; raises CompileError."""
-        ...
-
-    def run_eager(self) -> None:
-        """Use nothing that is compiled."""
-        ...
-
-
-def compile_parts(mesh: Mesh, parts: Sequence[Part]) -> bool:
+def compile_parts(mesh: Mesh, parts: Sequence[Blocks | MomentumDecay]) -> bool:
     """Compile ``parts``, or none if that fails or gives other results on any rank.
 
     Returns whether they are compiled; if not, rank 0 prints the reason.  A collective of the
@@ -103,52 +78,22 @@ def compile_parts(mesh: Mesh, parts: Sequence[Part]) -> bool:
 # -- one step ------------------------------------------------------------------------------------
 
 
-@dataclass
 class Learner:
-    """A net with all that trains it: optimizer, learning rates, mesh."""
+    """This process's part of the net with all that trains it: optimizer and learning rates.
 
-    net: Net
-    mesh: Mesh
-    optimizer: MomentumDecay
-    schedule: Schedule
-    batch_size: int
-    seed: int
-    precision: str = "float32"
-    compiled: bool = False
+    A collective of the world, which compares the replicas' weights.
+    """
 
-    @classmethod
-    def create(
-        cls, plan: Plan, settings: TrainSettings, mesh: Mesh, *, compiled: bool = False
-    ) -> Self:
-        """Build this process's part of the net, its optimizer and its learning rates.
-
-        A collective of ``mesh.replica_group``, which compares the replicas' weights.
-        """
-        net = build(
-            plan,
-            mesh,
-            settings.precision,
-            settings.crossing,
-            settings.seed,
-            channels_last=settings.channels_last,
-        )
-        names = [name for name, _ in net.named_parameters()]  # of this column
-        return cls(
-            net,
-            mesh,
-            MomentumDecay(net, plan.recipe, DTYPES[settings.precision], plan.decays),
-            Schedule(plan.recipe, settings.epochs or settings.data.epochs, names),
-            settings.batch_size,
-            settings.seed,
-            settings.precision,
-            compiled,
-        )
-
-    def __post_init__(self) -> None:
-        if self.compiled:
-            blocks = [self.net.blocks] if isinstance(self.net, (AlexNet, Column)) else []
-            self.compiled = compile_parts(self.mesh, [*blocks, self.optimizer])
-        self.replicated = self.mesh.data_parallel(self.net)
+    def __init__(self, plan: Plan, settings: TrainSettings, mesh: Mesh) -> None:
+        self.mesh, self.batch_size, self.seed = mesh, settings.batch_size, settings.seed
+        self.net = build(plan, mesh, settings, settings.seed)
+        names = [name for name, _ in self.net.named_parameters()]  # of this column
+        self.schedule = Schedule(plan.recipe, settings.epochs or settings.data.epochs, names)
+        dtype = DTYPES[settings.precision]
+        self.optimizer = MomentumDecay(self.net, plan.recipe, dtype, plan.decays)
+        blocks = [self.net.blocks] if isinstance(self.net, (AlexNet, Column)) else []
+        self.compiled = settings.compile and compile_parts(mesh, [*blocks, self.optimizer])
+        self.replicated = mesh.data_parallel(self.net)
         self.last_logits = torch.empty(0)  # of the last step, (N, classes), with its dropout
 
     @property
@@ -165,32 +110,21 @@ class Learner:
         self.update(rates)
         return loss
 
-    def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds of the net: the updated weights, and running means."""
-        return self.net.state_dict() | self.optimizer.weights()
-
-    def load(self, state: Mapping[str, Tensor], velocities: Mapping[str, Tensor]) -> None:
-        """Restore what ``state`` returned, and the optimizer's velocities."""
-        self.net.load_state_dict(state)
-        self.optimizer.load(state, velocities)
-
     def gradients(self, batch: Batch, step: int) -> Tensor:
         """Do forward and backward; return the mean loss.  Weights do not change."""
         with comm_errors("gradients"):  # DistributedDataParallel averages them
             logits = self.logits(batch, step, self.replicated)
-            loss = functional.cross_entropy(logits.to(_wide(self.precision)), batch.labels)
+            loss = functional.cross_entropy(_wide(logits), batch.labels)
             self.last_logits = logits.detach()
             loss.backward()
         return loss.detach()
 
     def logits(self, batch: Batch, step: int, net: nn.Module | None = None) -> Tensor:
         """Return the logits (N, classes) in training mode, with the dropout masks of ``step``."""
-        first = self.mesh.replica * self.batch_size
-        rows = slice(first, first + self.batch_size)
+        first, images = self.mesh.replica * self.batch_size, self.mesh.replicas * self.batch_size
+        rows = slice(first, first + self.batch_size)  # of this replica
         self.net.train()
-        self.net.fix_dropout(
-            DropoutSeed(self.seed, step, rows, self.mesh.replicas * self.batch_size)
-        )
+        self.net.fix_dropout(DropoutSeed(self.seed, step, rows, images))
         return (net or self.net)(batch.images)
 
     def finite(self, loss: Tensor) -> bool:
@@ -204,6 +138,16 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return what a checkpoint holds: the net's updated weights and means, and velocities."""
+        weights = self.net.state_dict() | self.optimizer.weights()
+        return {"weights": weights, "velocities": self.optimizer.velocities()}
+
+    def load(self, weights: Mapping[str, Tensor], velocities: Mapping[str, Tensor]) -> None:
+        """Restore what ``state`` returned."""
+        self.net.load_state_dict(weights)
+        self.optimizer.load(weights, velocities)
+
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether every number in ``tensors`` is finite.
@@ -216,6 +160,11 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return all(bool(one.isfinite().all()) for one in tensors)
 
 
+def _wide(logits: Tensor) -> Tensor:
+    """Return the logits in the precision of the loss: float64 as they are, else float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 # -- one evaluation ------------------------------------------------------------------------------
 
 
@@ -225,9 +174,7 @@ def evaluate(
     mesh: Mesh,
     batches: Iterable[tuple[Tensor, Tensor]],
     augmentation: Augmentation,
-    *,
     views: int = 1,
-    precision: str = "float32",
 ) -> Errors:
     """Return the exact errors over ``batches`` of stored images; each replica has its share.
 
@@ -236,16 +183,8 @@ def evaluate(
     """
     net.eval()
     count = ErrorCount()
-    wide = _wide(precision)
-
-    def log_probabilities(images: Tensor) -> Tensor:
-        return functional.log_softmax(net(images).to(wide), dim=1)
-
     for stored, labels in batches:
-        if views == 1:
-            scores = log_probabilities(augmentation.center_crop(stored))
-        else:
-            each = [log_probabilities(view) for view in augmentation.ten_crop(stored)]
-            scores = torch.stack(each).logsumexp(0) - math.log(len(each))
-        count.add(scores, labels)
+        crops = [augmentation.center_crop(stored)] if views == 1 else augmentation.ten_crop(stored)
+        each = [functional.log_softmax(_wide(net(images)), dim=1) for images in crops]
+        count.add(torch.stack(each).logsumexp(0) - math.log(len(each)), labels)
     return count.result(mesh.replica_group, mesh.device)

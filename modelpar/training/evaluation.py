@@ -31,9 +31,9 @@ from modelpar.training.engine import DTYPES, Net, build, evaluate
 from modelpar.training.metrics import Errors
 
 RUN_KEYS: Final = ("step", "seed", "images_a_step")  # numbers that a manifest records of its run
-METADATA: Final = (
-    "modelpar"  # key of an exported file's metadata, which holds plan, data and RUN_KEYS as JSON
-)
+METADATA: Final = "modelpar"  # of an exported file: plan, data and RUN_KEYS as JSON
+
+NO_RECORD: Final = (SafetensorError, KeyError, TypeError, ValueError)  # if a file is no export
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,14 @@ def find(path: str) -> TrainedNet:
         else:
             with safetensors.safe_open(source, framework="pt") as file:
                 record = json.loads((file.metadata() or {})[METADATA])
-        plan, data = plan_of(record["plan"]), _data_of(record["data"])
+        schema = OmegaConf.structured(DataSettings)
+        data: Any = OmegaConf.to_object(OmegaConf.merge(schema, record["data"]))
         numbers = [int(record[key]) for key in RUN_KEYS]
-        return TrainedNet(source, plan, data, *numbers)
-    except (KeyError, TypeError, ValueError, SafetensorError, SettingsError) as error:
+        return TrainedNet(source, plan_of(record["plan"]), data, *numbers)
+    except (*NO_RECORD, OmegaConfBaseException, SettingsError) as error:
         raise CheckpointError(
             f"checkpoint={path}: does not describe the net it holds ({one_line(error)})"
         ) from None
-
-
-def _data_of(values: dict[str, Any]) -> DataSettings:
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataSettings), values))  # pyright: ignore[reportReturnType]
-    except OmegaConfBaseException as error:
-        raise SettingsError(one_line(error)) from None
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ class Prepared:
     workers: int
 
 
-def prepare(settings: EvaluateSettings) -> Prepared:
+def prepare(settings: EvaluateSettings, _run_dir: Path | None = None) -> Prepared:
     """Find weights, images and mean image.
 
     Raises CheckpointError, SettingsError and DataError.
@@ -102,9 +96,7 @@ def prepare(settings: EvaluateSettings) -> Prepared:
         )
     data = settings.data
     if not data.name:  # those of the run, with the settings that were given
-        data = replace(trained.data, download=data.download)
-        if settings.data.root is not None:
-            data = replace(data, root=settings.data.root)
+        data = replace(trained.data, download=data.download, root=data.root or trained.data.root)
     plan = trained.plan
     data = replace(data, image_size=plan.image_size, num_classes=plan.num_classes)
     cache = config.cache_dir(settings.cache_dir)
@@ -124,14 +116,7 @@ def prepare(settings: EvaluateSettings) -> Prepared:
 
 def loaded(settings: EvaluateSettings, trained: TrainedNet, mesh: Mesh) -> Net:
     """Return this process's part of the trained net; raises CheckpointError."""
-    net = build(
-        trained.plan,
-        mesh,
-        settings.precision,
-        settings.crossing,
-        seed=0,
-        channels_last=settings.channels_last,
-    )
+    net = build(trained.plan, mesh, settings, seed=0)
     weights = trained.weights(mesh.column if mesh.pair is not None else None)
     check_state(net, weights, settings.checkpoint)
     net.load_state_dict(weights)
@@ -141,30 +126,13 @@ def loaded(settings: EvaluateSettings, trained: TrainedNet, mesh: Mesh) -> Net:
 
 def evaluate_checkpoint(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
     """Return the exact errors over all test images.  A collective of the whole mesh."""
-    trained = prepared.trained
-    net = loaded(settings, trained, mesh)
-    batches = TestLoader(
-        prepared.images.test,
-        settings.batch_size,
-        mesh.device,
-        replica=mesh.replica,
-        replicas=mesh.replicas,
-        workers=prepared.workers,
-    )
-    augmentation = Augmentation(
-        prepared.statistics, trained.plan.image_size, scaled=False, device=mesh.device
-    )
-    views, precision = settings.views, settings.precision
-    return evaluate(net, mesh, batches, augmentation, views=views, precision=precision)
-
-
-def describe(errors: Errors, views: int) -> str:
-    """Return the errors in one line, with enough digits to compare two evaluations."""
-    shown = "the central view" if views == 1 else f"{views} views"
-    return (
-        f"top-1 error {errors.top1:.4f} %, top-5 error {errors.top5:.4f} %, "
-        f"loss {errors.loss:.6f}, {errors.samples} images, {shown}"
-    )
+    size, device = settings.batch_size, mesh.device
+    net = loaded(settings, prepared.trained, mesh)
+    images, replica = prepared.images.test, {"replica": mesh.replica, "replicas": mesh.replicas}
+    batches = TestLoader(images, size, device, **replica, workers=prepared.workers)
+    image_size = prepared.trained.plan.image_size
+    augmentation = Augmentation(prepared.statistics, image_size, scaled=False, device=device)
+    return evaluate(net, mesh, batches, augmentation, settings.views)
 
 
 def export(path: str, out: Path) -> str:

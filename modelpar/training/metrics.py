@@ -43,8 +43,7 @@ class ErrorCount:
     """Counts right answers and sums losses, so that any split of the samples adds up exactly."""
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(3, dtype=torch.int64)  # right in 1, right in 5, samples
-        self.loss = torch.zeros(1, dtype=torch.float64)
+        self.sums = torch.zeros(4, dtype=torch.float64)  # right in 1, right in 5, samples, loss
 
     def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
         """Count a batch: (N, classes) log-probabilities and N labels.
@@ -52,23 +51,18 @@ class ErrorCount:
         An answer is right within k if fewer than k classes rank before the label; NaN is wrong.
         """
         place = rank_of_label(log_probabilities, labels)
-        right = [int((place < 1).sum()), int((place < TOP).sum()), len(labels)]
-        self.counts += torch.tensor(right, dtype=torch.int64)
-        self.loss += functional.nll_loss(log_probabilities.double(), labels, reduction="sum").cpu()
+        loss = functional.nll_loss(log_probabilities.double(), labels, reduction="sum")
+        right = [int((place < 1).sum()), int((place < TOP).sum())]
+        self.sums += torch.tensor([*right, len(labels), float(loss)], dtype=torch.float64)
 
     def result(self, group: ProcessGroup | None, device: torch.device) -> Errors:
         """Return the errors over all samples that ``group`` counted; None: this process alone.
 
         A collective of ``group``.
         """
-        one, five, samples = all_reduce_sum(self.counts.to(device), group).tolist()
-        loss = all_reduce_sum(self.loss.to(device), group).item()
-        return Errors(
-            top1=100 * (samples - one) / samples,
-            top5=100 * (samples - five) / samples,
-            loss=loss / samples,
-            samples=samples,
-        )
+        one, five, samples, loss = all_reduce_sum(self.sums.to(device), group).tolist()
+        wrong1, wrong5 = samples - one, samples - five
+        return Errors(100 * wrong1 / samples, 100 * wrong5 / samples, loss / samples, int(samples))
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:

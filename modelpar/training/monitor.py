@@ -20,16 +20,12 @@ from modelpar.files import atomic_write
 from modelpar.images.loader import Batch
 from modelpar.net.exchange import Link
 from modelpar.net.paper import COLUMNS
+from modelpar.settings import MonitorSettings
 from modelpar.training.metrics import METRICS, Errors, read_rows
 
 KERNELS: Final = "conv1.png"
 LOGFILE_INTERVAL: Final = 10.0  # s between lines of the progress bar in a log file
 GRID_IMAGES: Final = 16  # of a batch
-
-
-def image_grid(images: Tensor) -> Tensor:
-    """Return the first images of a batch (N, 3, S, S), less the mean, as one picture in 0..1."""
-    return make_grid(images[:GRID_IMAGES].cpu().float() / 255 + 0.5, nrow=4).clamp(0, 1)
 
 
 class Monitor:
@@ -40,26 +36,22 @@ class Monitor:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        step: int,
-        total: int,
-        *,
-        repeats: bool,
-        progress: bool,
-        tensorboard: bool,
+        self, run_dir: Path, step: int, total: int, settings: MonitorSettings, *, repeats: bool
     ) -> None:
         self.run_dir = run_dir
-        _keep_rows(run_dir, step, step - repeats)
+        last = {"train": step, "test": step - repeats}
+        kept = [row for row in read_rows(run_dir) if row["step"] <= last.get(row["kind"], -1)]
+        atomic_write(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = (run_dir / METRICS).open("a", buffering=1)
-        purge = step + 1 if step else 0
-        self.board = SummaryWriter(str(run_dir), purge_step=purge) if tensorboard else None
+        self.board: SummaryWriter | None = None
+        if settings.tensorboard:
+            self.board = SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
         self.bar: Any = tqdm(
             total=total,
             initial=step,
             unit="step",
             dynamic_ncols=True,
-            disable=not progress,
+            disable=not settings.progress,
             mininterval=0.5 if sys.stderr.isatty() else LOGFILE_INTERVAL,
         )
 
@@ -89,10 +81,11 @@ class Monitor:
         )
         self._scalars({f"test/{key}": row[key] for key in ("loss", "top1", "top5")}, step)
 
-    def images(self, name: str, picture: Tensor, step: int) -> None:
-        """Show a picture (3, H, W) in 0..1 in TensorBoard."""
+    def batch(self, images: Tensor) -> None:
+        """Show the first images of a batch (N, 3, S, S), less the mean, in TensorBoard."""
         if self.board:
-            self.board.add_image(name, picture, step)
+            shown = images[:GRID_IMAGES].cpu().float() / 255 + 0.5
+            self.board.add_image("batch/augmented", make_grid(shown, nrow=4).clamp(0, 1), 0)
 
     def kernels(self, kernels: Tensor, step: int, columns: int = COLUMNS) -> None:
         """Show conv1's kernels of all columns, in TensorBoard and as ``conv1.png``.
@@ -101,18 +94,18 @@ class Monitor:
         """
         picture = kernel_picture(kernels, columns)
         save_image(picture, self.run_dir / KERNELS)
-        self.images("conv1/kernels", picture, step)
+        if self.board:
+            self.board.add_image("conv1/kernels", picture, step)
         found = specialisation(kernels, columns)
+        values: dict[str, float] = {}
         for column, part in enumerate(found):
             name = f"specialisation/column{column}"
-            values = {
-                f"{name}_off_grey": float(part.colour_share.mean()),
-                f"{name}_frequency": float(part.frequency.mean()),
-                f"{name}_colour_kernels": part.colour_kernels,
-            }
-            self._scalars(values, step)
+            values[f"{name}_off_grey"] = float(part.colour_share.mean())
+            values[f"{name}_frequency"] = float(part.frequency.mean())
+            values[f"{name}_colour_kernels"] = part.colour_kernels
         if difference := colour_difference(found):
-            self._scalars({"specialisation/difference_off_grey": difference[0]}, step)
+            values["specialisation/difference_off_grey"] = difference[0]
+        self._scalars(values, step)
 
     def activations(self, rows: Sequence[Activity], step: int) -> None:
         """Show statistics of the layers' outputs for test images: one group of charts a measure.
@@ -132,10 +125,10 @@ class Monitor:
 
     def close(self) -> None:
         """End the bar and close the files, as far as the disk allows."""
-        for close in (self.bar.close, self.file.close, self.board.close if self.board else None):
+        for part in (self.bar, self.file, self.board):
             with suppress(OSError):
-                if close:
-                    close()
+                if part is not None:
+                    part.close()
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
@@ -152,28 +145,21 @@ def show(line: str) -> None:
         tqdm.write(line)
 
 
-def _keep_rows(run_dir: Path, last_train: int, last_test: int) -> None:
-    """Keep the rows up to these steps, without lines that a killed process cut short."""
-    last = {"train": last_train, "test": last_test}
-    kept = [row for row in read_rows(run_dir) if row["step"] <= last.get(row["kind"], -1)]
-    atomic_write(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
-
-
 class Meter:
     """Time, waiting and bytes sent since the last row."""
 
     def __init__(self, link: Link | None, batch_size: int, device: torch.device) -> None:
-        self.link = link
-        self.batch_size = batch_size
-        self.device = device
+        self.link, self.batch_size, self.device = link, batch_size, device
         self.pause()
 
     def pause(self) -> None:
         """Start again, after an evaluation or a save that no row should count."""
-        self.began = time.perf_counter()
-        self.waited, self.steps = 0.0, 0
-        self.crossed = self.link.seconds if self.link else 0.0
-        self.sent = self.link.bytes_sent if self.link else 0
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.crossed, self.sent = self._link_totals()
+
+    def _link_totals(self) -> tuple[float, int]:
+        """Return the seconds spent in crossings and the bytes sent since the run began."""
+        return (self.link.seconds, self.link.bytes_sent) if self.link else (0.0, 0)
 
     def add(self, batch: Batch) -> None:
         """Count one step."""
@@ -184,15 +170,13 @@ class Meter:
         """Return the means per step since the last row, and start again."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        steps = max(1, self.steps)
+        steps, (seconds, sent) = max(1, self.steps), self._link_totals()
         images = steps * self.batch_size
-        crossed = (self.link.seconds if self.link else 0.0) - self.crossed
-        sent = (self.link.bytes_sent if self.link else 0) - self.sent
         row = {
             "images_per_s": images / (time.perf_counter() - self.began),
             "data_wait_s": self.waited / steps,
-            "crossing_s": crossed / steps,
-            "exchange_bytes_per_image": sent / images,
+            "crossing_s": (seconds - self.crossed) / steps,
+            "exchange_bytes_per_image": (sent - self.sent) / images,
         }
         self.pause()
         return row

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modelpar.device import check_compiled
@@ -27,26 +27,24 @@ class MomentumDecay(Optimizer):
         self,
         net: nn.Module,
         recipe: Recipe,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
         factors: Mapping[str, float] | None = None,
     ) -> None:
         masters = {name: weight.detach() for name, weight in net.named_parameters()}
-        if dtype is not None and dtype.itemsize < torch.float32.itemsize:
+        if dtype.itemsize < torch.float32.itemsize:
             net.to(dtype)  # the masters keep theirs
+        self.named = dict(net.named_parameters())
         groups = [
-            {
-                "params": [weight],
-                "name": name,
-                "decay": decay(name, recipe, factors or {}),
-            }
-            for name, weight in net.named_parameters()
+            {"params": [weight], "name": name, "decay": _decay(name, recipe, factors or {})}
+            for name, weight in self.named.items()
         ]
         super().__init__(groups, {"lr": recipe.lr, "momentum": recipe.momentum})
-        for group in self.param_groups:
-            (weight,), master = group["params"], masters[group["name"]]
-            master_state = {"master": master} if master.dtype != weight.dtype else {}
+        for name, weight in self.named.items():
+            master = masters[name]
             velocity = torch.zeros_like(master, memory_format=torch.preserve_format)
-            self.state[weight] = {"velocity": velocity, **master_state}
+            self.state[weight] = {"velocity": velocity}
+            if master.dtype != weight.dtype:
+                self.state[weight]["master"] = master
         self.update = _update
 
     def compile(self) -> None:
@@ -55,14 +53,14 @@ class MomentumDecay(Optimizer):
         Raises CompileError, and compiles nothing, if that fails or differs from the eager update.
         """
         compiled = torch.compile(_update, dynamic=False)
-        weight: torch.Tensor = self.param_groups[0]["params"][0]
-        master = self.state[weight].get("master")
+        weight = next(iter(self.named.values()))
         example = torch.linspace(-1, 1, 8, dtype=self.state[weight]["velocity"].dtype)
         examples = [example.to(weight.device), example.flip(0).to(weight)]
+        compared = partial(_updated, rounds="master" in self.state[weight])
         check_compiled(
             "the update of the weights",
-            partial(_updated, compiled, rounds=master is not None),
-            partial(_updated, _update, rounds=master is not None),
+            partial(compared, compiled),
+            partial(compared, _update),
             *examples,
         )
         self.update = compiled
@@ -77,12 +75,8 @@ class MomentumDecay(Optimizer):
             group["lr"] = rates[group["name"]]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter whose rate is not 0; return what ``closure`` returns, if any."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter whose rate is not 0."""
         active = [group for group in self.param_groups if group["lr"] != 0]
         weights = [group["params"][0] for group in active]
         self.update(
@@ -95,44 +89,36 @@ class MomentumDecay(Optimizer):
             [group["momentum"] for group in active],
             [weight if "master" in self.state[weight] else None for weight in weights],
         )
-        return loss
 
-    def velocities(self) -> dict[str, torch.Tensor]:
+    def velocities(self) -> dict[str, Tensor]:
         """Return each parameter's velocity under the parameter's name."""
-        return {
-            group["name"]: self.state[group["params"][0]]["velocity"]
-            for group in self.param_groups
-        }
+        return {name: self.state[weight]["velocity"] for name, weight in self.named.items()}
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """Return the trained weights by name: the float32 masters if there are any."""
-        named = {group["name"]: group["params"][0] for group in self.param_groups}
         return {
             name: self.state[weight].get("master", weight.detach())
-            for name, weight in named.items()
+            for name, weight in self.named.items()
         }
 
     @torch.no_grad()
-    def load(
-        self, weights: Mapping[str, torch.Tensor], velocities: Mapping[str, torch.Tensor]
-    ) -> None:
+    def load(self, weights: Mapping[str, Tensor], velocities: Mapping[str, Tensor]) -> None:
         """Restore weights and velocities by name, with the weights rounded to the net's dtype."""
-        for group in self.param_groups:
-            (weight,), name = group["params"], group["name"]
-            self.state[weight]["velocity"].copy_(velocities[name])
+        for name, weight in self.named.items():
             weight.copy_(weights[name])
+            self.state[weight]["velocity"].copy_(velocities[name])
             if "master" in self.state[weight]:
                 self.state[weight]["master"].copy_(weights[name])
 
 
 def _update(
-    weights: Sequence[torch.Tensor],
-    velocities: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    rates: Sequence[torch.Tensor],
+    weights: Sequence[Tensor],
+    velocities: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    rates: Sequence[Tensor],
     decays: Sequence[float],
     momenta: Sequence[float],
-    rounded: Sequence[torch.Tensor | None],
+    rounded: Sequence[Tensor | None],
 ) -> None:
     """Update in place, and copy each new weight into its entry of ``rounded``, if there is one."""
     for weight, velocity, grad, rate, decay, momentum, copy in zip(
@@ -148,9 +134,7 @@ def _update(
 
 
 @torch.no_grad()
-def _updated(
-    update: Callable[..., None], weight: torch.Tensor, grad: torch.Tensor, *, rounds: bool
-) -> torch.Tensor:
+def _updated(update: Callable[..., None], weight: Tensor, grad: Tensor, *, rounds: bool) -> Tensor:
     """Return a weight and a velocity after one ``update``, and the weight rounded to bfloat16."""
     weight, velocity = weight.clone(), weight.square()
     copy = grad.clone() if rounds else None
@@ -159,11 +143,8 @@ def _updated(
     return torch.cat([weight, velocity, *([] if copy is None else [copy.to(weight)])])
 
 
-def decay(name: str, recipe: Recipe, factors: Mapping[str, float]) -> float:
-    """Return the decay of the parameter ``name``: all decay (section 5), or only weights (code).
-
-    ``factors`` multiply it in the layers that they name.
-    """
+def _decay(name: str, recipe: Recipe, factors: Mapping[str, float]) -> float:
+    """Return the decay of a parameter: of all (section 5) or of weights only (the code)."""
     if recipe.decay == "weights" and not name.endswith(".weight"):
         return 0.0
     return recipe.weight_decay * factors.get(name.rpartition(".")[0], 1.0)

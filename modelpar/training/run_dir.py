@@ -1,7 +1,7 @@
 """A run directory: which run it holds, and whether the one that starts is the same run."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -41,31 +41,29 @@ def check_compatible(run_dir: Path, settings: TrainSettings) -> None:
         ) from None
     if not found:
         return
+    problem = ""
     if CONFIG not in found:
-        raise SettingsError(
-            f"run_dir={run_dir}: holds {min(found)}, which is not part of a run; use a new folder"
-        )
-    if settings.resume != "auto":
-        raise SettingsError(
-            f"run_dir={run_dir}: holds a run, and resume={settings.resume}; use a new folder"
-        )
+        problem = f"{min(found)}, which is not part of a run; use a new folder"
+    elif settings.resume != "auto":
+        problem = f"a run, and resume={settings.resume}; use a new folder"
+    elif difference := _first_difference(run_dir, settings):
+        problem = f"a run with {difference}; use a new folder or the same settings"
+    if problem:
+        raise SettingsError(f"run_dir={run_dir}: holds {problem}")
+
+
+def _first_difference(run_dir: Path, settings: TrainSettings) -> str:
+    """Return what makes the run in ``run_dir`` another one; an empty string: it is the same."""
     try:
         before = _load(run_dir)
-        old = int(before.batch_size) * int(before.replicas)
+        old, new = (int(one.batch_size) * int(one.replicas) for one in (before, settings))
     except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
         raise SettingsError(
             f"{run_dir / CONFIG}: cannot be read ({one_line(error)}); use a new folder"
         ) from None
-    changes = _changes(before, settings, FIXED)
-    difference = next((f"{key}={was}, not {now}" for key, was, now in changes), "")
-    new = settings.batch_size * settings.replicas
-    if not difference and old != new:
-        difference = f"{old} images per step (batch_size * replicas), not {new}"
-    if difference:
-        raise SettingsError(
-            f"run_dir={run_dir}: holds a run with {difference}; use a new folder or the same "
-            "settings"
-        )
+    for key, was, now in _changes(before, settings, FIXED):
+        return f"{key}={was}, not {now}"
+    return f"{old} images per step (batch_size * replicas), not {new}" if old != new else ""
 
 
 def trajectory_changes(run_dir: Path, settings: TrainSettings) -> list[str]:
@@ -85,15 +83,13 @@ def _load(run_dir: Path) -> DictConfig:
 
 def _changes(
     before: DictConfig, settings: TrainSettings, groups: tuple[str, ...]
-) -> list[tuple[str, Any, Any]]:
-    """Return key, old and new value of each setting of ``groups`` that has changed."""
-    changes: list[tuple[str, Any, Any]] = []
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield key, old and new value of each setting of ``groups`` that has changed."""
     for key, new in flatten(settings).items():
         old: Any = OmegaConf.select(before, key)
         if old != new and any(f"{key}.".startswith(f"{group}.") for group in groups):
             was, now = ("null" if value is None else value for value in (old, new))
-            changes.append((key, was, now))
-    return changes
+            yield key, was, now
 
 
 @contextmanager
@@ -104,31 +100,29 @@ def locked(run_dir: Path, mesh: Mesh) -> Generator[None]:
     """
     lock = FileLock(run_dir / LOCK)
     try:
-        with mesh.all_or_none():
+        with mesh.all_or_none(), _written(run_dir):
             if mesh.rank == 0:
+                (run_dir / LOCK).parent.mkdir(parents=True, exist_ok=True)
                 # The system frees it when this process ends in any way; NFS takes its time.
-                _acquire(lock, run_dir, min(FREED_WITHIN, mesh.timeout / 2))
+                lock.acquire(timeout=min(FREED_WITHIN, mesh.timeout / 2))
         yield
     finally:
         lock.release()
 
 
-def _acquire(lock: Any, run_dir: Path, timeout: float) -> None:
+@contextmanager
+def _written(run_dir: Path) -> Generator[None]:
+    """Raise CheckpointError if the run directory cannot be locked or written."""
     try:
-        (run_dir / LOCK).parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=timeout)
+        yield
     except Timeout:
         raise CheckpointError(
             f"{run_dir}: in use by another run; wait for it or use another run_dir"
         ) from None
     except OSError as error:
-        raise _not_written(run_dir, error) from None
-
-
-def _not_written(run_dir: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{run_dir}: cannot be written ({one_line(error)}); use another run_dir"
-    )
+        raise CheckpointError(
+            f"{run_dir}: cannot be written ({one_line(error)}); use another run_dir"
+        ) from None
 
 
 def write_config(run_dir: Path, settings: TrainSettings, mesh: Mesh) -> None:
@@ -136,12 +130,9 @@ def write_config(run_dir: Path, settings: TrainSettings, mesh: Mesh) -> None:
 
     A collective of the world.  Raises CheckpointError on every rank.
     """
-    with mesh.all_or_none():
+    with mesh.all_or_none(), _written(run_dir):
         if mesh.rank == 0:
-            try:
-                write(run_dir, settings)
-            except OSError as error:
-                raise _not_written(run_dir, error) from None
+            write(run_dir, settings)
     with mesh.all_or_none():
         deadline = time.monotonic() + SHARED_WITHIN
         while not (run_dir / CONFIG).is_file():

@@ -40,10 +40,8 @@ class Schedule:
     """
 
     def __init__(self, recipe: Recipe, epochs: int, names: Sequence[str] = NAMES) -> None:
-        self.recipe = recipe
-        self.epochs = epochs
+        self.recipe, self.epochs, self.table = recipe, epochs, paper.SCHEDULES[recipe.schedule]
         self.names = names  # of the net's parameters, in the order of its layers
-        self.table = paper.SCHEDULES[recipe.schedule]
         self.plateau = Plateau()
 
     @property

@@ -24,15 +24,14 @@ from modelpar.files import check_space
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.net.plan import settings_of
 from modelpar.net.weights import check_state
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint
-from modelpar.training.checkpointer import Checkpointer, Retention, State, num_bytes
+from modelpar.training.checkpoint import Checkpointer
 from modelpar.training.consistency import StepCheck
 from modelpar.training.engine import Learner, all_finite, evaluate
 from modelpar.training.metrics import rank_of_label
-from modelpar.training.monitor import Meter, Monitor, image_grid, show
+from modelpar.training.monitor import Meter, Monitor, show
 from modelpar.training.nonfinite import first_nonfinite
 from modelpar.training.prepare import Prepared, agreed_start
 from modelpar.training.run_dir import locked, trajectory_changes, write_config
@@ -40,19 +39,18 @@ from modelpar.training.run_dir import locked, trajectory_changes, write_config
 STATS_IMAGES: Final = 128  # test images whose activations are summarized: one batch
 
 
-def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path) -> float:
-    """Train in ``run_dir`` until epochs or steps are over; return the last top-1 error in %.
+def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path) -> None:
+    """Train in ``run_dir`` until epochs or steps are over, from its newest checkpoint if any.
 
-    Resumes from the run's newest checkpoint if it has one.  A finished run is left as it is.
-    A collective of the whole mesh.
+    A finished run is left as it is.  A collective of the whole mesh.
     """
     with shutdown.signals_noted() as request, locked(run_dir, mesh):
         prepared = agreed_start(settings, prepared, run_dir, mesh)
-        start, error = prepared.start, prepared.final_error
-        if start is not None and error is not None:
+        start = prepared.start
+        if start is not None and prepared.finished:
             if mesh.rank == 0:
                 show(f"finished: {run_dir} is at step {start.step} of {prepared.steps}")
-            return error
+            return
         trainer = Trainer(settings, prepared, mesh, run_dir, StepCheck(mesh, request))
         if start is not None:
             trainer.resume(start)
@@ -62,7 +60,7 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
         write_config(run_dir, settings, mesh)
         try:
             trainer.open_monitor()
-            return trainer.run()
+            trainer.run()
         finally:
             if trainer.monitor:
                 trainer.monitor.close()
@@ -79,32 +77,36 @@ class Trainer:
         run_dir: Path,
         check: StepCheck,
     ) -> None:
-        self.settings, self.mesh, self.run_dir, self.check = settings, mesh, run_dir, check
-        self.data, self.images, self.plan = prepared.data, prepared.images, prepared.plan
-        self.statistics, self.total = prepared.statistics, prepared.steps
-        recipe, batch_size, workers = self.plan.recipe, settings.batch_size, self.data.workers
+        self.settings, self.prepared, self.mesh = settings, prepared, mesh
+        self.run_dir, self.check, self.total = run_dir, check, prepared.steps
+        self.plan, device, images = prepared.plan, mesh.device, prepared.images
         if mesh.rank == 0 and settings.compile:
             show("modelpar: compiling; later starts on this machine reuse the result")
-        self.learner = Learner.create(self.plan, settings, mesh, compiled=settings.compile)
+        self.learner = Learner(self.plan, settings, mesh)
+        recipe, size, workers = self.plan.recipe, settings.batch_size, prepared.data.workers
         self.augmentation = Augmentation(
-            self.statistics,
+            prepared.statistics,
             self.plan.image_size,
             scaled=recipe.colour_noise == "added_and_scaled",
-            device=mesh.device,
+            device=device,
         )
         replica = {"replica": mesh.replica, "replicas": mesh.replicas}
-        shuffle = recipe.shuffle if self.images.shuffled else "never"
-        train, test = self.images.train, self.images.test
-        self.order = BatchOrder(len(train), batch_size, settings.seed, **replica, shuffle=shuffle)
+        shuffle = recipe.shuffle if images.shuffled else "never"
+        self.order = BatchOrder(len(images.train), size, settings.seed, **replica, shuffle=shuffle)
         self.loader = TrainLoader(
-            train, self.order, self.augmentation, mesh.device, crops=recipe.crops, workers=workers
+            images.train,
+            self.order,
+            self.augmentation,
+            device,
+            crops=recipe.crops,
+            workers=workers,
         )
-        self.tests = TestLoader(test, batch_size, mesh.device, **replica, workers=workers)
-        retention = Retention(settings.keep_last, settings.keep_every, best=settings.keep_best)
-        self.checkpointer = Checkpointer(run_dir, mesh, retention)
+        self.tests = TestLoader(images.test, size, device, **replica, workers=workers)
+        last, every, best = settings.keep_last, settings.keep_every, settings.keep_best
+        self.checkpointer = Checkpointer(run_dir, mesh, last=last, every=every, best=best)
+        self.meter = Meter(self.learner.link, size, device)
         self.monitor: Monitor | None = None  # of rank 0
         self.step = 0
-        self.top1 = math.nan  # error in % of the last evaluation
 
     def resume(self, start: checkpoint.Checkpoint) -> None:
         """Load a checkpoint, once all ranks have read theirs and it fits their net.
@@ -128,20 +130,15 @@ class Trainer:
         """Check the free space and open what the run shows, on rank 0."""
         with self.mesh.all_or_none():
             if self.mesh.rank == 0:
-                check_space(self.run_dir, num_bytes(self._state()) * self.mesh.columns)
-                self.monitor = Monitor(
-                    self.run_dir,
-                    self.step,
-                    self.total,
-                    repeats=self._evaluation_due(),
-                    progress=self.settings.monitor.progress,
-                    tensorboard=self.settings.monitor.tensorboard,
-                )
+                size = checkpoint.num_bytes(self.learner.state()) * self.mesh.columns
+                check_space(self.run_dir, size)
+                shown, again = self.settings.monitor, self._evaluation_due()
+                self.monitor = Monitor(self.run_dir, self.step, self.total, shown, repeats=again)
 
     # -- the loop --------------------------------------------------------------------------------
 
-    def run(self) -> float:
-        """Train to the end; return the last top-1 error in %.
+    def run(self) -> None:
+        """Train to the end.
 
         Raises StoppedError if a signal asked any rank to stop, and DivergedError.
         """
@@ -155,30 +152,27 @@ class Trainer:
                 f"{self.run_dir}: checkpoints, metrics.jsonl, conv1.png; "
                 f"tensorboard --logdir {self.run_dir}"
             )
-        return self.top1
 
     def _epoch(self) -> None:
         """Train from the present step to the end of its epoch, or of the run."""
         epoch, first = divmod(self.step, len(self.order))
         rates = self.learner.schedule.rates(epoch)
         noise = self.learner.schedule.colour_noise(epoch)
-        meter = Meter(self.learner.link, self.settings.batch_size, self.mesh.device)
+        self.meter.pause()
+        every = self.prepared.data.checkpoint_every
         for batch in self.loader.epoch(epoch, first, noise):
             if self.monitor and self.step == 0:
-                self.monitor.images("batch/augmented", image_grid(batch.images), 0)
+                self.monitor.batch(batch.images)
             loss, stop = self._train_step(batch, rates)
-            meter.add(batch)
+            self.meter.add(batch)
             if (self.step - 1) % self.settings.log_every == 0:
-                self._log(batch, loss, epoch, rates, meter)
-            every = self.data.checkpoint_every
+                self._log(batch, loss, epoch, rates)
             if self.step == self.total or (every and self.step % every == 0):
                 self._save()
-                meter.pause()
             if stop:
                 self._save_and_stop(stop)
             if self._evaluation_due():
                 self._evaluate()
-                meter.pause()
             if self.step == self.total:
                 return
 
@@ -202,9 +196,7 @@ class Trainer:
         self._show_kernels(self.checkpointer.advance(status.saves))
         return loss, status.stop
 
-    def _log(
-        self, batch: Batch, loss: Tensor, epoch: int, rates: dict[str, float], meter: Meter
-    ) -> None:
+    def _log(self, batch: Batch, loss: Tensor, epoch: int, rates: dict[str, float]) -> None:
         """Record the step: its loss and top-1 error over all replicas, rates and speed.
 
         The error is that of the batch as it was trained on: augmented, with dropout.
@@ -221,7 +213,7 @@ class Trainer:
             "lr": rates[shown[1]],
         }
         if self.monitor:
-            self.monitor.train(row | meter.take(), {name: rates[name] for name in shown})
+            self.monitor.train(row | self.meter.take(), {name: rates[name] for name in shown})
 
     def _diverged(self, step: int, what: str) -> NoReturn:
         """Publish a save under way, which is of an earlier step, and raise DivergedError."""
@@ -240,31 +232,25 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate and record; raises StoppedError, with the step saved, and DivergedError."""
+        net, plan, batches = self.learner.net, self.plan, self._test_batches()
         ends = self.step >= self.total
         views = self.settings.views if ends else 1
         stats = None
         if self.settings.monitor.tensorboard and self.mesh.replica == 0:
             per_batch = -(-STATS_IMAGES // len(self.tests))
-            stats = ActivationStats(self.learner.net, self.plan.columns, self.mesh, per_batch)
+            stats = ActivationStats(net, plan.columns, self.mesh, per_batch)
         with stats or nullcontext():
-            errors = evaluate(
-                self.learner.net,
-                self.mesh,
-                self._test_batches(),
-                self.augmentation,
-                views=views,
-                precision=self.settings.precision,
-            )
+            errors = evaluate(net, self.mesh, batches, self.augmentation, views)
         if not math.isfinite(errors.loss):
             self._diverged(self.step, f"the test loss is {errors.loss}")
         if not ends:
             epoch = self.step // len(self.order) - 1
             self.learner.schedule.plateau.observe(epoch, errors.top1)
         rows = stats.result() if stats else []
-        self.top1 = errors.top1
         if self.monitor:
             self.monitor.activations(rows, self.step)
-            self.monitor.test(self.step, errors, self.plan.num_classes, views)
+            self.monitor.test(self.step, errors, plan.num_classes, views)
+        self.meter.pause()
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the test batches; stop at once if asked, since a scheduler may not wait longer."""
@@ -278,38 +264,24 @@ class Trainer:
 
     # -- checkpoints -----------------------------------------------------------------------------
 
-    def _state(self) -> State:
-        return {
-            "weights": self.learner.state(),
-            "velocities": self.learner.optimizer.velocities(),
-        }
-
     def _save(self) -> None:
         """Start a checkpoint of this step, after an earlier one is published."""
         self._show_kernels(self.checkpointer.finish())
-        state = self._state()
-        with self.mesh.all_or_none():
-            if not all_finite(list(state["weights"].values())):
-                raise DivergedError(
-                    f"step {self.step}: a weight is not finite after its update; use a new "
-                    "run_dir with a lower recipe.lr"
-                )
+        state = self.learner.state()
+        finite = all_finite(list(state["weights"].values()))
+        if not all(one for (one,) in self.mesh.gather_ints((int(finite),))):
+            self._diverged(self.step, "a weight is not finite after its update")
         if self.monitor:
             self.monitor.flush()
         manifest = {
             "step": self.step,
             "epoch": self.step // len(self.order),
             "schedule": self.learner.schedule.state(),
-            "seed": self.settings.seed,
-            "images_a_step": self.settings.batch_size * self.mesh.replicas,
-            "precision": self.settings.precision,
-            "plan": settings_of(self.plan),
-            "data": without_secrets(asdict(self.data)),
-            "fingerprint": self.images.fingerprint,
+            "data": without_secrets(asdict(self.prepared.data)),
+            **self.prepared.identity,
         }
-        stats = self.statistics
-        tensors = {"mean": stats.mean, "std": stats.std, "axes": stats.axes}
-        self.checkpointer.start(state, tensors, manifest)
+        self.checkpointer.start(state, vars(self.prepared.statistics), manifest)
+        self.meter.pause()
 
     def _save_and_stop(self, stop: int) -> NoReturn:
         if self.checkpointer.last_step != self.step:

@@ -60,8 +60,9 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
         seed=3,
         precision=precision,
         channels_last=channels_last,
+        compile=compiled,
     )
-    return Learner.create(plan, settings, mesh, compiled=compiled)
+    return Learner(plan, settings, mesh)
 
 
 def outcome(mesh: Mesh, recipe: str, steps: int, how: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def test_two_pairs_equal_whole_net_on_the_global_batch(two_pairs: Ranks) -> None
 def counts(mesh: Mesh, size: int, classes: int) -> dict[str, Any]:
     """Bytes and swaps of one training step, and the collectives torch saw."""
     plan = plan_from("code2012", classes, size, {})
-    net = build(plan, mesh, "float32", CrossingSettings(chunks=1), seed=0)
+    net = build(plan, mesh, TrainSettings(crossing=CrossingSettings(chunks=1)), seed=0)
     images = torch.randn(2, 3, size, size)
     # torch 2.11's CommDebugMode fails if a module runs several times, as the pool does.
     old = torch.__version__.startswith("2.11")
@@ -265,7 +266,7 @@ def test_bytes_a_step_are_the_budget_and_nothing_else_crosses(pair: Ranks) -> No
 
 def start_weights(mesh: Mesh, recipe: str) -> dict[str, torch.Tensor]:
     plan = plan_from(recipe, 1000, 64, {})
-    return build(plan, mesh, "float32", CrossingSettings(), seed=11).state_dict()
+    return build(plan, mesh, TrainSettings(), seed=11).state_dict()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -27,9 +27,9 @@ def words_of(name: str) -> list[str]:
     return [f"experiment={name}", *small, "monitor.progress=false", "monitor.tensorboard=false"]
 
 
-def trained(mesh: Mesh, name: str, run_dir: str) -> float:
+def trained(mesh: Mesh, name: str, run_dir: str) -> None:
     settings = config.read("train", words_of(name))
-    return trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
+    trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from torch import nn
 
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, PeerLostError
 from modelpar.images.loader import Batch
-from modelpar.training.checkpointer import Checkpointer, Retention
+from modelpar.net.plan import Recipe, plan_for
+from modelpar.settings import ModelSettings, TrainSettings
+from modelpar.training.checkpoint import Checkpointer
 from modelpar.training.engine import Learner
 
 TIMEOUT = 4.0  # s: comm.timeout here
@@ -43,23 +44,10 @@ def first(ranks: Ranks, function: Callable[..., Any], *arguments: object) -> Any
 # -- replicas -------------------------------------------------------------------------------------
 
 
-class Tiny(nn.Module):
-    """A net without dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 2)
-
-    def fix_dropout(self, draw: object) -> None:
-        del draw
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.fc(images)
-
-
 def left(mesh: Mesh, steps: int) -> str:
     """Learn together; after so many steps, 0 being before the net is built, rank 1 is killed."""
-    batch = Batch(torch.ones(3, 4), torch.zeros(3, dtype=torch.int64), 0.0)
+    batch = Batch(torch.ones(3, 3, 8, 8), torch.zeros(3, dtype=torch.int64), 0.0)
+    plan = plan_for(Recipe.named("code2012"), ModelSettings(net="four_layer"), 2, 8)
 
     def perhaps_die(step: int) -> None:
         if mesh.rank == 1 and step == steps:
@@ -67,7 +55,7 @@ def left(mesh: Mesh, steps: int) -> str:
 
     try:
         perhaps_die(0)
-        learner = Learner(Tiny(), mesh, None, None, 3, seed=0)  # type: ignore[arg-type]
+        learner = Learner(plan, TrainSettings(batch_size=3, epochs=1, compile=False), mesh)
         for step in range(1, 3):
             learner.gradients(batch, step)
             perhaps_die(step)
@@ -97,7 +85,7 @@ def columns() -> Iterator[Ranks]:
 
 def saved(mesh: Mesh, folder: str, step: int, how: str) -> tuple[str, float]:
     """Save and wait for it; return the outcome, and how long it took in s."""
-    saver, write = Checkpointer(Path(folder), mesh, Retention()), Checkpointer._write
+    saver, write = Checkpointer(Path(folder), mesh), Checkpointer._write
     tensors = {"fc": torch.ones(2)}
     breaks = mesh.rank == mesh.world_size - 1
 

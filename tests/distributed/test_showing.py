@@ -40,7 +40,7 @@ def seen(mesh: Mesh, words: list[str]) -> dict[str, Any]:
     """Activations and distances of a net that has learnt nothing, in float64."""
     settings = config.read("train", words)
     found = prepare.prepare(settings)
-    net = build(found.plan, mesh, "float64", settings.crossing, seed=3)
+    net = build(found.plan, mesh, settings, seed=3)
     lens = Augmentation(found.statistics, 64, scaled=False, device="cpu")
     batch = torch.stack([found.images.test[place][0] for place in range(7)])
     with ActivationStats(net, found.plan.columns, mesh, images=5) as watched:
@@ -59,7 +59,7 @@ def test_figures_of_the_pair_equal_those_of_the_whole_net(
     pair: Ranks, images: Path, net: str
 ) -> None:
     crossing = ["model.crossing_at=[]"] if net == "no_crossing" else []
-    words = words_of(images, f"model.net={net}", *crossing)
+    words = words_of(images, f"model.net={net}", "precision=float64", *crossing)
     whole = seen(ALONE, words)
     first, second = pair.run(seen, words)
     assert first["activity"] == second["activity"]
@@ -74,10 +74,10 @@ def test_figures_of_the_pair_equal_those_of_the_whole_net(
             assert one == pytest.approx(other, rel=1e-9)
 
 
-def trained(mesh: Mesh, words: list[str], run_dir: str) -> float:
+def trained(mesh: Mesh, words: list[str], run_dir: str) -> None:
     settings = config.read("train", words)
     settings.replicas = mesh.replicas
-    return trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
+    trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

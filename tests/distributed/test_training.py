@@ -19,7 +19,7 @@ from modelpar.images.order import BatchOrder
 from modelpar.training import prepare, trainer
 from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.engine import Learner
-from modelpar.training.metrics import read_rows, top1_errors
+from modelpar.training.metrics import read_rows
 
 QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
 
@@ -37,10 +37,10 @@ def overrides(images: Path, *more: str) -> list[str]:
     ]
 
 
-def trained(mesh: Mesh, words: list[str], run_dir: str) -> float:
+def trained(mesh: Mesh, words: list[str], run_dir: str) -> None:
     settings = config.read("train", words)
     settings.replicas = mesh.replicas
-    return trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
+    trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def test_resume_is_exact_within_epochs_and_at_their_ends(
     assert once.step == often.step == 15
     assert once.manifest["schedule"] == often.manifest["schedule"]
     for kind in ("weights", "velocities"):
-        one, other = (read_part(each, kind, None) for each in (once, often))  # type: ignore[arg-type]
+        one, other = (read_part(each, kind, None) for each in (once, often))
         assert all(torch.equal(one[key], other[key]) for key in one), kind
     straight, resumed = rows(tmp_path / "once"), rows(tmp_path / "often")
     assert [row["step"] for row in straight if row["kind"] == "test"] == [5, 10, 15]
@@ -104,16 +104,18 @@ def test_every_run_ends_with_an_evaluation(images: Path, tmp_path: Path) -> None
     shutil.rmtree(
         run_dir / "checkpoints" / "step-00000005"
     )  # as if killed before it was published
+    found = []
     for _ in range(2):  # ends where none was due; then it is finished
-        top1 = trained(alone, [*words, "steps=3"], str(run_dir))
+        trained(alone, [*words, "steps=3"], str(run_dir))
         assert [(row["kind"], row["step"]) for row in rows(run_dir)] == [
             *(("train", step) for step in (1, 2, 3)),
             ("test", 3),
         ]
-        found = newest(run_dir)
-        assert found is not None
-        assert found.step == 3
-        assert top1_errors(run_dir) == {3: top1}
+        saved = newest(run_dir)
+        assert saved is not None
+        assert saved.step == 3
+        found.append((run_dir / "metrics.jsonl").read_text())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("lost", [True, False])
@@ -128,7 +130,7 @@ def test_run_resumed_at_its_last_step_has_one_evaluation(
     if lost:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
         (run_dir / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
-    assert trained(alone, words, str(run_dir)) == once[-1]["top1"]
+    trained(alone, words, str(run_dir))
     assert rows(run_dir) == once
     assert names_in(run_dir / "checkpoints") == ["step-00000002"]
 

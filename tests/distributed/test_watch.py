@@ -16,8 +16,7 @@ from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.training import consistency, prepare, trainer
-from modelpar.training.checkpoint import newest, read_part
-from modelpar.training.checkpointer import DONE, FAILED, PENDING
+from modelpar.training.checkpoint import DONE, FAILED, PENDING, newest, read_part
 from modelpar.training.consistency import StepCheck
 from modelpar.training.metrics import read_rows, top1_errors
 

@@ -17,12 +17,20 @@ from modelpar.errors import CheckpointError
 from modelpar.net.four_layer import whole_net
 from modelpar.net.plan import plan_for
 from modelpar.net.weights import location
-from modelpar.training import checkpoint, checkpointer
-from modelpar.training.checkpoint import Checkpoint, find, newest, open_step, read_part
-from modelpar.training.checkpointer import DONE, FAILED, PENDING, Checkpointer, Retention
+from modelpar.training import checkpoint
+from modelpar.training.checkpoint import (
+    DONE,
+    FAILED,
+    PENDING,
+    Checkpoint,
+    Checkpointer,
+    find,
+    newest,
+    open_step,
+    read_part,
+)
 
 ONE = Mesh(torch.device("cpu"))
-KEEP = Retention(2)
 
 
 def state(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -40,8 +48,8 @@ SMALL = {
 STATISTICS = {"mean": torch.ones(1)}
 
 
-def write(run_dir: Path, step: int, keep: Retention = KEEP, weights: Any = None) -> Path:
-    saver = Checkpointer(run_dir, ONE, keep)
+def write(run_dir: Path, step: int, weights: Any = None, **keep: Any) -> Path:
+    saver = Checkpointer(run_dir, ONE, **keep)
     weights = SMALL if weights is None else weights
     saver.start({"weights": weights, "velocities": weights}, STATISTICS, {"step": step})
     folder = saver.finish()
@@ -61,7 +69,7 @@ def test_saved_tensors_are_read_back(tmp_path: Path) -> None:
         "whole.weights.safetensors",
     ]
     for kind in ("weights", "velocities"):
-        read = read_part(found, kind, None)  # type: ignore[arg-type]
+        read = read_part(found, kind, None)
         assert read.keys() == SMALL.keys()
         assert all(torch.equal(read[key], SMALL[key]) for key in SMALL)
 
@@ -93,14 +101,14 @@ def test_every_nth_step_and_the_best_are_kept_too(tmp_path: Path) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metrics.jsonl").write_text(text + '{"kind": "test", "step": 4, "to')
     for step in range(1, 10):
-        write(tmp_path, step, Retention(2, 4, best=True))
+        write(tmp_path, step, last=2, every=4, best=True)
     expected = [f"step-0000000{step}" for step in (2, 4, 8, 9)]
     assert names_in(tmp_path / "checkpoints") == expected
 
 
 def test_checkpointer_writes_the_state_of_its_start(tmp_path: Path) -> None:
     weights = {key: value.clone() for key, value in SMALL.items()}
-    saver = Checkpointer(tmp_path, ONE, KEEP)
+    saver = Checkpointer(tmp_path, ONE)
     saver.start({"weights": weights, "velocities": weights}, STATISTICS, {"step": 3})
     for value in weights.values():
         value.zero_()
@@ -113,7 +121,7 @@ def test_checkpointer_writes_the_state_of_its_start(tmp_path: Path) -> None:
 
 
 def test_save_is_published_after_all_ranks_have_reported(tmp_path: Path) -> None:
-    saver = Checkpointer(tmp_path, ONE, KEEP)
+    saver = Checkpointer(tmp_path, ONE)
     assert saver.status() == PENDING  # there is no save
     assert saver.advance([PENDING]) is None
     saver.start({"weights": SMALL, "velocities": SMALL}, STATISTICS, {"step": 3})
@@ -128,7 +136,7 @@ def test_save_is_published_after_all_ranks_have_reported(tmp_path: Path) -> None
 
 def test_failed_save_is_raised_by_advance_and_removed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
-    saver = Checkpointer(tmp_path, ONE, KEEP)
+    saver = Checkpointer(tmp_path, ONE)
     saver.start({"weights": SMALL, "velocities": SMALL}, STATISTICS, {"step": 3})
     assert saver.status(60.0) == FAILED
     with pytest.raises(CheckpointError, match="step-00000003: not saved"):
@@ -321,7 +329,7 @@ def test_failed_write_leaves_older_checkpoints_intact(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpointer, "atomic_write", full)
+    monkeypatch.setattr(checkpoint, "atomic_write", full)
     with pytest.raises(CheckpointError, match="No space left"):
         write(tmp_path, 2)
     assert names_in(tmp_path / "checkpoints") == ["step-00000001"]

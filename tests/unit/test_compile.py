@@ -12,9 +12,8 @@ from modelpar.device import CompileError, check_compiled
 from modelpar.distributed import Mesh
 from modelpar.images.loader import Batch
 from modelpar.net.layers import AcrossMaps
+from modelpar.settings import TrainSettings
 from modelpar.training.engine import Learner
-from modelpar.training.optimizer import MomentumDecay
-from modelpar.training.schedule import Schedule
 
 
 class ZeroGradient(torch.autograd.Function):
@@ -73,17 +72,8 @@ def test_a_compiled_function_that_differs_is_refused(
 
 def learner(recipe: str, *, compiled: bool, **switches: Any) -> Learner:
     plan = Plan(Recipe.named(recipe), 10, 64, **switches)
-    net = AlexNet(plan, seed=0)
-    names = [name for name, _ in net.named_parameters()]
-    return Learner(
-        net,
-        Mesh(torch.device("cpu")),
-        MomentumDecay(net, plan.recipe),
-        Schedule(plan.recipe, 90, names),
-        batch_size=2,
-        seed=0,
-        compiled=compiled,
-    )
+    settings = TrainSettings(batch_size=2, epochs=90, channels_last=False, compile=compiled)
+    return Learner(plan, settings, Mesh(torch.device("cpu")))
 
 
 def gradients(trained: Learner) -> dict[str, torch.Tensor]:

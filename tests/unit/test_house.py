@@ -28,7 +28,6 @@ FLOORS = [
     ["analysis.activations"],
     ["analysis.neighbours"],
     ["training.monitor", "training.checkpoint", "training.run_dir", "training.consistency"],
-    ["training.checkpointer"],
     ["training.engine"],
     ["training.nonfinite", "training.prepare"],
     ["training.trainer"],

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modelpar.analysis.activations import Activity
 from modelpar.analysis.kernels import kernel_picture
+from modelpar.settings import MonitorSettings
 from modelpar.training.metrics import Errors, read_rows, top1_errors
 from modelpar.training.monitor import Monitor, show
 
@@ -32,7 +33,7 @@ def row(step: int) -> dict[str, float]:
 
 
 def opened(run_dir: Path, start: int, end: int, *, repeats: bool = False) -> Monitor:
-    return Monitor(run_dir, start, end, repeats=repeats, progress=False, tensorboard=True)
+    return Monitor(run_dir, start, end, MonitorSettings(progress=False), repeats=repeats)
 
 
 def watched(run_dir: Path, start: int, end: int, *, repeats: bool = False) -> None:
@@ -84,7 +85,7 @@ def test_training_continues_when_its_output_is_closed(
 
     for name in ("sys.stdout", "sys.stderr"):
         monkeypatch.setattr(name, Pipe())
-    monitor = Monitor(tmp_path, 0, 2, repeats=False, progress=True, tensorboard=False)
+    monitor = Monitor(tmp_path, 0, 2, MonitorSettings(tensorboard=False), repeats=False)
     Pipe.gone = True
     for step in (1, 2):
         monitor.train(row(step), RATES)
