@@ -21,7 +21,6 @@ from modelpar.device import choose_device, num_cores, torch_device
 from modelpar.distributed import Mesh, process_mesh
 from modelpar.errors import LaunchError, RunError, one_line
 from modelpar.settings import BenchmarkSettings
-from modelpar.training.engine import DTYPES
 
 ANSWER_SECONDS: Final = 600.0  # for one answer: a slow link, a cold compile
 PEAK_SIDE: Final = 2048  # rows of the square matrices whose product gives the peak
@@ -176,7 +175,7 @@ class _Worker:
 
         All processes compute at the same time, so they share the machine as in training.
         """
-        dtype = DTYPES[self.precision]
+        dtype = getattr(torch, self.precision)
         square = torch.randn(PEAK_SIDE, PEAK_SIDE, device=self.mesh.device, dtype=dtype)
         seconds: list[float] = []
         for _ in range(PEAK_PRODUCTS):

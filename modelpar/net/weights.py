@@ -92,14 +92,9 @@ def load_initial(net: nn.Module, plan: Plan, seed: int | None, column: int | Non
                 setattr(net.get_submodule(name), key.partition(".")[2], nn.Parameter(fresh))
 
 
-def check_state(
-    net: nn.Module, state: Mapping[str, Tensor], source: str, *, learnt: bool = False
-) -> None:
-    """Raise CheckpointError, with the first tensor of ``state`` that does not fit ``net``.
-
-    ``learnt``: ``state`` has a tensor for each parameter, and nothing else.
-    """
-    expected = dict(net.named_parameters()) if learnt else net.state_dict()
+def check_state(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError, with the first tensor of ``state`` that does not fit ``net``."""
+    expected = net.state_dict()
     for key in sorted(expected.keys() | state.keys()):
         if key not in state:
             raise CheckpointError(f"{source}: {key} is missing")

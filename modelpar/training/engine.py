@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +23,6 @@ from modelpar.training.metrics import ErrorCount, Errors
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
 
-DTYPES: Final = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 Net = AlexNet | Column | FourLayer | Torchvision
 
 
@@ -43,12 +36,13 @@ def build(plan: Plan, mesh: Mesh, settings: RankSettings, seed: int) -> Net:
     if mesh.pair is None:
         net: Net = whole_net(plan, seed)
     else:
-        wire = DTYPES[crossing.dtype or settings.precision]
+        wire = getattr(torch, crossing.dtype or settings.precision)
         link = Link.between(
             mesh.pair, dtype=wire, overlap=crossing.overlap, chunks=crossing.chunks
         )
         net = Column(plan, link, seed)
-    net.to(mesh.device, torch.promote_types(DTYPES[settings.precision], torch.float32))
+    dtype = getattr(torch, settings.precision)
+    net.to(mesh.device, torch.promote_types(dtype, torch.float32))
     if settings.channels_last:
         net.to(memory_format=torch.channels_last)
     return net
@@ -87,19 +81,15 @@ class Learner:
     def __init__(self, plan: Plan, settings: TrainSettings, mesh: Mesh) -> None:
         self.mesh, self.batch_size, self.seed = mesh, settings.batch_size, settings.seed
         self.net = build(plan, mesh, settings, settings.seed)
+        self.link = self.net.link if isinstance(self.net, Column) else None  # to the other column
         names = [name for name, _ in self.net.named_parameters()]  # of this column
         self.schedule = Schedule(plan.recipe, settings.epochs or settings.data.epochs, names)
-        dtype = DTYPES[settings.precision]
+        dtype = getattr(torch, settings.precision)
         self.optimizer = MomentumDecay(self.net, plan.recipe, dtype, plan.decays)
         blocks = [self.net.blocks] if isinstance(self.net, (AlexNet, Column)) else []
         self.compiled = settings.compile and compile_parts(mesh, [*blocks, self.optimizer])
         self.replicated = mesh.data_parallel(self.net)
         self.last_logits = torch.empty(0)  # of the last step, (N, classes), with its dropout
-
-    @property
-    def link(self) -> Link | None:
-        """The connection to the other column, None in a net of one process."""
-        return self.net.link if isinstance(self.net, Column) else None
 
     def step(self, batch: Batch, step: int, rates: dict[str, float]) -> Tensor:
         """Train on one batch; return its mean loss over this replica, a scalar.

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import safetensors
 import safetensors.torch
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
@@ -27,12 +28,11 @@ from modelpar.net.weights import check_state, column_state
 from modelpar.settings import DataSettings, EvaluateSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, read_tensors
-from modelpar.training.engine import DTYPES, Net, build, evaluate
+from modelpar.training.engine import Net, build, evaluate
 from modelpar.training.metrics import Errors
 
 RUN_KEYS: Final = ("step", "seed", "images_a_step")  # numbers that a manifest records of its run
 METADATA: Final = "modelpar"  # of an exported file: plan, data and RUN_KEYS as JSON
-
 NO_RECORD: Final = (SafetensorError, KeyError, TypeError, ValueError)  # if a file is no export
 
 
@@ -66,8 +66,8 @@ def find(path: str) -> TrainedNet:
                 record = json.loads((file.metadata() or {})[METADATA])
         schema = OmegaConf.structured(DataSettings)
         data: Any = OmegaConf.to_object(OmegaConf.merge(schema, record["data"]))
-        numbers = [int(record[key]) for key in RUN_KEYS]
-        return TrainedNet(source, plan_of(record["plan"]), data, *numbers)
+        plan, numbers = plan_of(record["plan"]), [int(record[key]) for key in RUN_KEYS]
+        return TrainedNet(source, plan, data, *numbers)
     except (*NO_RECORD, OmegaConfBaseException, SettingsError) as error:
         raise CheckpointError(
             f"checkpoint={path}: does not describe the net it holds ({one_line(error)})"
@@ -120,8 +120,7 @@ def loaded(settings: EvaluateSettings, trained: TrainedNet, mesh: Mesh) -> Net:
     weights = trained.weights(mesh.column if mesh.pair is not None else None)
     check_state(net, weights, settings.checkpoint)
     net.load_state_dict(weights)
-    net.to(DTYPES[settings.precision])
-    return net
+    return net.to(getattr(torch, settings.precision))
 
 
 def evaluate_checkpoint(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
@@ -148,8 +147,7 @@ def export(path: str, out: Path) -> str:
         "data": config.without_secrets(asdict(trained.data)),
         **{key: getattr(trained, key) for key in RUN_KEYS},
     }
-    contiguous = {key: value.contiguous() for key, value in weights.items()}
-    content = safetensors.torch.save(contiguous, {METADATA: json.dumps(record)})
+    content = safetensors.torch.save(weights, {METADATA: json.dumps(record)})
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(out, content)

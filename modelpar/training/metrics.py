@@ -67,17 +67,13 @@ class ErrorCount:
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics.jsonl; a damaged line is skipped."""
-    rows: list[dict[str, Any]] = []
-    try:
-        lines = (run_dir / METRICS).read_text(errors="replace").splitlines()
-    except FileNotFoundError:
-        return rows
-    for line in lines:
+    path, rows = run_dir / METRICS, list[dict[str, Any]]()
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
             rows.append({**row, "kind": row["kind"], "step": int(row["step"])})
         except (ValueError, KeyError, TypeError):
-            logging.getLogger(__name__).warning("%s: skipped a damaged line", run_dir / METRICS)
+            logging.getLogger(__name__).warning("%s: skipped a damaged line", path)
     return rows
 
 

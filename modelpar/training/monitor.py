@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from operator import sub
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,7 +58,7 @@ class Monitor:
 
     def train(self, row: Mapping[str, Any], rates: Mapping[str, float]) -> None:
         """Record a training row (docs/settings.md lists its fields) and learning rates."""
-        self._write({"kind": "train", **row})
+        self.file.write(json.dumps({"kind": "train", **row}) + "\n")
         with suppress(OSError):  # the terminal or the pipe may be closed
             self.bar.set_postfix_str(
                 f"epoch {row['epoch']}, loss {row['loss']:.3f}, "
@@ -73,7 +74,7 @@ class Monitor:
     def test(self, step: int, errors: Errors, num_classes: int, views: int = 1) -> None:
         """Record and print an evaluation with ``views`` views: errors in %, loss in nats."""
         row = {"step": step, "loss": errors.loss, "top1": errors.top1, "top5": errors.top5}
-        self._write({"kind": "test", **row, "views": views})
+        self.file.write(json.dumps({"kind": "test", **row, "views": views}) + "\n")
         chance = 100 - 100 / num_classes
         show(
             f"step {step}: test top-1 error {errors.top1:.2f} % (chance {chance:.2f} %), "
@@ -118,8 +119,7 @@ class Monitor:
             self._scalars({f"units_{key}/{name}": getattr(row, key) for key in keys}, step)
 
     def flush(self) -> None:
-        """Write everything to disk, as before a checkpoint is published."""
-        self.file.flush()
+        """Write TensorBoard's events to disk, before a checkpoint; rows are there already."""
         if self.board:
             self.board.flush()
 
@@ -129,9 +129,6 @@ class Monitor:
             with suppress(OSError):
                 if part is not None:
                     part.close()
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
         if self.board:
@@ -150,33 +147,32 @@ class Meter:
 
     def __init__(self, link: Link | None, batch_size: int, device: torch.device) -> None:
         self.link, self.batch_size, self.device = link, batch_size, device
+        self.waited, self.steps = 0.0, 0
         self.pause()
 
     def pause(self) -> None:
         """Start again, after an evaluation or a save that no row should count."""
-        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
-        self.crossed, self.sent = self._link_totals()
-
-    def _link_totals(self) -> tuple[float, int]:
-        """Return the seconds spent in crossings and the bytes sent since the run began."""
-        return (self.link.seconds, self.link.bytes_sent) if self.link else (0.0, 0)
+        self.before = self._totals()
 
     def add(self, batch: Batch) -> None:
         """Count one step."""
         self.waited += batch.waited
         self.steps += 1
 
+    def _totals(self) -> tuple[float, ...]:
+        """Return the time, and what the run has waited, done and sent."""
+        seconds, sent = (self.link.seconds, self.link.bytes_sent) if self.link else (0.0, 0)
+        return time.perf_counter(), self.waited, self.steps, seconds, sent
+
     def take(self) -> dict[str, float]:
         """Return the means per step since the last row, and start again."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        steps, (seconds, sent) = max(1, self.steps), self._link_totals()
-        images = steps * self.batch_size
-        row = {
-            "images_per_s": images / (time.perf_counter() - self.began),
-            "data_wait_s": self.waited / steps,
-            "crossing_s": (seconds - self.crossed) / steps,
-            "exchange_bytes_per_image": (sent - self.sent) / images,
-        }
+        took, waited, steps, crossed, sent = map(sub, self._totals(), self.before)
         self.pause()
-        return row
+        return {
+            "images_per_s": steps * self.batch_size / took,
+            "data_wait_s": waited / steps,
+            "crossing_s": crossed / steps,
+            "exchange_bytes_per_image": sent / (steps * self.batch_size),
+        }

@@ -1,7 +1,6 @@
 """Where a NaN or an infinity came from: the step is computed again with hooks on the layers."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from modelpar.images.loader import Batch
 from modelpar.training.engine import Learner
 
 
+@torch.no_grad()
 def first_nonfinite(learner: Learner, batch: Batch, step: int, loss: Tensor) -> str:
     """Return which layer has the first value that is not finite; its update must not be made.
 
@@ -21,10 +21,21 @@ def first_nonfinite(learner: Learner, batch: Batch, step: int, loss: Tensor) -> 
     net, mesh = learner.net, learner.mesh
     weights = dict(net.named_parameters())
     place_of = {name: number for number, name in enumerate(map(_layer, weights))}
-    bad_layers = _layers_not_finite(learner, batch, step)  # all ranks compute it again
+    outputs: list[str] = []  # layers whose output is not finite before or after activation
+
+    def look(layer: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not all(map(_finite, (*inputs, output))):
+            outputs.append(layer)
+
+    activations = activations_of(net).items()
+    hooks = [module.register_forward_hook(partial(look, layer)) for layer, module in activations]
+    if not _finite(learner.logits(batch, step)):  # all ranks compute it again
+        outputs.append(list(place_of)[-1])
+    for hook in hooks:
+        hook.remove()
     found = [(-1, "the images")] if not _finite(batch.images) else []
     found += [(place_of[_layer(name)], name) for name in weights if not _finite(weights[name])]
-    found += [(place_of[layer], f"the output of {layer}") for layer in bad_layers]
+    found += [(place_of[layer], f"the output of {layer}") for layer in outputs]
     found += [
         (2 * len(weights) - place_of[_layer(name)], f"the gradient of {name}")
         for name, weight in weights.items()
@@ -35,26 +46,6 @@ def first_nonfinite(learner: Learner, batch: Batch, step: int, loss: Tensor) -> 
     places = [one for (one,) in mesh.gather_ints((place,))]
     whats = mesh.gather_text(what + column)
     return f"the loss is {loss.item():.4g}; first not finite: {whats[places.index(min(places))]}"
-
-
-@torch.no_grad()
-def _layers_not_finite(learner: Learner, batch: Batch, step: int) -> list[str]:
-    """Repeat forward; return the layers whose output is not finite before or after activation."""
-    activations = activations_of(learner.net)
-    last = [_layer(name) for name, _ in learner.net.named_parameters()][-1]
-    found: list[str] = []
-
-    def look(layer: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if not all(map(_finite, (*inputs, output))):
-            found.append(layer)
-
-    hooks: list[Any] = [
-        module.register_forward_hook(partial(look, layer)) for layer, module in activations.items()
-    ]
-    logits = learner.logits(batch, step)
-    for hook in hooks:
-        hook.remove()
-    return found if _finite(logits) else [*found, last]
 
 
 def _layer(name: str) -> str:

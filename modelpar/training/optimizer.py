@@ -30,8 +30,9 @@ class MomentumDecay(Optimizer):
         dtype: torch.dtype = torch.float32,
         factors: Mapping[str, float] | None = None,
     ) -> None:
-        masters = {name: weight.detach() for name, weight in net.named_parameters()}
+        self.masters: dict[str, Tensor] = {}  # none if the net has the precision of the update
         if dtype.itemsize < torch.float32.itemsize:
+            self.masters = {name: weight.detach() for name, weight in net.named_parameters()}
             net.to(dtype)  # the masters keep theirs
         self.named = dict(net.named_parameters())
         groups = [
@@ -39,12 +40,9 @@ class MomentumDecay(Optimizer):
             for name, weight in self.named.items()
         ]
         super().__init__(groups, {"lr": recipe.lr, "momentum": recipe.momentum})
-        for name, weight in self.named.items():
-            master = masters[name]
-            velocity = torch.zeros_like(master, memory_format=torch.preserve_format)
-            self.state[weight] = {"velocity": velocity}
-            if master.dtype != weight.dtype:
-                self.state[weight]["master"] = master
+        for name, weight in self.weights().items():
+            velocity = torch.zeros_like(weight, memory_format=torch.preserve_format)
+            self.state[self.named[name]] = {"velocity": velocity}
         self.update = _update
 
     def compile(self) -> None:
@@ -53,16 +51,11 @@ class MomentumDecay(Optimizer):
         Raises CompileError, and compiles nothing, if that fails or differs from the eager update.
         """
         compiled = torch.compile(_update, dynamic=False)
-        weight = next(iter(self.named.values()))
-        example = torch.linspace(-1, 1, 8, dtype=self.state[weight]["velocity"].dtype)
-        examples = [example.to(weight.device), example.flip(0).to(weight)]
-        compared = partial(_updated, rounds="master" in self.state[weight])
-        check_compiled(
-            "the update of the weights",
-            partial(compared, compiled),
-            partial(compared, _update),
-            *examples,
-        )
+        grad, weight = next(iter(self.named.values())), next(iter(self.weights().values()))
+        example = torch.linspace(-1, 1, 8, dtype=weight.dtype)
+        examples = [example.to(weight.device), example.flip(0).to(grad)]
+        name, after = "the update of the weights", partial(_updated, rounds=bool(self.masters))
+        check_compiled(name, partial(after, compiled), partial(after, _update), *examples)
         self.update = compiled
 
     def run_eager(self) -> None:
@@ -78,16 +71,16 @@ class MomentumDecay(Optimizer):
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every parameter whose rate is not 0."""
         active = [group for group in self.param_groups if group["lr"] != 0]
-        weights = [group["params"][0] for group in active]
+        weights, updated = [group["params"][0] for group in active], self.weights()
         self.update(
-            [self.state[weight].get("master", weight) for weight in weights],
+            [updated[group["name"]] for group in active],
             [self.state[weight]["velocity"] for weight in weights],
             [weight.grad for weight in weights],
             # tensors, so that another rate needs no new compilation
             [torch.tensor(group["lr"], dtype=torch.float64, device="cpu") for group in active],
             [group["decay"] for group in active],
             [group["momentum"] for group in active],
-            [weight if "master" in self.state[weight] else None for weight in weights],
+            weights if self.masters else [None] * len(weights),
         )
 
     def velocities(self) -> dict[str, Tensor]:
@@ -96,19 +89,15 @@ class MomentumDecay(Optimizer):
 
     def weights(self) -> dict[str, Tensor]:
         """Return the trained weights by name: the float32 masters if there are any."""
-        return {
-            name: self.state[weight].get("master", weight.detach())
-            for name, weight in self.named.items()
-        }
+        return self.masters or {name: weight.detach() for name, weight in self.named.items()}
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], velocities: Mapping[str, Tensor]) -> None:
         """Restore weights and velocities by name, with the weights rounded to the net's dtype."""
         for name, weight in self.named.items():
+            self.masters.get(name, weight).copy_(weights[name])
             weight.copy_(weights[name])
             self.state[weight]["velocity"].copy_(velocities[name])
-            if "master" in self.state[weight]:
-                self.state[weight]["master"].copy_(weights[name])
 
 
 def _update(

@@ -104,16 +104,16 @@ def resume_point(
         raise CheckpointError(f"resume={settings.resume}: holds only weights; use a run or a step")
     if found is None:
         return None
-    for key, now in prepared.identity.items():
-        if found.manifest.get(key) == now:
-            continue
-        if key == "fingerprint":
-            raise DataError(
-                f"data={settings.data.name}: not the images that {found.folder} was trained on; "
-                "restore them, or use another run_dir"
-            )
+    ours = prepared.identity
+    different = next((key for key in ours if found.manifest.get(key) != ours[key]), None)
+    if different == "fingerprint":
+        raise DataError(
+            f"data={settings.data.name}: not the images that {found.folder} was trained on; "
+            "restore them, or use another run_dir"
+        )
+    if different:
         raise CheckpointError(
-            f"{found.folder}: made with another {key}; use the settings it was made with, "
+            f"{found.folder}: made with another {different}; use the settings it was made with, "
             "or another run_dir"
         )
     return found

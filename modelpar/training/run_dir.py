@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -55,7 +55,7 @@ def check_compatible(run_dir: Path, settings: TrainSettings) -> None:
 def _first_difference(run_dir: Path, settings: TrainSettings) -> str:
     """Return what makes the run in ``run_dir`` another one; an empty string: it is the same."""
     try:
-        before = _load(run_dir)
+        before: Any = OmegaConf.load(run_dir / CONFIG)
         old, new = (int(one.batch_size) * int(one.replicas) for one in (before, settings))
     except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
         raise SettingsError(
@@ -70,19 +70,12 @@ def trajectory_changes(run_dir: Path, settings: TrainSettings) -> list[str]:
     """Return the changed settings that alter the trajectory of a resumed run."""
     if not (run_dir / CONFIG).is_file():
         return []
-    changes = _changes(_load(run_dir), settings, ALLOWED)
+    changes = _changes(OmegaConf.load(run_dir / CONFIG), settings, ALLOWED)
     return [f"{key}={now}, not {was}" for key, was, now in changes]
 
 
-def _load(run_dir: Path) -> DictConfig:
-    loaded = OmegaConf.load(run_dir / CONFIG)
-    if not isinstance(loaded, DictConfig):
-        raise TypeError("it is a list")
-    return loaded
-
-
 def _changes(
-    before: DictConfig, settings: TrainSettings, groups: tuple[str, ...]
+    before: Any, settings: TrainSettings, groups: tuple[str, ...]
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield key, old and new value of each setting of ``groups`` that has changed."""
     for key, new in flatten(settings).items():
@@ -126,13 +119,14 @@ def _written(run_dir: Path) -> Generator[None]:
 
 
 def write_config(run_dir: Path, settings: TrainSettings, mesh: Mesh) -> None:
-    """Write the run's resolved settings, and check that all ranks see them.
+    """Write the run's resolved settings, without secrets, and check that all ranks see them.
 
     A collective of the world.  Raises CheckpointError on every rank.
     """
     with mesh.all_or_none(), _written(run_dir):
         if mesh.rank == 0:
-            write(run_dir, settings)
+            text = OmegaConf.to_yaml(OmegaConf.create(without_secrets(asdict(settings))))
+            atomic_write(run_dir / CONFIG, text)
     with mesh.all_or_none():
         deadline = time.monotonic() + SHARED_WITHIN
         while not (run_dir / CONFIG).is_file():
@@ -142,10 +136,3 @@ def write_config(run_dir: Path, settings: TrainSettings, mesh: Mesh) -> None:
                     "use a run_dir on a disk that all hosts share"
                 )
             time.sleep(0.1)
-
-
-def write(run_dir: Path, settings: TrainSettings) -> None:
-    """Write a run's resolved settings, with secrets replaced by their variables' names."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    text = OmegaConf.to_yaml(OmegaConf.create(without_secrets(asdict(settings))))
-    atomic_write(run_dir / CONFIG, text)

@@ -1,8 +1,8 @@
 """Learning rates and colour noise over the epochs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 from modelpar.net import paper
 from modelpar.net.plan import Recipe
@@ -14,7 +14,10 @@ PATIENCE: Final = 5
 
 @dataclass
 class Plateau:
-    """Section 5's rule: a tenth of the rate when the validation error stops improving."""
+    """Section 5's rule: a tenth of the rate when the validation error stops improving.
+
+    This is all that a schedule remembers, so a checkpoint holds it.
+    """
 
     best: float | None = None  # %
     best_epoch: int = 0
@@ -89,11 +92,3 @@ class Schedule:
         over = epoch * table.length >= (table.noise_off or 0) * self.epochs
         scaled = self.recipe.colour_noise == "added_and_scaled"
         return 0.0 if scaled and over else paper.COLOUR_NOISE
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold."""
-        return asdict(self.plateau)
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Restore what ``state`` returned."""
-        self.plateau = Plateau(**state)

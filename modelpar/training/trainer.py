@@ -27,7 +27,7 @@ from modelpar.images.order import BatchOrder
 from modelpar.net.weights import check_state
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint
-from modelpar.training.checkpoint import Checkpointer
+from modelpar.training.checkpoint import Checkpoint, Checkpointer, num_bytes
 from modelpar.training.consistency import StepCheck
 from modelpar.training.engine import Learner, all_finite, evaluate
 from modelpar.training.metrics import rank_of_label
@@ -35,6 +35,7 @@ from modelpar.training.monitor import Meter, Monitor, show
 from modelpar.training.nonfinite import first_nonfinite
 from modelpar.training.prepare import Prepared, agreed_start
 from modelpar.training.run_dir import locked, trajectory_changes, write_config
+from modelpar.training.schedule import Plateau
 
 STATS_IMAGES: Final = 128  # test images whose activations are summarized: one batch
 
@@ -51,7 +52,7 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
             if mesh.rank == 0:
                 show(f"finished: {run_dir} is at step {start.step} of {prepared.steps}")
             return
-        trainer = Trainer(settings, prepared, mesh, run_dir, StepCheck(mesh, request))
+        trainer = Trainer(settings, prepared, run_dir, StepCheck(mesh, request))
         if start is not None:
             trainer.resume(start)
         if mesh.rank == 0:
@@ -70,36 +71,23 @@ class Trainer:
     """The state of one run between steps; its methods are collectives of the whole mesh."""
 
     def __init__(
-        self,
-        settings: TrainSettings,
-        prepared: Prepared,
-        mesh: Mesh,
-        run_dir: Path,
-        check: StepCheck,
+        self, settings: TrainSettings, prepared: Prepared, run_dir: Path, check: StepCheck
     ) -> None:
-        self.settings, self.prepared, self.mesh = settings, prepared, mesh
-        self.run_dir, self.check, self.total = run_dir, check, prepared.steps
-        self.plan, device, images = prepared.plan, mesh.device, prepared.images
+        self.settings, self.prepared, self.run_dir, self.check = settings, prepared, run_dir, check
+        self.mesh, self.plan, self.total = check.mesh, prepared.plan, prepared.steps
+        mesh, device, images = self.mesh, self.mesh.device, prepared.images
         if mesh.rank == 0 and settings.compile:
             show("modelpar: compiling; later starts on this machine reuse the result")
         self.learner = Learner(self.plan, settings, mesh)
-        recipe, size, workers = self.plan.recipe, settings.batch_size, prepared.data.workers
-        self.augmentation = Augmentation(
-            prepared.statistics,
-            self.plan.image_size,
-            scaled=recipe.colour_noise == "added_and_scaled",
-            device=device,
-        )
+        recipe, size = self.plan.recipe, settings.batch_size
+        stats, scaled = prepared.statistics, recipe.colour_noise == "added_and_scaled"
+        self.augmentation = Augmentation(stats, self.plan.image_size, scaled=scaled, device=device)
         replica = {"replica": mesh.replica, "replicas": mesh.replicas}
         shuffle = recipe.shuffle if images.shuffled else "never"
         self.order = BatchOrder(len(images.train), size, settings.seed, **replica, shuffle=shuffle)
+        crops, workers = recipe.crops, prepared.data.workers
         self.loader = TrainLoader(
-            images.train,
-            self.order,
-            self.augmentation,
-            device,
-            crops=recipe.crops,
-            workers=workers,
+            images.train, self.order, self.augmentation, device, crops=crops, workers=workers
         )
         self.tests = TestLoader(images.test, size, device, **replica, workers=workers)
         last, every, best = settings.keep_last, settings.keep_every, settings.keep_best
@@ -108,7 +96,7 @@ class Trainer:
         self.monitor: Monitor | None = None  # of rank 0
         self.step = 0
 
-    def resume(self, start: checkpoint.Checkpoint) -> None:
+    def resume(self, start: Checkpoint) -> None:
         """Load a checkpoint, once all ranks have read theirs and it fits their net.
 
         Raises CheckpointError on every rank.
@@ -118,10 +106,8 @@ class Trainer:
             weights = checkpoint.read_part(start, "weights", column)
             velocities = checkpoint.read_part(start, "velocities", column)
             check_state(self.learner.net, weights, str(start.folder))
-            source = f"{start.folder}, velocities"
-            check_state(self.learner.net, velocities, source, learnt=True)
         self.learner.load(weights, velocities)
-        self.learner.schedule.load(start.manifest["schedule"])
+        self.learner.schedule.plateau = Plateau(**start.manifest["schedule"])
         self.step = start.step
         if start.folder.parent == self.checkpointer.folder:  # it need not be saved again
             self.checkpointer.last_step = start.step
@@ -130,18 +116,14 @@ class Trainer:
         """Check the free space and open what the run shows, on rank 0."""
         with self.mesh.all_or_none():
             if self.mesh.rank == 0:
-                size = checkpoint.num_bytes(self.learner.state()) * self.mesh.columns
-                check_space(self.run_dir, size)
+                check_space(self.run_dir, num_bytes(self.learner.state()) * self.mesh.columns)
                 shown, again = self.settings.monitor, self._evaluation_due()
                 self.monitor = Monitor(self.run_dir, self.step, self.total, shown, repeats=again)
 
     # -- the loop --------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end.
-
-        Raises StoppedError if a signal asked any rank to stop, and DivergedError.
-        """
+        """Train to the end; raises StoppedError if a signal asked to stop, and DivergedError."""
         if self.step and self._evaluation_due():
             self._evaluate()
         while self.step < self.total:
@@ -226,21 +208,19 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         """Return whether an evaluation belongs to this step: every few epochs, and at the end."""
-        epochs, rest = divmod(self.step, len(self.order))
-        due = rest == 0 and epochs > 0 and epochs % self.settings.data.evaluate_every == 0
-        return due or self.step >= self.total
+        every = len(self.order) * self.settings.data.evaluate_every
+        return self.step >= self.total or (self.step > 0 and self.step % every == 0)
 
     def _evaluate(self) -> None:
         """Evaluate and record; raises StoppedError, with the step saved, and DivergedError."""
-        net, plan, batches = self.learner.net, self.plan, self._test_batches()
-        ends = self.step >= self.total
+        net, mesh, ends = self.learner.net, self.mesh, self.step >= self.total
         views = self.settings.views if ends else 1
         stats = None
-        if self.settings.monitor.tensorboard and self.mesh.replica == 0:
+        if self.settings.monitor.tensorboard and mesh.replica == 0:
             per_batch = -(-STATS_IMAGES // len(self.tests))
-            stats = ActivationStats(net, plan.columns, self.mesh, per_batch)
+            stats = ActivationStats(net, self.plan.columns, mesh, per_batch)
         with stats or nullcontext():
-            errors = evaluate(net, self.mesh, batches, self.augmentation, views)
+            errors = evaluate(net, mesh, self._test_batches(), self.augmentation, views)
         if not math.isfinite(errors.loss):
             self._diverged(self.step, f"the test loss is {errors.loss}")
         if not ends:
@@ -249,7 +229,7 @@ class Trainer:
         rows = stats.result() if stats else []
         if self.monitor:
             self.monitor.activations(rows, self.step)
-            self.monitor.test(self.step, errors, plan.num_classes, views)
+            self.monitor.test(self.step, errors, self.plan.num_classes, views)
         self.meter.pause()
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -276,7 +256,7 @@ class Trainer:
         manifest = {
             "step": self.step,
             "epoch": self.step // len(self.order),
-            "schedule": self.learner.schedule.state(),
+            "schedule": asdict(self.learner.schedule.plateau),
             "data": without_secrets(asdict(self.prepared.data)),
             **self.prepared.identity,
         }

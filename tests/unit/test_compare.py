@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from modelpar import compare, config
+from modelpar.distributed import Mesh
 from modelpar.errors import DataError, SettingsError
 from modelpar.studies import comparison, plots, runs
 from modelpar.training import run_dir
@@ -18,7 +20,8 @@ from modelpar.training import run_dir
 def stored(folder: Path, top1: float, *words: str, steps: int = 4) -> Path:
     """Write a run directory as a training does; its test error falls to ``top1``."""
     settings = config.read("train", [f"steps={steps}", *words])
-    run_dir.write(folder, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_dir.write_config(folder, settings, Mesh(torch.device("cpu")))
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         rows.append({"kind": "train", "step": step, "epoch": 0, "loss": 3 - step / steps})

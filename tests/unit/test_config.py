@@ -169,7 +169,8 @@ def test_value_on_the_command_line_overrides_the_data_group() -> None:
 
 def begun(run_dir: Path, *overrides: str) -> Any:
     settings = config.read("train", list(overrides))
-    run_dirs.write(run_dir, settings)
+    run_dir.mkdir(exist_ok=True)
+    run_dirs.write_config(run_dir, settings, Mesh(torch.device("cpu")))
     return settings
 
 
@@ -255,7 +256,7 @@ def test_secrets_of_the_environment_are_not_written(
     monkeypatch.setenv(name, "tellnobody")
     settings = config.read("train", [f"data.root=/mnt/${{oc.env:{name}}}/images"])
     assert "tellnobody" in settings.data.root
-    run_dirs.write(tmp_path, settings)
+    run_dirs.write_config(tmp_path, settings, Mesh(torch.device("cpu")))
     text = (tmp_path / "config.yaml").read_text()
     assert "tellnobody" not in text
     assert f"root: /mnt/${{oc.env:{name}}}/images" in text

@@ -1,11 +1,11 @@
 """The published rates over the epochs, and how they scale with the length."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from modelpar import Recipe
-from modelpar.training.schedule import Schedule
+from modelpar.training.schedule import Plateau, Schedule
 
 
 def rates(recipe: str, epoch: int, epochs: int) -> dict[str, float]:
@@ -137,7 +137,7 @@ def test_plateau_continues_from_its_state() -> None:
     for epoch, error in enumerate([50.0] + [60.0] * 5):
         schedule.plateau.observe(epoch, error)
     again = Schedule(Recipe.named("paper"), 90)
-    again.load(schedule.state())
+    again.plateau = Plateau(**asdict(schedule.plateau))
     assert again.rates(6) == schedule.rates(6)
     assert again.rates(6)["fc8.bias"] == pytest.approx(1e-3)  # equal rates: biases too
 
