@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from modelpar.errors import DataError, LaunchError
 from modelpar.images.augment import Augmentation, CropFlipColour
@@ -39,20 +39,10 @@ class Batch:
     digest: int = 0
 
 
-def _hide_image_warnings() -> None:
-    """Hide Pillow's warnings about metadata; an image that cannot be decoded is an error."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def _start_worker(worker: int) -> None:
-    ignore_signals(worker)
-    _hide_image_warnings()
-
-
 def _data_loader(images: Images, device: torch.device, workers: int, batches: Any) -> Any:
     """Return torch's loader, with a generator that leaves the global one unchanged."""
-    if not workers:  # this process decodes the images
-        _hide_image_warnings()
+    # Hide Pillow's warnings about metadata; an image that cannot be decoded is an error.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     return DataLoader(
         images,  # pyright: ignore[reportArgumentType] - it needs only a length and an index
         batch_sampler=batches,
@@ -60,7 +50,7 @@ def _data_loader(images: Images, device: torch.device, workers: int, batches: An
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
-        worker_init_fn=_start_worker,
+        worker_init_fn=ignore_signals,
     )
 
 
@@ -108,10 +98,8 @@ class TrainLoader:
         crops: str,
         workers: int = 0,
     ) -> None:
-        self.order = order
-        self.augmentation = augmentation
-        self.device = device
-        self.crops = crops
+        self.order, self.crops = order, crops
+        self.augmentation, self.device = augmentation, device
         self.loader = _data_loader(images, device, workers, order)
 
     def epoch(self, epoch: int, start: int, noise: float) -> Iterator[Batch]:
@@ -161,12 +149,11 @@ class TestLoader:
         self.device = device
         self.common = len(images) // replicas // batch_size
         rows = range(replica, len(images), replicas)
-        batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+        batches = BatchSampler(rows, batch_size, drop_last=False)
         self.loader = _data_loader(images, device, workers, batches)
 
     def __len__(self) -> int:
-        """Return the number of batches of this replica."""
-        return len(self.loader)
+        return len(self.loader)  # batches of this replica
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (N, 3, T, T) uint8 and labels (N,); raises the errors of TrainLoader."""

@@ -10,21 +10,6 @@ from modelpar.errors import SettingsError
 from modelpar.seeding import generator
 
 
-def sample_order(seed: int, epoch: int, num_samples: int, shuffle: str) -> Tensor:
-    """Return the order of the samples in ``epoch`` (counted from 0): a permutation of 0..N-1.
-
-    ``shuffle``: ``once`` uses the same permutation in each epoch, ``every_epoch`` a new one, and
-    ``never`` keeps the order of the data set.
-
-    Differs: the released code shuffled its files once, when it wrote them, and then always read
-    them in that order; here the seed determines the order of ``once``.
-    """
-    if shuffle == "never":
-        return torch.arange(num_samples)
-    source = generator(seed, "order", epoch if shuffle == "every_epoch" else 0)
-    return torch.randperm(num_samples, generator=source)
-
-
 class BatchOrder(Sampler[list[int]]):
     """Batch sampler of one replica: the sample numbers of each batch of ``epoch`` from ``start``.
 
@@ -43,14 +28,10 @@ class BatchOrder(Sampler[list[int]]):
         replicas: int = 1,
         shuffle: str = "once",
     ) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.replica = replica
-        self.replicas = replicas
-        self.shuffle = shuffle
-        self.epoch = 0
-        self.start = 0
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.seed, self.shuffle = seed, shuffle
+        self.replica, self.replicas = replica, replicas
+        self.epoch = self.start = 0
         if len(self) < 1:
             raise SettingsError(
                 f"batch_size={batch_size}: one step needs {batch_size * replicas} images "
@@ -68,8 +49,18 @@ class BatchOrder(Sampler[list[int]]):
         return slice(first, first + self.batch_size)
 
     def samples(self) -> Tensor:
-        """Return the sample numbers of the whole epoch in order."""
-        return sample_order(self.seed, self.epoch, self.num_samples, self.shuffle)
+        """Return the order of the samples in ``epoch``: a permutation of 0..N-1.
+
+        ``shuffle``: ``once`` uses the same permutation in each epoch, ``every_epoch`` a new one,
+        and ``never`` keeps the order of the data set.
+
+        Differs: the released code shuffled its files once, when it wrote them, and then always
+        read them in that order; here the seed determines the order of ``once``.
+        """
+        if self.shuffle == "never":
+            return torch.arange(self.num_samples)
+        source = generator(self.seed, "order", self.epoch if self.shuffle == "every_epoch" else 0)
+        return torch.randperm(self.num_samples, generator=source)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the sample numbers of each batch, from ``start`` to the end of the epoch."""

@@ -23,7 +23,6 @@ class Images(Protocol):
     """A source of samples with a length and an index."""
 
     def __len__(self) -> int: ...
-
     def __getitem__(self, index: int) -> Sample: ...
 
 
@@ -56,11 +55,9 @@ class InMemory(Dataset[Sample]):
         self.rows = rows
 
     def __len__(self) -> int:
-        """Return the number of samples."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Return one image as (3, T, T) and its label."""
         row = self.rows[index]
         return self.images[row].expand(3, -1, -1), self.labels[row]
 
@@ -79,7 +76,6 @@ class Resized(Dataset[Sample]):
         )
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return self.length
 
     def __getitem__(self, index: int) -> Sample:

@@ -3,17 +3,19 @@
 import gzip
 import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import cycle, islice
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import datasets
+from torchvision.transforms.v2.functional import to_image
 
 from modelpar.errors import DataError, SettingsError, one_line
 from modelpar.images.samples import ImageSet, InMemory, Resized, unreadable
@@ -71,31 +73,18 @@ def photos(settings: DataSettings, cache: Path) -> ImageSet:
                 "install scikit-image again"
             ) from None
         pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # left eye of the stereo pair
-        photograph = torch.from_numpy(np.array(pixels))
-        if photograph.ndim == 2:  # noqa: PLR2004 - grey (H, W)
-            photograph = photograph[:, :, None].expand(-1, -1, 3)
-        found = _cells(photograph.permute(2, 0, 1))
-        first, count = len(labels), len(found)
-        shuffled = torch.randperm(count, generator=generator(0, "photos", name)).tolist()
-        held_out = max(2, count // TEST_SHARE)
+        found = _cells(to_image(np.array(pixels)).expand(3, -1, -1))
+        order = torch.randperm(len(found), generator=generator(0, "photos", name)).tolist()
+        rows = [len(labels) + place for place in order]
+        held_out = max(2, len(found) // TEST_SHARE)
         cells.append(found)
-        labels += [label] * count
-        test += _balanced(shuffled[:held_out], first, TEST_PER_CLASS)
-        train += _balanced(shuffled[held_out:], first, TRAIN_PER_CLASS)
+        labels += [label] * len(found)
+        test += islice(cycle(rows[:held_out]), TEST_PER_CLASS)
+        train += islice(cycle(rows[held_out:]), TRAIN_PER_CLASS)
     images = torch.cat(cells)
-    return ImageSet(
-        "photos",
-        InMemory(images, labels, train),
-        InMemory(images, labels, test),
-        PHOTOGRAPHS,
-        CELL,
-        _digest(images.numpy().tobytes(), repr((train, test)).encode()),
-    )
-
-
-def _balanced(rows: list[int], first: int, count: int) -> list[int]:
-    """Return ``count`` times ``first + row``, each row as often as the others (at most 1 more)."""
-    return [first + rows[place % len(rows)] for place in range(count)]
+    train_set, test_set = (InMemory(images, labels, rows) for rows in (train, test))
+    fingerprint = _digest(images.numpy().tobytes(), repr((train, test)).encode())
+    return ImageSet("photos", train_set, test_set, PHOTOGRAPHS, CELL, fingerprint)
 
 
 # -- data sets in folders ------------------------------------------------------------------------
@@ -120,24 +109,24 @@ def _stored_size(settings: DataSettings) -> int:
     return round(settings.image_size * STORED_PER_CROP)
 
 
-def _open_parts(
-    name: str, root: Path, build: Callable[[Any], Any], parts: Sequence[Any] = ("train", "val")
-) -> list[Any]:
-    """Return torchvision's data set for each of ``parts``; its errors become one DataError."""
+def _torchvision(
+    settings: DataSettings, root: Path, title: str, build: Callable[[str], Any]
+) -> ImageSet:
+    """Return two torchvision data sets, whose items are (PIL image, label), as an ImageSet.
+
+    ``build`` returns that of ``train`` or of ``val``; its errors become one DataError.
+    """
     try:
-        return [build(part) for part in parts]
-    except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
+        train, test = build("train"), build("val")
+    except (AssertionError, OSError, RuntimeError, ValueError, UnpicklingError) as error:
         raise DataError(
-            f"data.root={root}: no {name} there ({one_line(error)[:200]}); use the folder that "
+            f"data.root={root}: no {title} there ({one_line(error)[:200]}); use the folder that "
             "contains it, or data.download=true"
         ) from None
-
-
-def _image_set(settings: DataSettings, root: Path, train: Any, test: Any) -> ImageSet:
-    """Return two torchvision data sets, whose items are (PIL image, label), as an ImageSet."""
     size = _stored_size(settings)
-    classes = [str(name) for name in train.classes]
-    if [str(name) for name in test.classes] != classes:
+    # Each class of ImageNet has several names, of which the first is kept.
+    classes = [name if isinstance(name, str) else name[0] for name in train.classes]
+    if test.classes != train.classes:
         raise DataError(
             f"data.root={root}: train and test have different classes; use the same classes"
         )
@@ -152,24 +141,19 @@ def _image_set(settings: DataSettings, root: Path, train: Any, test: Any) -> Ima
             raise DataError(unreadable(error.filename, error)) from None
     else:  # all in memory
         content = _digest(np.asarray(train.data).tobytes(), np.asarray(test.data).tobytes())
-    return ImageSet(
-        settings.name,
-        Resized(train.__getitem__, len(train), size),
-        Resized(test.__getitem__, len(test), size),
-        classes,
-        size,
-        _digest(content.encode(errors="surrogateescape"), str(size).encode()),
-    )
+    train, test = (Resized(part.__getitem__, len(part), size) for part in (train, test))
+    fingerprint = _digest(content.encode(errors="surrogateescape"), str(size).encode())
+    return ImageSet(settings.name, train, test, classes, size, fingerprint)
 
 
 def cifar10(settings: DataSettings, cache: Path) -> ImageSet:
     """CIFAR-10: 50,000 and 10,000 images of 32 pixels, enlarged."""
     root = _folder(settings, cache)
 
-    def build(train: bool) -> Any:  # noqa: FBT001 - as torchvision has it
-        return datasets.CIFAR10(root, train, download=settings.download)
+    def build(part: str) -> Any:
+        return datasets.CIFAR10(root, part == "train", download=settings.download)
 
-    return _image_set(settings, root, *_open_parts("CIFAR-10", root, build, (True, False)))
+    return _torchvision(settings, root, "CIFAR-10", build)
 
 
 def imagenette(settings: DataSettings, cache: Path) -> ImageSet:
@@ -180,16 +164,17 @@ def imagenette(settings: DataSettings, cache: Path) -> ImageSet:
     def build(part: str) -> Any:
         found: Any = datasets.Imagenette(root, part, size="320px", download=download)
         found.samples = found._samples  # noqa: SLF001 - it has no public name
-        return _first_names(found)
+        return found
 
-    return _image_set(settings, root, *_open_parts("Imagenette", root, build))
+    return _torchvision(settings, root, "Imagenette", build)
 
 
 def imagefolder(settings: DataSettings, cache: Path) -> ImageSet:
     """Folders ``train`` and ``val``, each with one folder of images per class."""
     root = _folder(settings, cache)
-    parts = _open_parts(settings.name, root, lambda part: datasets.ImageFolder(root / part))
-    return _image_set(settings, root, *parts)
+    return _torchvision(
+        settings, root, settings.name, lambda part: datasets.ImageFolder(root / part)
+    )
 
 
 def imagenet(settings: DataSettings, cache: Path) -> ImageSet:
@@ -197,70 +182,33 @@ def imagenet(settings: DataSettings, cache: Path) -> ImageSet:
     root = _folder(settings, cache)
     if not any((root / name).exists() for name in ("meta.bin", "ILSVRC2012_devkit_t12.tar.gz")):
         return imagefolder(settings, cache)
-    parts = _open_parts("ImageNet", root, lambda part: _first_names(datasets.ImageNet(root, part)))
-    return _image_set(settings, root, *parts)
-
-
-def _first_names(found: Any) -> Any:
-    """Keep the first of the synonyms that name each class of ImageNet."""
-    found.classes = [names[0] for names in found.classes]
-    return found
-
-
-# -- Fashion-MNIST --------------------------------------------------------------------------------
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """Read a gzipped IDX file of bytes: magic number with the number of dimensions, sizes, values.
-
-    Raises DataError.
-    """
-    try:
-        content = gzip.decompress(path.read_bytes())
-        sizes = np.frombuffer(content, ">i4", count=content[3], offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sizes)
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise DataError(
-            f"{path}: cannot read IDX file ({one_line(error)}); download or install it again"
-        ) from None
-
-
-class _Idx:
-    """One part of Debian's Fashion-MNIST, with the interface of torchvision's class."""
-
-    classes = datasets.FashionMNIST.classes
-
-    def __init__(self, root: Path, part: str) -> None:
-        self.data = _read_idx(root / f"{part}-images-idx3-ubyte.gz")
-        self.targets: list[int] = _read_idx(root / f"{part}-labels-idx1-ubyte.gz").tolist()
-        problem = ""
-        if len(self.data) != len(self.targets):
-            problem = f"{len(self.data)} images but {len(self.targets)} labels"
-        elif self.targets and max(self.targets) >= len(self.classes):
-            problem = f"label {max(self.targets)}, but there are {len(self.classes)} classes"
-        if problem:
-            raise DataError(f"{root}: {part} has {problem}; download or install it again")
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.data[index]), self.targets[index]
+    return _torchvision(settings, root, "ImageNet", lambda part: datasets.ImageNet(root, part))
 
 
 def fashion_mnist(settings: DataSettings, cache: Path) -> ImageSet:
     """Fashion-MNIST: torchvision's layout, or the folder of Debian's package."""
-    if settings.root is None and not settings.download and DEBIAN_FASHION_MNIST.is_dir():
-        root = DEBIAN_FASHION_MNIST
-    else:
-        root = _folder(settings, cache)
-    if (root / "train-images-idx3-ubyte.gz").is_file():
-        return _image_set(settings, root, _Idx(root, "train"), _Idx(root, "t10k"))
+    debian = settings.root is None and not settings.download and DEBIAN_FASHION_MNIST.is_dir()
+    root = DEBIAN_FASHION_MNIST if debian else _folder(settings, cache)
+    packed = list(root.glob("*-ubyte.gz"))  # as in Debian's package
+    with TemporaryDirectory() if packed else nullcontext(root) as place:
+        for path in packed:
+            _unpack(path, Path(place, "FashionMNIST", "raw", path.stem))
 
-    def build(train: bool) -> Any:  # noqa: FBT001 - as torchvision has it
-        return datasets.FashionMNIST(root, train, download=settings.download)
+        def build(part: str) -> Any:
+            return datasets.FashionMNIST(place, part == "train", download=settings.download)
 
-    return _image_set(settings, root, *_open_parts("Fashion-MNIST", root, build, (True, False)))
+        return _torchvision(settings, root, "Fashion-MNIST", build)
+
+
+def _unpack(path: Path, to: Path) -> None:
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: cannot read IDX file ({one_line(error)}); download or install it again"
+        ) from None
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_bytes(content)
 
 
 # -- synthetic ------------------------------------------------------------------------------------
@@ -275,16 +223,11 @@ def synthetic(settings: DataSettings, seed: int, batch: int) -> ImageSet:
     num_classes = settings.num_classes or 1000
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=source)
     labels = torch.randint(0, num_classes, (batch,), generator=source).tolist()
-    rows = list(range(batch))
-    return ImageSet(
-        "synthetic",
-        InMemory(images, labels, rows * SYNTHETIC_STEPS),
-        InMemory(images, labels, rows),
-        [str(number) for number in range(num_classes)],
-        size,
-        _digest(repr((seed, batch, size, num_classes)).encode()),
-        shuffled=False,
-    )
+    train = InMemory(images, labels, [*range(batch)] * SYNTHETIC_STEPS)
+    test = InMemory(images, labels, range(batch))
+    classes = [str(number) for number in range(num_classes)]
+    fingerprint = _digest(repr((seed, batch, size, num_classes)).encode())
+    return ImageSet("synthetic", train, test, classes, size, fingerprint, shuffled=False)
 
 
 # -- opening a set by its name --------------------------------------------------------------------
@@ -300,10 +243,7 @@ SETS: Final[dict[str, Callable[[DataSettings, Path], ImageSet]]] = {
 
 
 def _digest(*parts: bytes) -> str:
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(part)
-    return total.hexdigest()
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def open_set(settings: DataSettings, cache: Path, seed: int = 0, batch: int = 128) -> ImageSet:

@@ -43,22 +43,19 @@ def statistics(images: ImageSet, cache: Path, workers: int = 0) -> Statistics:
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
-                _store(_compute(images, workers), path)
+                content = safetensors.torch.save(vars(_compute(images, workers)))
+                try:
+                    atomic_write(path, content)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"cache_dir={cache}: cannot write the mean image ({one_line(error)}); "
+                        "free some space or use another cache_dir"
+                    ) from None
     try:
         return Statistics(**safetensors.torch.load_file(path))
     except (OSError, TypeError, safetensors.SafetensorError) as error:
         raise DataError(
             f"{path}: damaged ({one_line(error)}); delete it, and it is computed again"
-        ) from None
-
-
-def _store(found: Statistics, path: Path) -> None:
-    try:
-        atomic_write(path, safetensors.torch.save(vars(found)))
-    except OSError as error:
-        raise CheckpointError(
-            f"cache_dir={path.parents[1]}: cannot write the mean image ({one_line(error)}); "
-            "free some space or use another cache_dir"
         ) from None
 
 
