@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from modelpar import launch
-from modelpar.bench import report
-from modelpar.bench.measure import measure
+from modelpar.bench.measure import markdown, measure
 from modelpar.settings import BenchmarkSettings
 
 
 def benchmark(settings: BenchmarkSettings) -> None:
     """Print the tables; write them, the JSON and, with ``breakdown``, traces."""
     result, out = measure(settings), Path(settings.out)
-    text = report.markdown(result)
+    text = markdown(result)
     print(text)  # noqa: T201
     out.mkdir(parents=True, exist_ok=True)
     (out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,56 +1,52 @@
 """The contenders: one training step of the same net and batch by several means."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelpar.distributed import Mesh
 from modelpar.images.loader import Batch
 from modelpar.net import paper
-from modelpar.net.alexnet import AlexNet, Column
+from modelpar.net.alexnet import AlexNet
 from modelpar.net.paper import COLUMNS, LAYERS
 from modelpar.net.plan import Plan, Recipe, plan_for
 from modelpar.seeding import generator
-from modelpar.settings import BenchmarkSettings, CrossingSettings, ModelSettings, TrainSettings
+from modelpar.settings import BenchmarkSettings, ModelSettings, TrainSettings
 from modelpar.training.engine import Learner, compile_parts
 
-
-class Contender(NamedTuple):
-    """One way to take the step."""
-
-    processes: int
-    text: str
-
-
 CONTENDERS: Final = {
-    "plain": Contender(1, "one process, torch's own layers, optimizer and allocator"),
-    "layers": Contender(1, "one process, our layers"),
-    "ddp": Contender(2, "data parallel: DistributedDataParallel, our layers"),
-    "tensor_parallel": Contender(2, "torch's tensor parallelism for fc6 and fc7, our layers"),
-    "in_turn": Contender(2, "the two columns, crossing.overlap=false crossing.chunks=1"),
-    "pair": Contender(2, "the two columns"),
+    "plain": "one process, torch's own layers, optimizer and allocator",
+    "layers": "one process, our layers",
+    "ddp": "data parallel: DistributedDataParallel, our layers",
+    "tensor_parallel": "torch's tensor parallelism for fc6 and fc7, our layers",
+    "in_turn": "the two columns, crossing.overlap=false crossing.chunks=1",
+    "pair": "the two columns",
 }
+SINGLE: Final = ("plain", "layers")  # the others have two processes
 
 
-class Step(NamedTuple):
-    """Takes a training step of this process; ``bytes_sent`` counts what its exchanges sent."""
+@dataclass(frozen=True)
+class Contender:
+    """One way to take the step, at one precision; ``batch_size`` is of all its processes."""
 
-    take: Callable[[], object]
-    bytes_sent: Callable[[], int] = int
+    name: str
+    precision: str
+    batch_size: int
+    settings: BenchmarkSettings
+
+    @property
+    def processes(self) -> int:
+        """The number of processes."""
+        return 1 if self.name in SINGLE else 2
 
 
 class Plain(nn.Module):
@@ -69,15 +65,13 @@ class Plain(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
-        plan, layer, relu = self.plan, self.get_submodule, functional.relu
+        plan, layer, relu, norm = self.plan, self.get_submodule, functional.relu, self._across
         pool = partial(functional.max_pool2d, kernel_size=3, stride=2, ceil_mode=True)
         drop = partial(functional.dropout, p=plan.dropout, training=self.training)
         x = layer("conv1")(functional.pad(images, plan.conv1_padding))
-        if plan.recipe.norm1_input == "linear":
-            x = relu(pool(self._across(x)))
-        else:
-            x = pool(self._across(relu(x)))
-        x = self._across(relu(layer("conv2")(x)))
+        linear = plan.recipe.norm1_input == "linear"
+        x = relu(pool(norm(x))) if linear else pool(norm(relu(x)))
+        x = norm(relu(layer("conv2")(x)))
         if plan.recipe.norms == "across_and_within":
             mean = functional.avg_pool2d(x * x, paper.WITHIN_SIZE, 1, paper.WITHIN_SIZE // 2)
             x = x * (paper.WITHIN_K + paper.WITHIN_ALPHA * mean) ** -paper.WITHIN_BETA
@@ -102,48 +96,40 @@ def plan_of(settings: BenchmarkSettings) -> Plan:
     return plan_for(recipe, ModelSettings(), settings.num_classes, settings.image_size)
 
 
-def make(
-    name: str, precision: str, batch_size: int, settings: BenchmarkSettings, mesh: Mesh
-) -> Step:
-    """Return the step of contender ``name``, for ``batch_size`` images over all processes.
+def make(contender: Contender, mesh: Mesh) -> Callable[[], object]:
+    """Return a function that takes a training step of this process.
 
     The images are noise with the scale of photographs minus their mean.
     """
-    plan = plan_of(settings)
+    settings, plan = contender.settings, plan_of(contender.settings)
     source = generator(settings.seed, "benchmark")
-    shape = (batch_size, 3, plan.image_size, plan.image_size)
+    shape = (contender.batch_size, 3, plan.image_size, plan.image_size)
     images = torch.randn(shape, generator=source) * 64  # about the deviation of photographs
-    labels = torch.randint(plan.num_classes, (batch_size,), generator=source)
-    if name == "ddp":
+    labels = torch.randint(plan.num_classes, shape[:1], generator=source)
+    if contender.name == "ddp":
         images, labels = (x.chunk(mesh.replicas)[mesh.replica].clone() for x in (images, labels))
     batch = Batch(images.to(mesh.device), labels.to(mesh.device), waited=0.0)
-    if name == "plain":
-        return _torch_step(Plain(plan).to(mesh.device), plan, batch, precision)
-    if name == "tensor_parallel":
-        net = _parallelized(plan, settings, mesh)
-        return _torch_step(net, plan, batch, precision)
+    if contender.name in {"plain", "tensor_parallel"}:
+        net = Plain(plan) if contender.name == "plain" else _parallelized(plan, settings, mesh)
+        return _torch_step(net.to(mesh.device), plan, batch, contender.precision)
     crossing = settings.crossing
-    if name == "in_turn":
-        crossing = CrossingSettings(crossing.dtype, overlap=False, chunks=1)
+    if contender.name == "in_turn":
+        crossing = replace(crossing, overlap=False, chunks=1)
     trained = TrainSettings(
         crossing=crossing,
         epochs=1,
         batch_size=len(images),
         seed=settings.seed,
-        precision=precision,
+        precision=contender.precision,
         channels_last=settings.channels_last,
         compile=settings.compile,
     )
     learner = Learner(plan, trained, mesh)
     steps = count()
-    link = learner.net.link if isinstance(learner.net, Column) else None
-    return Step(
-        lambda: learner.step(batch, next(steps), learner.schedule.rates(0)),
-        lambda: link.bytes_sent if link else 0,
-    )
+    return lambda: learner.step(batch, next(steps), learner.schedule.rates(0))
 
 
-def _torch_step(net: nn.Module, plan: Plan, batch: Batch, precision: str) -> Step:
+def _torch_step(net: nn.Module, plan: Plan, batch: Batch, precision: str) -> Callable[[], object]:
     """Return a step with torch's own optimizer and autocast."""
     wide = torch.float64 if precision == "float64" else torch.float32
     images, recipe = batch.images.to(wide), plan.recipe
@@ -153,13 +139,13 @@ def _torch_step(net: nn.Module, plan: Plan, batch: Batch, precision: str) -> Ste
 
     def take() -> None:
         rounds = precision == "bfloat16"
-        with torch.autocast(images.device.type, torch.bfloat16) if rounds else nullcontext():
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=rounds):
             logits = net(images)
         functional.cross_entropy(logits.to(wide), batch.labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return Step(take)
+    return take
 
 
 def _parallelized(plan: Plan, settings: BenchmarkSettings, mesh: Mesh) -> nn.Module:

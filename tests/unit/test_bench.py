@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from modelpar import AlexNet, config, settings
-from modelpar.bench import measure, report
-from modelpar.bench.steps import CONTENDERS, Plain, gflop
+from modelpar.bench import measure
+from modelpar.bench.steps import CONTENDERS, Contender, Plain, gflop
 from modelpar.errors import SettingsError
 from modelpar.net.plan import plan_from
 
@@ -59,26 +59,32 @@ def test_bad_setting_is_a_one_line_error(words: list[str], expected: str) -> Non
 
 
 class FakeWorkers:
-    """A contender whose processes have already answered."""
+    """Processes that have started."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.precision = name, "float32"
+        self.contender = Contender(name, "float32", 4, config.read("benchmark", []))
+        self.start_s = 7.0
 
 
-def case(name: str, rate: float | None, *seconds: float) -> measure.Case:
-    turns = [[{"seconds": [one, one, 9 * one]}, {"seconds": [one / 2] * 3}] for one in seconds]
-    return measure.Case(FakeWorkers(name), rate, turns)  # type: ignore[arg-type]
+def row(name: str, rate: float | None, *seconds: float) -> dict[str, Any]:
+    costs = {"sent": 1000, "peak_bytes": 2}
+    turns = [
+        [{"seconds": [one, one, 9 * one], **costs}, {"seconds": [one / 2] * 3, **costs}]
+        for one in seconds
+    ]
+    return measure._row(FakeWorkers(name), rate, turns)  # type: ignore[arg-type]
 
 
 def test_ratios_are_computed_round_by_round() -> None:
-    plain, ddp = case("plain", None, 4.0, 8.0), case("ddp", None, 3.0, 6.0)
-    ours, slow = case("pair", None, 1.0, 2.0), case("pair", 100.0, 2.0, 8.0)
-    slow.workers = ours.workers
-    cases = [plain, ddp, ours, slow]
-    assert ours.seconds() == [1.0, 2.0]  # the median step of the slower process
-    assert measure._ratios(ours, cases)["plain float32"] == {"median": 4, "low": 4, "high": 4}
-    assert measure._ratios(ours, cases)["ddp"]["median"] == 3
-    found = measure._ratios(slow, cases)
+    plain, ddp = row("plain", None, 4.0, 8.0), row("ddp", None, 3.0, 6.0)
+    ours, slow = row("pair", None, 1.0, 2.0), row("pair", 100.0, 2.0, 8.0)
+    rows = [plain, ddp, ours, slow]
+    assert ours["rounds_s"] == [1.0, 2.0]  # the median step of the slower process
+    assert ours["wire_bytes"] == 500  # of each of two processes
+    assert measure.ratios(ours, rows)["plain float32"] == {"median": 4, "low": 4, "high": 4}
+    assert measure.ratios(ours, rows)["ddp"]["median"] == 3
+    assert "full rate" not in measure.ratios(ours, rows)
+    found = measure.ratios(slow, rows)
     assert found["full rate"] == {"median": 0.375, "low": 0.25, "high": 0.5}
     assert found["plain"] == {"median": 1.5, "low": 1.0, "high": 2.0}  # one process has no link
     assert "ddp" not in found  # not measured at that rate
@@ -113,7 +119,7 @@ def test_tables_show_what_was_measured() -> None:
         "peaks": [{"batch_size": 8, "float32": 90.0}],
         "rows": [row, slow],
     }
-    text = report.markdown(json.loads(json.dumps(result)))
+    text = measure.markdown(json.loads(json.dumps(result)))
     assert "| pair | float32 |  | 2.00 (1.50-2.50) | 4.0 | 2.00 (1.50-2.50) |  |" in text
     assert "| 50% | 2 | 3.0 | 7 |" in text
     assert (

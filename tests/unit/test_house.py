@@ -36,7 +36,7 @@ FLOORS = [
     ["studies.comparison", "studies.curves", "studies.snapshots"],
     ["studies.plots"],
     ["studies.page"],
-    ["bench.link", "bench.steps", "bench.report"],
+    ["bench.steps"],
     ["bench.workers"],
     ["bench.measure"],
     ["exit_status", "sweep"],
