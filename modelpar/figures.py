@@ -3,12 +3,14 @@
 ``runs=[RUN,SWEEP,'runs/*']`` adds these runs to figure 3 and draws figure 1 of them.
 """
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import NoReturn
 
 from matplotlib.figure import Figure
 
 from modelpar import launch, tables
+from modelpar.analysis.activations import MEASURES
 from modelpar.errors import DataError
 from modelpar.settings import FiguresSettings
 from modelpar.studies import curves, plots, snapshots
@@ -35,7 +37,9 @@ def figures(settings: FiguresSettings) -> None:
     if snapshot:
         pictures["figure4.png"] = plots.figure4(snapshot)
         pictures["activations.png"] = plots.activations(snapshot.activity)
-        texts["activations.csv"] = snapshots.activations_csv(snapshot.activity)
+        texts["activations.csv"] = tables.comma_separated(
+            ("layer", "column", *MEASURES), map(astuple, snapshot.activity)
+        )
     print(snapshots.report(sources, runs))  # noqa: T201
     if runs:
         print(f"\n{curves.report(runs)}")  # noqa: T201

@@ -1,12 +1,12 @@
 """Statistics of each layer's activations: size, share of zeros, dead maps (section 3.1)."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from modelpar.distributed import Mesh, all_reduce_sum
 from modelpar.net.layers import Activation
@@ -47,7 +47,7 @@ def activations_of(net: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-class ActivationStats:
+class ActivationStats(ExitStack):
     """Context manager that collects statistics of the first ``images`` of each batch.
 
     Its forward hooks do not change the net's results and are removed on exit.  The net may run a
@@ -55,24 +55,21 @@ class ActivationStats:
     """
 
     def __init__(self, net: nn.Module, columns: int, mesh: Mesh, images: int) -> None:
+        super().__init__()
         self.net, self.columns, self.mesh, self.images = net, columns, mesh, images
         self.layers = {**activations_of(net), LOGITS: net}
-        self.sums: dict[str, Tensor] = {}  # (local columns, 4): number, sum, squares, zeros
-        self.alive: dict[str, Tensor] = {}  # (local columns, maps): whether ever nonzero
+        # By layer, (local columns, maps, 4): number of values, their sum, squares, zeros.
+        self.sums: dict[str, Tensor] = {}
         self.passed: dict[str, int] = {}  # images of the current batch
-        self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
         """Register the hooks."""
-        self.handles.append(self.net.register_forward_pre_hook(lambda *_: self.passed.clear()))
+        handle = self.net.register_forward_pre_hook(lambda *_: self.passed.clear())
+        self.callback(handle.remove)
         for name, module in self.layers.items():
-            self.handles.append(module.register_forward_hook(partial(self._collect, name)))
+            handle = module.register_forward_hook(partial(self._collect, name))
+            self.callback(handle.remove)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        """Remove the hooks."""
-        while self.handles:
-            self.handles.pop().remove()
 
     @torch.no_grad()
     def _collect(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -84,19 +81,9 @@ class ActivationStats:
         columns = 1 if name == LOGITS or self.mesh.pair is not None else self.columns
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         maps = wide.reshape(len(wide), columns, wide.shape[1] // columns, -1)
-        parts = maps.flatten(2)
-        sums = torch.stack(
-            [
-                torch.full_like(parts[0, :, 0], parts[:, 0].numel(), dtype=torch.float64),
-                parts.sum((0, 2), dtype=torch.float64),
-                parts.square().sum((0, 2), dtype=torch.float64),
-                (parts == 0).sum((0, 2)).double(),
-            ],
-            dim=1,
-        )
-        alive = maps.abs().amax(3).amax(0) != 0
-        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
-        self.alive[name] = self.alive[name] | alive if name in self.alive else alive
+        measures = (torch.ones_like(maps), maps, maps.square(), maps == 0)
+        sums = [measure.sum((0, 3), dtype=torch.float64) for measure in measures]
+        self.sums[name] = self.sums.get(name, 0) + torch.stack(sums, dim=2)
 
     def result(self) -> list[Activity]:
         """Return the statistics of all layers and columns.  Collective over the pair."""
@@ -105,9 +92,10 @@ class ActivationStats:
         for row, name in zip(total, self.layers, strict=True):
             if name == LOGITS and first:
                 continue  # both columns have the same logits: count them once
-            dead = (~self.alive[name]).double()
-            counts = torch.stack([dead.sum(1), torch.ones_like(dead).sum(1)], dim=1)
-            row[first : first + len(dead)] = torch.cat([self.sums[name], counts], dim=1)
+            sums = self.sums[name]
+            dead = (sums[:, :, 3] == sums[:, :, 0]).double()
+            counts = [dead.sum(1), torch.ones_like(dead).sum(1)]
+            row[first : first + len(sums)] = torch.cat([sums.sum(1), torch.stack(counts, 1)], 1)
         count, values, squares, zeros, dead, maps = all_reduce_sum(total, self.mesh.pair).unbind(2)
         mean = values / count
         std = (squares / count - mean * mean).clamp(min=0).sqrt()

@@ -5,7 +5,7 @@ of the other GPU largely colour-specific.
 """
 
 from dataclasses import dataclass
-from math import hypot, sqrt
+from math import sqrt
 from typing import Final
 
 import torch
@@ -49,8 +49,9 @@ def frequency(kernels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Specialisation:
-    """Colour share and frequency (cycles per pixel) of each kernel of one column."""
+    """The kernels (C, 3, K, K) of one column, their colour shares and cycles per pixel."""
 
+    kernels: Tensor
     colour_share: Tensor
     frequency: Tensor
 
@@ -62,19 +63,14 @@ class Specialisation:
 
 def specialisation(kernels: Tensor, columns: int) -> list[Specialisation]:
     """Return the specialisation of each column; ``kernels`` (C, 3, K, K) are of all columns."""
-    return [Specialisation(colour_share(part), frequency(part)) for part in kernels.chunk(columns)]
+    parts = kernels.chunk(columns)
+    return [Specialisation(part, colour_share(part), frequency(part)) for part in parts]
 
 
-def colour_difference(columns: list[Specialisation]) -> tuple[float, float] | None:
-    """Return column 0's mean colour share minus column 1's, and the standard error.
-
-    The error is that of a difference of two means over kernels.  Returns None for one column.
-    """
-    if len(columns) == 1:
-        return None
-    first, second = (column.colour_share for column in columns)
-    error = hypot(*(float(share.std()) / sqrt(len(share)) for share in (first, second)))
-    return float(first.mean() - second.mean()), error
+def colour_difference(columns: list[Specialisation]) -> float | None:
+    """Return column 0's mean colour share minus column 1's; None for one column."""
+    means = [float(column.colour_share.mean()) for column in columns]
+    return means[0] - means[1] if len(means) > 1 else None
 
 
 def kernel_picture(kernels: Tensor, columns: int = 2) -> Tensor:

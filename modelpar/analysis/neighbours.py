@@ -14,10 +14,9 @@ from torch.nn import functional
 from torch.utils.data import Subset
 
 from modelpar.analysis.activations import activations_of
-from modelpar.distributed import Mesh, all_reduce_sum
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import TestLoader
-from modelpar.images.samples import Images, ImageSet
+from modelpar.images.samples import Images, ImageSet, Sample
 from modelpar.seeding import generator
 
 # The numbers of figure 4:
@@ -39,13 +38,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """A stored test image, its class, its nearest training images and their distances."""
+    """A stored test image, its class, its nearest training images with classes and distances."""
 
     query: Tensor
     label: int
-    images: list[Tensor]
-    labels: list[int]
-    distances: list[float]
+    nearest: list[tuple[Tensor, int, float]]
 
 
 @dataclass(frozen=True)
@@ -73,91 +70,70 @@ def random_subset(total: int, count: int, seed: int) -> list[int]:
 def features(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits (N, classes) and the last hidden units (N, D) of images (N, 3, S, S).
 
-    The net runs in evaluation mode and then returns to its previous mode.  The units are those
-    before the factor 0.5 of dropout, which scales all distances equally: 4096, or the 2048 of
-    this column.  A net without activation modules has its logits as features.  Collective over
-    the pair.
+    The net is in evaluation mode.  The units are those before the factor 0.5 of dropout, which
+    scales all distances equally.
     """
     units: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        units.append(output.flatten(1))
-
-    training = net.training
-    net.eval()
-    last = list(activations_of(net).values())[-1:]
-    handles = [module.register_forward_hook(keep) for module in last]
+    *_, last = activations_of(net).values()
+    handle = last.register_forward_hook(lambda *call: units.append(call[2].flatten(1)))
     try:
         logits = net(images)
     finally:
-        for handle in handles:
-            handle.remove()
-        net.train(training)
-    return logits, torch.cat(units) if units else logits
+        handle.remove()
+    return logits, torch.cat(units)
 
 
-def top_predictions(
-    images: Sequence[Tensor], labels: Sequence[int], logits: Tensor
-) -> list[Prediction]:
+def top_predictions(samples: Sequence[Sample], logits: Tensor) -> list[Prediction]:
     """Return the most probable classes of each stored image; ``logits`` is (N, classes)."""
     top = functional.softmax(logits.double(), dim=1).topk(min(TOP, logits.shape[1]), dim=1)
-    each = zip(images, labels, top.indices.tolist(), top.values.tolist(), strict=True)
-    return [Prediction(*one) for one in each]
+    each = zip(samples, top.indices.tolist(), top.values.tolist(), strict=True)
+    return [Prediction(*sample, classes, shares) for sample, classes, shares in each]
 
 
 def nearest_distinct(
-    images: Images, rows: Sequence[int], squared: Tensor, count: int = NEAREST
-) -> tuple[list[Tensor], list[int], list[float]]:
-    """Return stored images, classes and distances of the ``count`` nearest of ``rows``.
+    images: Images, rows: Sequence[int], distances: Tensor
+) -> list[tuple[Tensor, int, float]]:
+    """Return stored images, classes and distances of the ``NEAREST`` nearest of ``rows``.
 
-    ``squared`` (M,): their squared distances.  An image that appears several times in the data
-    set is returned once.
+    ``distances`` (M,) of all rows.  An image that appears several times in the data set is
+    returned once.
     """
-    near: list[Tensor] = []
-    labels: list[int] = []
-    distances: list[float] = []
-    for place in squared.argsort(stable=True).tolist():
+    found: list[tuple[Tensor, int, float]] = []
+    for place in distances.argsort(stable=True).tolist():
         image, label = images[rows[place]]
-        if not any(torch.equal(image, other) for other in near):
-            near.append(image)
-            labels.append(label)
-            distances.append(float(squared[place].sqrt()))
-        if len(near) == count:
+        if not any(torch.equal(image, other) for other, *_ in found):
+            found.append((image, label, float(distances[place])))
+        if len(found) == NEAREST:
             break
-    return near, labels, distances
+    return found
 
 
 def figure4(
     net: nn.Module,
-    mesh: Mesh,
     images: ImageSet,
     augmentation: Augmentation,
     rows: Sequence[int],
     batch_size: int,
     workers: int,
-) -> Figure4 | None:
-    """Return the content of figure 4 on column 0, None on the other column.
+) -> Figure4:
+    """Return the content of figure 4.
 
-    ``rows``: the training images to search; one batch of them is in memory at a time.  Collective
-    over the pair: each column has squared distances of its units, which are added at the end.
+    ``rows``: the training images to search; one batch of them is in memory at a time.
     """
-    shown, queries = (evenly_spaced(len(images.test), count) for count in (SHOWN, QUERIES))
-    samples = [images.test[row] for row in (*shown, *queries)]
-    stored, labels = [sample[0] for sample in samples], [int(sample[1]) for sample in samples]
-    half = len(shown)
-    logits, units = features(net, augmentation.center_crop(torch.stack(stored).to(mesh.device)))
-    wide = units[half:].double()
+    device, test = augmentation.mean.device, images.test
+    shown = [test[row] for row in evenly_spaced(len(test), SHOWN)]
+    queries = [test[row] for row in evenly_spaced(len(test), QUERIES)]
+    stored = torch.stack([image for image, _ in (*shown, *queries)]).to(device)
+    logits, units = features(net, augmentation.center_crop(stored))
+    wide = units[len(shown) :].double()
     searched: Any = Subset(images.train, rows)  # pyright: ignore[reportArgumentType] - it needs an index only
     parts: list[Tensor] = []  # (queries, images of the batch)
-    for batch, _ in TestLoader(searched, batch_size, mesh.device, workers=workers):
+    for batch, _ in TestLoader(searched, batch_size, device, workers=workers):
         units = features(net, augmentation.center_crop(batch))[1].double()
-        parts.append(torch.stack([(units - query).square().sum(1) for query in wide]))
-    squared = all_reduce_sum(torch.cat(parts, dim=1), mesh.pair).cpu()
-    if mesh.column:
-        return None
+        parts.append(torch.cdist(wide, units, compute_mode="donot_use_mm_for_euclid_dist"))
+    distances = torch.cat(parts, dim=1).cpu()
     neighbours = [
-        Neighbours(query, label, *nearest_distinct(images.train, rows, row))
-        for query, label, row in zip(stored[half:], labels[half:], squared, strict=True)
+        Neighbours(query, label, nearest_distinct(images.train, rows, row))
+        for (query, label), row in zip(queries, distances, strict=True)
     ]
-    predictions = top_predictions(stored[:half], labels[:half], logits[:half].cpu())
-    return Figure4(predictions, neighbours, len(rows))
+    return Figure4(top_predictions(shown, logits[: len(shown)].cpu()), neighbours, len(rows))

@@ -27,7 +27,7 @@ class Group:
     """The runs of one experiment on one data set, sorted by seed."""
 
     label: str
-    runs: tuple[Run, ...]
+    runs: list[Run]
 
     @property
     def counted(self) -> dict[int, Run]:
@@ -40,55 +40,56 @@ class Group:
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Group]]:
-    """Return the groups of each data set, in the order of the runs."""
-    sets: dict[str, dict[Any, list[Run]]] = {}
+    """Return the groups of each data set, in the order of the runs.
+
+    A label has the experiment, its overrides, and the first folder if these do not tell the
+    groups apart.
+    """
+    kinds: dict[Any, list[Run]] = {}
     for run in runs:
-        kind = (run.label, frozenset(run.identity.items()))
-        sets.setdefault(run.data, {}).setdefault(kind, []).append(run)
-    return {data: _labelled(list(groups.values())) for data, groups in sets.items()}
-
-
-def _labelled(groups: list[list[Run]]) -> list[Group]:
-    """Label each group by experiment and overrides; if that is taken, by its first folder too."""
-    found: dict[str, Group] = {}
-    for runs in groups:
-        label = " ".join([runs[0].label, *overrides(runs[0])])
-        label = f"{label} ({runs[0].folder})" if label in found else label
-        found[label] = Group(label, tuple(sorted(runs, key=lambda run: run.seed)))
-    return list(found.values())
+        kind = (run.data, run.label, frozenset(run.identity.items()))
+        kinds.setdefault(kind, []).append(run)
+    sets: dict[str, list[Group]] = {}
+    for same in kinds.values():
+        groups = sets.setdefault(same[0].data, [])
+        label = " ".join([same[0].label, *overrides(same[0])])
+        if label in [one.label for one in groups]:
+            label += f" ({same[0].folder})"
+        groups.append(Group(label, sorted(same, key=lambda run: run.seed)))
+    return sets
 
 
 # -- experiments and their controls --------------------------------------------------------------
 
 
 @cache
-def experiment(name: str | None) -> dict[str, Any] | None:
-    """Return the settings of an experiment of ``conf/experiment/``; None if there is none."""
+def experiment(name: str | None) -> dict[str, Any]:
+    """Return the settings of an experiment of ``conf/experiment/``; nothing if there is none."""
     try:
-        return asdict(config.read("train", [f"experiment={name}"])) if name else None
+        return asdict(config.read("train", [f"experiment={name}"]))
     except SettingsError:
-        return None
+        return {}
 
 
 def overrides(run: Run) -> list[str]:
     """Return the settings of net and recipe with which a run overrides its experiment."""
-    settings = experiment(run.settings.get("experiment"))
-    expected = identity(settings) if settings else {}
-    other = {
-        key: run.identity[key].replace('"', "")
-        for key in expected.keys() & run.identity.keys() - set(SIZES)
-        if key.startswith(NET) and run.identity[key] != expected[key]
-    }
-    if name := other.pop("recipe.name", None):  # another recipe: do not list its values
-        other = {key: value for key, value in other.items() if not key.startswith("recipe.")}
-        other["recipe"] = name
-    return [f"{key}={value}" for key, value in sorted(other.items())]
+    name = run.settings.get("experiment")
+    ours = {key: value for key, value in run.identity.items() if key.startswith(NET)}
+    found = set(_different(ours, _identity(name))) - set(SIZES)
+    if "recipe.name" in found:  # another recipe: do not list its values
+        found = {key for key in found if not key.startswith("recipe.")} | {"recipe.name"}
+    texts = (f"{key}={ours[key]}".replace('"', "") for key in sorted(found))
+    return [text.replace("recipe.name", "recipe") for text in texts]
 
 
-def changes(name: str | None, control: str | None) -> dict[str, tuple[str, str]] | None:
-    """Return what differs between an experiment and its control; None if either is unknown."""
-    ours, theirs = experiment(name), experiment(control)
-    return _different(identity(ours), identity(theirs)) if ours and theirs else None
+def changes(name: str | None, control: str | None) -> dict[str, tuple[str, str]]:
+    """Return what differs between an experiment and its control; nothing if one is unknown."""
+    return _different(_identity(name), _identity(control))
+
+
+def _identity(name: str | None) -> dict[str, str]:
+    settings = experiment(name)
+    return identity(settings) if settings else {}
 
 
 def _different(ours: dict[str, str], theirs: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -98,14 +99,13 @@ def _different(ours: dict[str, str], theirs: dict[str, str]) -> dict[str, tuple[
 
 def is_control(run: Run, other: Run) -> bool:
     """Whether ``other`` is the control of ``run``, and they differ as their experiments do."""
-    name, control = run.settings.get("experiment"), run.settings.get("control")
+    control = run.settings.get("control")
     if control is None or other.settings.get("experiment") != control:
         return False
-    found, expected = _different(run.identity, other.identity), changes(name, control)
-    if expected is None:
-        return all(key.startswith(NET) for key in found)
     shared = run.identity.keys() & other.identity.keys()
-    return found == {key: value for key, value in expected.items() if key in shared}
+    expected = changes(run.settings.get("experiment"), control)
+    expected = {key: value for key, value in expected.items() if key in shared}
+    return _different(run.identity, other.identity) == expected
 
 
 def difference(of: Group, groups: Sequence[Group]) -> list[float]:
@@ -115,24 +115,25 @@ def difference(of: Group, groups: Sequence[Group]) -> list[float]:
     return [error - theirs[seed] for seed, error in of.errors(1).items() if seed in theirs]
 
 
-def published(run: Run) -> tuple[float | None, str]:
+def published(run: Run) -> tuple[str, str]:
     """Return the published top-1 error minus its control's, and the published error in words.
 
-    None if they are for different images, nothing if the run overrides its experiment.
+    The difference is empty if they are for different images, both are if the run overrides its
+    experiment.
     """
     ours = {} if overrides(run) else run.settings.get("published") or {}
     if ours.get("top1") is None:
-        return None, ours.get("source") or ""
+        return "", ours.get("source") or ""
     top5 = "" if ours["top5"] is None else f" / {ours['top5']:g}"
     views = f"{ours['views']} view{'s' if ours['views'] != 1 else ''}"
     text = f"{ours['top1']:g}{top5} on {ours['set']}, {views} ({ours['source']})"
     control = run.settings.get("control")
-    theirs = run.settings.get("control_published") or (experiment(control) or {}).get("published")
+    theirs = run.settings.get("control_published") or experiment(control).get("published")
     if not theirs or theirs.get("top1") is None:
-        return None, text
-    differ = changes(run.settings.get("experiment"), control) or {}
+        return "", text
+    differ = changes(run.settings.get("experiment"), control)
     same = all(ours[key] == theirs[key] for key in ("set", "views") if key not in differ)
-    return ours["top1"] - theirs["top1"] if same else None, text
+    return f"{ours['top1'] - theirs['top1']:+.2f}" if same else "", text
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -141,21 +142,18 @@ def published(run: Run) -> tuple[float | None, str]:
 def rows(groups: Sequence[Group]) -> Iterator[list[str]]:
     """Yield the rows of one data set's table."""
     for one in groups:
-        lengths = {run.losses[-1][0] for run in one.runs if run.losses}
-        settings, (claim, source) = one.runs[0].settings, published(one.runs[0])
+        settings = one.runs[0].settings
+        lengths = sorted({run.losses[-1][0] for run in one.runs if run.losses})
         yield [
             one.label,
             str(len(one.counted)),
-            "-".join(str(steps) for steps in sorted({min(lengths), max(lengths)}))
-            if lengths
-            else "",
+            ", ".join(map(str, lengths)),
             str(settings.get("views", 1)),
             mean_std(list(one.errors(1).values())),
             mean_std(list(one.errors(2).values())),
             settings.get("control") or "",
             mean_std(difference(one, groups), signed=True),
-            "" if claim is None else f"{claim:+.2f}",
-            source,
+            *published(one.runs[0]),
         ]
 
 

@@ -1,6 +1,7 @@
 """Read trainings from the disk: their settings, their errors, and what identifies them."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -12,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from modelpar.errors import DataError, SettingsError, one_line
-from modelpar.training.monitor import METRICS
+from modelpar.training.metrics import METRICS
 from modelpar.training.run_dir import CONFIG
 
 # The settings that identify a training. The others are its seed, where it ran, what it reported.
@@ -43,57 +44,50 @@ class Run:
     folder: Path
     settings: dict[str, Any]
     identity: dict[str, str]
+    label: str  # the experiment's name, or the recipe's name and the model's switches
+    data: str  # the images: data set, number of classes if chosen, size
+    seed: int
     losses: list[tuple[int, float]]  # step, training loss in nats
     tests: list[tuple[int, float, float]]  # step, top-1 and top-5 error in %
     training: list[tuple[int, float]]  # epoch, top-1 error of a step in %; none in old runs
     finished: bool  # the last row is the evaluation at the end, with all its views
 
-    @classmethod
-    def of(
-        cls, folder: Path, settings: dict[str, Any], rows: Sequence[Mapping[str, Any]]
-    ) -> "Run":
-        """Return the run with these settings and rows; raises KeyError, TypeError, ValueError."""
-        steps = [row for row in rows if row["kind"] == "train"]
-        tests = [row for row in rows if row["kind"] == "test"]
-        finished = False
-        if steps and rows[-1]["kind"] == "test":
-            views, last = settings.get("views", 1), settings.get("steps")
-            epochs = settings.get("epochs") or settings["data"]["epochs"]
-            ended = last is not None and rows[-1]["step"] >= last
-            finished = ended or steps[-1]["epoch"] + 1 >= epochs
-            finished = finished and rows[-1].get("views", views) == views  # old rows: no views
-        run = cls(
-            folder,
-            settings,
-            identity(settings),
-            [(int(row["step"]), float(row["loss"])) for row in steps],
-            [(int(row["step"]), float(row["top1"]), float(row["top5"])) for row in tests],
-            [(int(row["epoch"]), float(row["top1"])) for row in steps if "top1" in row],
-            finished,
-        )
-        _ = run.label, run.data, run.seed  # raises here if a setting is missing
-        return run
 
-    @property
-    def label(self) -> str:
-        """The experiment's name, or the recipe's name and the model's switches."""
-        model = self.settings["model"].items()
-        switches = [f"{k}={v}" for k, v in model if v is not None and f"model.{k}" not in SIZES]
-        recipe = " ".join([self.settings["recipe"]["name"], *switches])
-        return self.settings.get("experiment") or recipe
+def run_of(folder: Path, settings: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> Run:
+    """Return the run with these settings and rows; raises KeyError, TypeError, ValueError."""
+    steps = [row for row in rows if row["kind"] == "train"]
+    tests = [row for row in rows if row["kind"] == "test"]
+    finished = False
+    if steps and rows[-1]["kind"] == "test":
+        views, epochs = settings.get("views", 1), settings.get("epochs")
+        ended = rows[-1]["step"] >= (settings.get("steps") or math.inf)
+        ended = ended or steps[-1]["epoch"] + 1 >= (epochs or settings["data"]["epochs"])
+        finished = ended and rows[-1].get("views", views) == views  # old rows: no views
+    return Run(
+        folder,
+        settings,
+        identity(settings),
+        _label(settings),
+        _data(settings),
+        int(settings["seed"]),
+        [(int(row["step"]), float(row["loss"])) for row in steps],
+        [(int(row["step"]), float(row["top1"]), float(row["top5"])) for row in tests],
+        [(int(row["epoch"]), float(row["top1"])) for row in steps if "top1" in row],
+        finished,
+    )
 
-    @property
-    def data(self) -> str:
-        """The images of training and test: data set, number of classes if chosen, size."""
-        model, data = self.settings["model"], self.settings["data"]
-        name = " ".join([data["name"], *([data["root"]] if "data.root" in self.identity else [])])
-        classes = [f"{model['num_classes']} classes"] if model.get("num_classes") else []
-        return ", ".join([name, *classes, f"{model['image_size'] or data['image_size']} pixels"])
 
-    @property
-    def seed(self) -> int:
-        """The seed."""
-        return int(self.settings["seed"])
+def _label(settings: Mapping[str, Any]) -> str:
+    model = settings["model"].items()
+    switches = [f"{k}={v}" for k, v in model if v is not None and f"model.{k}" not in SIZES]
+    return settings.get("experiment") or " ".join([settings["recipe"]["name"], *switches])
+
+
+def _data(settings: Mapping[str, Any]) -> str:
+    model, data = settings["model"], settings["data"]
+    name = f"imagefolder {data['root']}" if data["name"] == "imagefolder" else data["name"]
+    classes = f", {model['num_classes']} classes" if model.get("num_classes") else ""
+    return f"{name}{classes}, {model['image_size'] or data['image_size']} pixels"
 
 
 def read(folder: Path) -> Run:
@@ -101,7 +95,7 @@ def read(folder: Path) -> Run:
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
         *lines, _ = (folder / METRICS).read_text().split("\n")  # the last is empty or incomplete
-        return Run.of(folder, settings, [json.loads(line) for line in lines])
+        return run_of(folder, settings, [json.loads(line) for line in lines])
     except (OSError, ValueError, KeyError, TypeError, YAMLError, OmegaConfBaseException) as error:
         raise DataError(
             f"{folder}: cannot read this run ({one_line(error)}); fix it or leave it out"
@@ -115,19 +109,20 @@ def find(patterns: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:
-        places = map(Path, sorted(glob(str(Path(pattern).expanduser()))))  # noqa: PTH207 - may be absolute
-        runs = [
-            run for place in places for run in (place, *_jobs(place)) if (run / CONFIG).is_file()
-        ]
+        places = sorted(glob(str(Path(pattern).expanduser())))  # noqa: PTH207 - may be absolute
+        runs = [run for place in places for run in _runs_in(Path(place))]
         if not runs:
             raise SettingsError(
                 f"runs={pattern}: no run there; use folders with {CONFIG} and {METRICS}"
             )
-        found |= {run.resolve(): run for run in runs if run.resolve() not in found}
+        for run in runs:
+            found.setdefault(run.resolve(), run)
     return list(found.values())
 
 
-def _jobs(place: Path) -> list[Path]:
-    """Return the folders of a sweep's jobs in the order of their numbers."""
-    jobs = place.iterdir() if place.is_dir() and not (place / CONFIG).is_file() else []
-    return sorted(jobs, key=lambda path: (len(path.name), path.name))
+def _runs_in(place: Path) -> list[Path]:
+    """Return ``place`` if it is a run, or the jobs of a sweep in the order of their numbers."""
+    if (place / CONFIG).is_file():
+        return [place]
+    jobs = [file.parent for file in place.glob(f"*/{CONFIG}")]
+    return sorted(jobs, key=lambda job: (len(job.name), job.name))

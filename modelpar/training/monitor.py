@@ -104,8 +104,8 @@ class Monitor:
             values[f"{name}_off_grey"] = float(part.colour_share.mean())
             values[f"{name}_frequency"] = float(part.frequency.mean())
             values[f"{name}_colour_kernels"] = part.colour_kernels
-        if difference := colour_difference(found):
-            values["specialisation/difference_off_grey"] = difference[0]
+        if (difference := colour_difference(found)) is not None:
+            values["specialisation/difference_off_grey"] = difference
         self._scalars(values, step)
 
     def activations(self, rows: Sequence[Activity], step: int) -> None:

@@ -1,4 +1,4 @@
-"""Figures of the pair equal those of the whole net, and TensorBoard changes no training."""
+"""Activations of the pair equal those of the whole net, and TensorBoard changes no training."""
 
 import json
 from dataclasses import astuple
@@ -12,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modelpar import config
 from modelpar.analysis.activations import ActivationStats
-from modelpar.analysis.neighbours import features, figure4, random_subset
 from modelpar.distributed import Mesh
 from modelpar.images.augment import Augmentation
 from modelpar.training import prepare, trainer
@@ -36,42 +35,31 @@ def words_of(images: Path, *more: str) -> list[str]:
     ]
 
 
-def seen(mesh: Mesh, words: list[str]) -> dict[str, Any]:
-    """Activations and distances of a net that has learnt nothing, in float64."""
+def seen(mesh: Mesh, words: list[str]) -> list[tuple[Any, ...]]:
+    """Activations of a net that has learnt nothing, in float64."""
     settings = config.read("train", words)
     found = prepare.prepare(settings)
-    net = build(found.plan, mesh, settings, seed=3)
+    net = build(found.plan, mesh, settings, seed=3).eval()
     lens = Augmentation(found.statistics, 64, scaled=False, device="cpu")
     batch = torch.stack([found.images.test[place][0] for place in range(7)])
-    with ActivationStats(net, found.plan.columns, mesh, images=5) as watched:
-        features(net, lens.center_crop(batch))
-    rows = random_subset(len(found.images.train), 20, seed=3)
-    answers = figure4(net, mesh, found.images, lens, rows, 6, 0)
-    return {
-        "activity": [astuple(row) for row in watched.result()],
-        "distances": answers and [one.distances for one in answers.neighbours],
-        "shares": answers and [one.probabilities for one in answers.predictions],
-    }
+    with torch.no_grad(), ActivationStats(net, found.plan.columns, mesh, images=5) as watched:
+        net(lens.center_crop(batch))
+    return [astuple(row) for row in watched.result()]
 
 
 @pytest.mark.parametrize("net", ["two_columns", "no_crossing"])
-def test_figures_of_the_pair_equal_those_of_the_whole_net(
+def test_activations_of_the_pair_equal_those_of_the_whole_net(
     pair: Ranks, images: Path, net: str
 ) -> None:
     crossing = ["model.crossing_at=[]"] if net == "no_crossing" else []
     words = words_of(images, f"model.net={net}", "precision=float64", *crossing)
     whole = seen(ALONE, words)
     first, second = pair.run(seen, words)
-    assert first["activity"] == second["activity"]
-    assert len(first["activity"]) == 7 * 2 + 1
-    for one, other in zip(first["activity"], whole["activity"], strict=True):
+    assert first == second
+    assert len(first) == 7 * 2 + 1
+    for one, other in zip(first, whole, strict=True):
         assert one[:2] == other[:2]  # layer and column
         assert one[2:] == pytest.approx(other[2:], rel=1e-9)
-    assert second["distances"] is None
-    assert len(whole["distances"]) == 5
-    for key in ("distances", "shares"):
-        for one, other in zip(first[key], whole[key], strict=True):
-            assert one == pytest.approx(other, rel=1e-9)
 
 
 def trained(mesh: Mesh, words: list[str], run_dir: str) -> None:

@@ -184,8 +184,10 @@ def test_command_prints_tables_and_writes_a_page_without_external_files(
 
 
 def test_loss_curves_are_means_over_seeds_at_common_steps() -> None:
-    steps, losses = plots.smoothed([[(1, 2.0), (2, 4.0)], [(1, 4.0), (2, 6.0), (3, 9.0)]])
-    assert (steps, losses) == ([1, 2], [3.0, 5.0])
+    curve = plots.mean_curve([{1: 2.0, 2: 4.0}, {1: 4.0, 2: 6.0, 3: 9.0}])
+    assert curve == ([1, 2], [3.0, 5.0])
+    steps, losses = plots.smoothed(range(1, 82), [float(step % 2) for step in range(1, 82)])
+    assert (steps[:2], steps[-1], losses) == ([2, 4], 81, [0.5] * 40 + [1.0])
 
 
 @pytest.mark.parametrize("pattern", ["nowhere", "x*", "a/0/metrics.jsonl"])

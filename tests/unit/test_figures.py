@@ -96,12 +96,13 @@ def test_training_image_equal_to_a_test_image_is_its_nearest_at_distance_0() -> 
     assert seen.figure4.searched == 41
     assert len(seen.figure4.predictions) == 8
     one, *others = seen.figure4.neighbours
-    assert torch.equal(one.images[0], one.query)
-    assert one.distances[0] == pytest.approx(0, abs=1e-3 * one.distances[1])
-    assert one.distances == sorted(one.distances)
+    assert torch.equal(one.nearest[0][0], one.query)
+    distances = [distance for *_, distance in one.nearest]
+    assert distances[0] == pytest.approx(0, abs=1e-3 * distances[1])
+    assert distances == sorted(distances)
     for other in others:
-        assert len(other.images) == 6
-        assert other.distances[0] > 0
+        assert len(other.nearest) == 6
+        assert other.nearest[0][2] > 0
 
 
 def test_runs_without_checkpoint_setting_need_no_images(
