@@ -13,7 +13,7 @@ from modelpar import launch, tables
 from modelpar.analysis.activations import MEASURES
 from modelpar.errors import DataError
 from modelpar.settings import FiguresSettings
-from modelpar.studies import curves, plots, snapshots
+from modelpar.studies import plots, snapshots
 from modelpar.studies.runs import find, read
 
 
@@ -41,8 +41,6 @@ def figures(settings: FiguresSettings) -> None:
             ("layer", "column", *MEASURES), map(astuple, snapshot.activity)
         )
     print(snapshots.report(sources, runs))  # noqa: T201
-    if runs:
-        print(f"\n{curves.report(runs)}")  # noqa: T201
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():

@@ -12,9 +12,8 @@ from torch import Tensor
 from modelpar.analysis.activations import Activity
 from modelpar.analysis.kernels import COLOUR_SHARE, RANDOM_SHARE, kernel_picture
 from modelpar.analysis.neighbours import NEAREST, Prediction
-from modelpar.studies import curves
 from modelpar.studies.comparison import Group
-from modelpar.studies.runs import Run
+from modelpar.studies.runs import GOAL, Run
 from modelpar.studies.snapshots import Kernels, Snapshot
 
 DPI: Final = 200
@@ -40,15 +39,15 @@ def figure1(runs: Sequence[Run]) -> Figure:
     """Draw training error over epochs, with a ring where it first is 25 %."""
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     panel = figure.subplots()
-    panel.axhline(curves.GOAL, color=GREY, lw=0.7, ls=DOTTED)
+    panel.axhline(GOAL, color=GREY, lw=0.7, ls=DOTTED)
     colours: dict[str, str] = {}  # all seeds of an experiment have the same colour
     for run in runs:
-        points, activation = curves.curve(run), curves.activation(run)
-        label = None if run.label in colours else f"{run.label} ({activation})"
+        label = None if run.label in colours else f"{run.label} ({run.activation})"
         look: Any = {"color": colours.setdefault(run.label, f"C{len(colours)}")}
-        panel.plot(*zip(*points, strict=True), LINES[activation], lw=1.2, label=label, **look)
-        if (time := curves.epochs_to_goal(points)) is not None:
-            panel.plot(time, curves.GOAL, "o", ms=5, mfc="white", **look)
+        points = zip(*run.curve(), strict=True)
+        panel.plot(*points, LINES[run.activation], lw=1.2, label=label, **look)
+        if (time := run.epochs_to_goal()) is not None:
+            panel.plot(time, GOAL, "o", ms=5, mfc="white", **look)
     panel.set(xlabel="epochs", ylabel="training error, %")
     panel.set_ylim(bottom=0)
     panel.set_xlim(left=0)

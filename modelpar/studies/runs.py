@@ -5,7 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any, Final
 
 from omegaconf import OmegaConf
@@ -19,6 +21,7 @@ from modelpar.training.run_dir import CONFIG
 # The settings that identify a training. The others are its seed, where it ran, what it reported.
 IDENTIFYING: Final = ("recipe", "model", "epochs", "steps", "batch_size", "views", "precision")
 SIZES: Final = ("model.image_size", "model.num_classes")
+GOAL: Final = 25.0  # figure 1: training error in %
 
 
 def identity(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -51,6 +54,31 @@ class Run:
     tests: list[tuple[int, float, float]]  # step, top-1 and top-5 error in %
     training: list[tuple[int, float]]  # epoch, top-1 error of a step in %; none in old runs
     finished: bool  # the last row is the evaluation at the end, with all its views
+
+    @property
+    def activation(self) -> str:
+        """The activation function, which by default is ReLU."""
+        return self.settings["model"].get("activation") or "relu"
+
+    def curve(self) -> list[tuple[float, float]]:
+        """Return for each epoch its middle and the mean training error of its steps in %.
+
+        A step's error is that of its batch before the update, augmented and with dropout.
+        """
+        epochs: dict[int, list[float]] = {}
+        for epoch, error in self.training:
+            epochs.setdefault(epoch, []).append(error)
+        return [(epoch + 0.5, mean(errors)) for epoch, errors in sorted(epochs.items())]
+
+    def epochs_to_goal(self) -> float | None:
+        """Return when the curve first reaches ``GOAL``, by linear interpolation; None: never."""
+        points = self.curve()
+        if points and points[0][1] <= GOAL:
+            return points[0][0]
+        for (before, high), (after, low) in pairwise(points):
+            if low <= GOAL < high:
+                return before + (after - before) * (high - GOAL) / (high - low)
+        return None
 
 
 def run_of(folder: Path, settings: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> Run:

@@ -33,7 +33,7 @@ FLOORS = [
     ["training.trainer"],
     ["training.evaluation"],
     ["studies.runs"],
-    ["studies.comparison", "studies.curves", "studies.snapshots"],
+    ["studies.comparison", "studies.snapshots"],
     ["studies.plots"],
     ["studies.page"],
     ["bench.steps"],

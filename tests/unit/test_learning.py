@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from modelpar.studies import runs
-from modelpar.studies.curves import curve, epochs_to_goal, report
+from modelpar.studies import runs, snapshots
 from modelpar.studies.runs import Run
 
 
@@ -24,7 +23,7 @@ def run_of(errors: list[float], name: str = "run", **model: Any) -> Run:
 
 
 def test_curve_has_the_mean_error_of_each_epoch() -> None:
-    assert curve(run_of([80, 50, 30])) == [(0.5, 80), (1.5, 50), (2.5, 30)]
+    assert run_of([80, 50, 30]).curve() == [(0.5, 80), (1.5, 50), (2.5, 30)]
 
 
 @pytest.mark.parametrize(
@@ -39,14 +38,16 @@ def test_curve_has_the_mean_error_of_each_epoch() -> None:
     ],
 )
 def test_epochs_to_25_percent_are_interpolated(errors: list[float], time: float | None) -> None:
-    found = epochs_to_goal(curve(run_of(errors)))
+    found = run_of(errors).epochs_to_goal()
     assert found == (None if time is None else pytest.approx(time))
 
 
 def test_table_has_a_row_for_each_run_with_training_errors() -> None:
-    text = report([run_of([50, 25]), run_of([90, 80], activation="tanh"), run_of([], "old")])
+    text = snapshots.report(
+        [], [run_of([50, 25]), run_of([90, 80], activation="tanh"), run_of([], "old")]
+    )
     assert "| run | relu | 0.01 | 0 | 2 | 1.50 |" in text
     assert "| run | tanh | 0.01 | 0 | 2 | not reached |" in text
     assert "old: not in figure 1, it has no training errors" in text
     assert "six times" in text
-    assert "six times" not in report([run_of([], "old")])
+    assert "six times" not in snapshots.report([], [run_of([], "old")])
