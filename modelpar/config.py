@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from modelpar.errors import SettingsError, one_line
@@ -37,10 +37,7 @@ PLUGINS: Final = {
 def conf_dir() -> Path:
     """Return the folder of the yaml files: in the wheel, or next to the package in a checkout."""
     package = Path(__file__).resolve().parent
-    for place in (package / "conf", package.parent / "conf"):
-        if place.is_dir():
-            return place
-    raise SettingsError(f"no conf/ in {package} or next to it; install modelpar again")
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 @cache
@@ -57,23 +54,24 @@ def load_group(group: str, name: str) -> dict[str, Any]:
 
 
 def read(main: str, words: Sequence[str]) -> Any:
-    """Return the typed and checked settings of the command ``main`` for a command line.
+    """Return the typed and checked settings of ``main`` for a command line; see ``read_run``."""
+    return read_run(main, words)[0]
 
-    Raises SettingsError, in one line.
+
+def read_run(main: str, words: Sequence[str]) -> tuple[Any, Path | None]:
+    """Return the settings of the command ``main``, and the directory of a run that starts now.
+
+    The directory is None for a command without runs.  Raises SettingsError.
     """
     composed = compose_settings(main, words)
-    settings = typed(main, composed)
-    if search := composed.hydra.runtime.choices.get("search"):
-        raise SettingsError(
-            f"search={search}: is a sweep; run python -m modelpar.{main} -m search={search}"
-        )
-    return settings
+    run_dir = Path(str(composed.hydra.run.dir)) if "run_dir" in composed else None
+    return typed(composed), run_dir
 
 
 def compose_settings(main: str, words: Sequence[str]) -> DictConfig:
     """Return ``conf/MAIN.yaml`` with the overrides ``words`` and Hydra's own settings.
 
-    Raises SettingsError for unknown keys and groups, and for values of another type.
+    Raises SettingsError for unknown keys and groups, values of another type, and sweeps.
     """
     with _hydra_started():
         for override in _parsed(main, words):
@@ -81,76 +79,63 @@ def compose_settings(main: str, words: Sequence[str]) -> DictConfig:
                 raise SettingsError(
                     f"{override.input_line}: several values; add -m to sweep over them"
                 )
-        return _composed(main, words)
+        composed = compose(main, list(words), return_hydra_config=True)
+    if search := composed.hydra.runtime.choices.get("search"):
+        raise SettingsError(
+            f"search={search}: is a sweep; run python -m modelpar.{main} -m search={search}"
+        )
+    return composed
 
 
-def typed(main: str, composed: DictConfig) -> Any:
-    """Return the settings of ``main`` as its dataclass, resolved and checked.
+def typed(composed: DictConfig) -> Any:
+    """Return composed settings as the dataclass of their command, resolved and checked.
 
     Raises SettingsError for a value that is missing or not allowed.
     """
     with _one_line_errors():
-        plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-        for key in sorted(OmegaConf.missing_keys(plain)):
+        own = composed.copy()
+        with open_dict(own):
+            own.pop("hydra", None)
+        for key in sorted(OmegaConf.missing_keys(own)):
             raise SettingsError(f"{key}: missing; add {key}=...")
-        merged = OmegaConf.merge(
-            OmegaConf.structured(SCHEMAS[main]), OmegaConf.to_container(plain, resolve=True)
-        )
-        settings = OmegaConf.to_object(merged)
+        settings = OmegaConf.to_object(own)
     check(settings)
     return settings
 
 
-def new_run_dir(main: str, words: Sequence[str]) -> Path:
-    """Return the output directory of a run of ``main`` that starts now."""
-    return Path(str(compose_settings(main, words).hydra.run.dir))
+def check_sweep(main: str, words: Sequence[str]) -> tuple[list[Any], DictConfig, set[str]]:
+    """Return the settings of jobs of a sweep, Hydra's own settings, and the keys that vary.
 
-
-def has_flags(words: Sequence[str]) -> bool:
-    """Whether the command line has flags, which are Hydra's: ``--help``, ``--cfg``, ``-m``."""
-    return any(word.startswith("-") for word in words)
-
-
-def check_sweep(
-    main: str, words: Sequence[str], check_job: Callable[[Any], object] = check
-) -> tuple[DictConfig, frozenset[str]]:
-    """Return the composed settings of a sweep's first job, and the keys that have one value.
-
-    Each value is checked, together with the first values of the other keys; ``check_job`` may
-    check more.  Raises SettingsError for the first that is not allowed.
+    The jobs have each value once, together with the first values of the other keys.  Raises
+    SettingsError for the first value that is not allowed.
     """
     with _hydra_started():
         overrides = _parsed(main, words)
-        sweeper = _composed(main, [_values(each)[0] for each in overrides]).hydra
-        params = [f"{key}={value}" for key, value in (sweeper.sweeper.get("params") or {}).items()]
+        firsts = [_values(each)[0] for each in overrides]
+        hydra = compose(main, firsts, return_hydra_config=True).hydra
+        params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
         overrides = [*_parsed(main, params), *overrides]
         for override in overrides:
-            if (
-                override.is_interval_sweep()
-                and sweeper.runtime.choices["hydra/sweeper"] == "basic"
-            ):
+            if override.is_interval_sweep() and hydra.runtime.choices["hydra/sweeper"] == "basic":
                 raise SettingsError(f"{override.input_line}: requires hydra/sweeper=optuna")
         lists = [_values(each) for each in overrides]
-        several = {values[0].partition("=")[0] for values in lists if len(values) > 1}
-        if "run_dir" in several:
+        varied = {values[0].partition("=")[0] for values in lists if len(values) > 1}
+        if "run_dir" in varied:
             raise SettingsError("run_dir: several values; use one, each job has a folder in it")
         firsts = [values[0] for values in lists]
-        jobs = [
-            [*firsts[:place], value, *firsts[place + 1 :]]
-            for place, values in enumerate(lists)
-            for value in values[1:]
-        ]
-        first = _composed(main, firsts)
-        check_job(typed(main, first))
-        for job in jobs:
-            check_job(typed(main, _composed(main, job)))
-    return first, frozenset(word.partition("=")[0] for word in firsts) - several
+        jobs = [typed(compose(main, firsts))]
+        for place, values in enumerate(lists):
+            for value in values[1:]:
+                words = [*firsts[:place], value, *firsts[place + 1 :]]
+                jobs.append(typed(compose(main, words)))
+    return jobs, hydra, varied
 
 
 def run_hydra(main: str, task: Callable[[DictConfig], Any]) -> None:
-    """Let Hydra read the command line and call ``task`` for each job."""
+    """Let Hydra read the command line and call ``task`` for each job; raises SettingsError."""
     _register()
-    hydra.main(config_path=str(conf_dir()), config_name=main, version_base="1.3")(task)()
+    with _one_line_errors():
+        hydra.main(config_path=str(conf_dir()), config_name=main, version_base="1.3")(task)()
 
 
 # -- overrides ------------------------------------------------------------------------------------
@@ -162,6 +147,8 @@ def _parsed(main: str, words: Sequence[str]) -> list[Override]:
     overrides: list[Override] = []
     for word in words:
         key, equals, value = word.partition("=")
+        if word.startswith("-"):
+            raise SettingsError(f"use key=value, --cfg job or --help, not {word}")
         try:
             (override,) = OverridesParser.create(loader).parse_overrides([word])
         except HydraException:
@@ -173,9 +160,8 @@ def _parsed(main: str, words: Sequence[str]) -> list[Override]:
                 _check_option(key, option.partition("=")[2], options)
         elif not override.is_hydra_override():
             _check_key(main, key)
-        added = override.is_add() and not override.is_force_add()
-        if (added or override.is_delete()) and not override.is_hydra_override():
-            raise SettingsError(f"{word}: use {key}=VALUE")
+            if override.is_delete():
+                raise SettingsError(f"{word}: use {key}=VALUE")
         overrides.append(override)
     return overrides
 
@@ -235,15 +221,12 @@ def _register() -> None:
 
 @contextmanager
 def _hydra_started() -> Generator[None]:
+    """Let Hydra compose ``conf/`` with the schemas; raises SettingsError for its errors."""
     GlobalHydra.instance().clear()
     _register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+    place = str(conf_dir())
+    with initialize_config_dir(version_base="1.3", config_dir=place), _one_line_errors():
         yield
-
-
-def _composed(main: str, words: Sequence[str]) -> DictConfig:
-    with _one_line_errors():
-        return compose(main, overrides=list(words), return_hydra_config=True)
 
 
 @contextmanager
@@ -252,17 +235,12 @@ def _one_line_errors() -> Generator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise SettingsError(explained(error)) from None
-
-
-def explained(error: Exception) -> str:
-    """Return an error of Hydra or OmegaConf as one line with key and cause."""
-    cause = error.__cause__ or error
-    key, text = getattr(cause, "full_key", None) or "", one_line(cause)
-    if "is not a ListConfig" in text:
-        text = "use a list, [VALUE,VALUE]"
-    text = re.split(r" full_key:| To append to your config| object_type=| See https://", text)[0]
-    return f"{key}: {text}" if key and key not in text else text
+        cause = error.__cause__ or error
+        key, text = getattr(cause, "full_key", None) or "", one_line(cause)
+        if "is not a ListConfig" in text:
+            text = "use a list, [VALUE,VALUE]"
+        text = re.split(r" full_key:| To append to your config| object_type=| See http", text)[0]
+        raise SettingsError(f"{key}: {text}" if key and key not in text else text) from None
 
 
 # -- what settings stand for ----------------------------------------------------------------------

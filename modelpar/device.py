@@ -25,7 +25,7 @@ def choose_device(device: str, local_processes: int) -> str:
     ``local_processes`` is the number of ranks on this host.  Raises SettingsError if
     ``device=cuda`` needs more GPUs than there are.
     """
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = torch.cuda.device_count()
     if device == "auto":
         return "cuda" if found >= local_processes else "cpu"
     if device == "cuda" and found < local_processes:
@@ -36,35 +36,34 @@ def choose_device(device: str, local_processes: int) -> str:
     return device
 
 
-def torch_device(kind: str, local_rank: int) -> torch.device:
-    """Return the device of a rank, ``kind`` being ``cuda`` or ``cpu``.
-
-    A GPU always has its index: torch.cuda.set_device does not accept one without.
-    """
-    return torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
-
-
 def check_precision(device: str, precision: str) -> None:
     """Raise SettingsError for bfloat16 on a GPU that only emulates it."""
-    if device != "cuda" or precision != "bfloat16":
-        return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise SettingsError(
-            "precision=bfloat16: this GPU does not support it; use precision=float32"
-        )
+    native = device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bfloat16" and not native:
+        raise SettingsError("precision=bfloat16: this GPU does not support it; use float32")
 
 
-# -- cores and memory ----------------------------------------------------------------------------
+def set_up(kind: str, local_rank: int = 0, *, tf32: bool = False) -> torch.device:
+    """Return the device of a rank, configured for speed; ``kind`` is ``cuda`` or ``cpu``.
 
-
-def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory; return whether this libc can.
-
-    By default large buffers return to the system at each step and are faulted in again.  That cost
-    a third of a step (224 pixels, two processes, two cores: 21 against 30 images/s).
+    ``tf32`` allows a GPU to round the inputs of float32 products.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+    if kind == "cpu":
+        # By default glibc returns large buffers to the system at each step.  That cost a third of
+        # a step (224 pixels, two processes, two cores: 21 against 30 images/s).
+        if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)
+        return torch.device(kind)
+    device = torch.device(kind, local_rank)  # set_device needs an index
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # shapes never change
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32  # the default of torch rounds convolutions
+    return device
+
+
+# -- threads and memory --------------------------------------------------------------------------
 
 
 def num_cores() -> int:
@@ -107,20 +106,6 @@ def memory(device: torch.device) -> str:
         return f"this host ({device})"
     peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]
     return f"{device} ({peak / 1e6:.0f} of {total / 1e6:.0f} MB)"
-
-
-def set_up(device: torch.device, *, tf32: bool) -> bool:
-    """Configure torch for speed on ``device``; return whether freed memory is kept.
-
-    ``tf32`` allows a GPU to round the inputs of float32 products.
-    """
-    if device.type == "cpu":
-        return keep_freed_memory()
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True  # shapes never change
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32  # the default of torch rounds convolutions
-    return False  # torch has its own allocator for GPUs
 
 
 # -- torch.compile -------------------------------------------------------------------------------

@@ -10,28 +10,19 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final, cast
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from modelpar import environment
-from modelpar.device import choose_device, set_threads, set_up, torch_device
-from modelpar.errors import LaunchError, PeerLostError, RunError, error_from_text, one_line
+from modelpar.device import set_threads, set_up
+from modelpar.errors import LaunchError, PeerLostError, RunError, one_line
 
 PREPARE_TIMEOUT: Final = timedelta(days=1)  # reading every image of ImageNet once takes hours
-POLLS_PER_TIMEOUT: Final = 8  # how often a rank that waits for a disk shows that it is alive
-DTYPES: Final = (
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-    torch.int64,
-    torch.uint8,
-)
+DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
 COMM_ERROR: Final = re.compile(r"onnection|imed out|gloo|NCCL|[Ss]ocket")
 
 
@@ -63,17 +54,15 @@ class Mesh:
 
     def describe(self) -> str:
         """Return one line about the processes and devices that the run uses."""
-        one, many, backend = {
-            "cuda": ("GPU", "GPUs", "NCCL"),
-            "cpu": ("CPU process", "CPU processes", "gloo"),
-        }[self.device.type]
+        on_gpu = self.device.type == "cuda"
         net = "two columns" if self.columns > 1 else "the whole net"
         shared = f" x {self.replicas} replicas" if self.replicas > 1 else ""
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        how = f", {threads} each" if self.device.type == "cpu" else ""
         if self.world_size == 1:
-            return f"{net} on one {one}{how}"
-        return f"{net}{shared} on {self.world_size} {many} ({backend}){how}"
+            place = "one GPU" if on_gpu else "one CPU process"
+        else:
+            place = f"{self.world_size} " + ("GPUs (NCCL)" if on_gpu else "CPU processes (gloo)")
+        threads = "" if on_gpu else f", {self.threads} thread{'s' * (self.threads > 1)} each"
+        return f"{net}{shared} on {place}{threads}"
 
     def data_parallel(self, net: nn.Module) -> nn.Module:
         """Wrap ``net`` so that gradients are averaged over the replicas, and only over them.
@@ -98,90 +87,67 @@ class Mesh:
 
     # -- messages between all ranks ---------------------------------------------------------------
 
-    def gather_ints(
-        self, values: Sequence[int], *, patient: bool = False
-    ) -> list[tuple[int, ...]]:
+    def gather_ints(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         """Return every rank's integers, 8 bytes each, in rank order.
+
+        A collective of the world.  Raises PeerLostError.
+        """
+        if self.world is None:
+            return [tuple(values)]
+        mine = torch.tensor(values, dtype=torch.int64, device="cpu")
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        with comm_errors("all-gather"):
+            dist.all_gather(rows, mine, group=self.world)
+        return [tuple(row.tolist()) for row in rows]
+
+    def gather_objects(self, value: Any, *, patient: bool = False) -> list[Any]:
+        """Return every rank's value, which is pickled, in rank order.
 
         ``patient``: wait up to a day instead of ``timeout``; a rank that exits is still noticed
         at once.  A collective of the world.  Raises PeerLostError.
         """
-        if self.world is None or self.patient is None:
-            return [tuple(values)]
-        mine = torch.tensor(values, dtype=torch.int64, device="cpu")
-        rows = _all_gather(mine, self.patient if patient else self.world)
-        return [tuple(row.tolist()) for row in rows]
-
-    def gather_text(self, text: str, *, patient: bool = False) -> list[str]:
-        """Return every rank's text, in rank order; see ``gather_ints``."""
         if self.world is None:
-            return [text]
-        encoded = text.encode(errors="backslashreplace")
-        sizes = [size for (size,) in self.gather_ints((len(encoded),), patient=patient)]
-        mine = torch.zeros(max(1, *sizes), dtype=torch.uint8, device="cpu")
-        if encoded:
-            mine[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-        rows = _all_gather(mine, self.world)
-        return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
-
-    def barrier(self) -> None:
-        """Wait for all ranks.  A collective of the world.  Raises PeerLostError."""
-        self.gather_ints((0,))
-
-    def wait_until_all(self, done: Callable[[float], bool]) -> None:
-        """Wait until ``done`` returns true on every rank.
-
-        ``done`` is called repeatedly with the number of seconds that it may block.  A slow rank
-        responds in between; a dead one is lost after ``timeout``.  A collective of the world.
-        """
-        pause = self.timeout / POLLS_PER_TIMEOUT
-        while not all(ready for (ready,) in self.gather_ints((int(done(pause)),))):
-            pass
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        with comm_errors("all-gather"):
+            dist.all_gather_object(found, value, self.patient if patient else self.world)
+        return found
 
     @contextmanager
     def all_or_none(self, *, patient: bool = False) -> Generator[None]:
         """Raise on every rank if any rank raises a RunError inside the block.
 
         A rank raises its own error, or else the first in rank order.  ``patient``: see
-        ``gather_ints``.  A collective of the world, so the block must not contain another one,
-        which a failing rank would skip.
+        ``gather_objects``.  A collective of the world, so the block must not contain another
+        one, which a failing rank would skip.
         """
         error: RunError | None = None
         try:
             yield
         except RunError as caught:
             error = caught
-        line = f"{error.status} {one_line(error)}" if error else ""
-        if first := next(filter(None, self.gather_text(line, patient=patient)), ""):
-            raise error or error_from_text(first)
+        raised = [one for one in self.gather_objects(error, patient=patient) if one]
+        if raised:
+            raise error or raised[0]
 
 
 @contextmanager
 def process_mesh(
-    columns: int,
-    device: str = "auto",
-    timeout: float = 120.0,
-    *,
-    threads: int | None = None,
-    tf32: bool = False,
+    columns: int, kind: str, timeout: float, *, threads: int | None = None, tf32: bool = False
 ) -> Generator[Mesh]:
     """Start the process groups that torchrun's variables describe; destroy them on exit.
 
-    ``timeout`` in s holds for every collective.  For ``threads`` and ``tf32`` see
-    ``device.set_threads`` and ``device.set_up``.  A world of one process needs no group.  A
-    collective of the world.  Raises LaunchError if the groups cannot be started.
+    ``kind`` is ``cuda`` or ``cpu``; ``timeout`` in s holds for every collective; for ``threads``
+    and ``tf32`` see ``device``.  A collective of the world.  Raises LaunchError if the groups
+    cannot be started.
     """
     env = environment.read()
-    replicas = env.num_replicas(columns, 1)
-    kind = choose_device(device, env.local_size)
-    place = torch_device(kind, env.local_rank)
-    set_up(place, tf32=tf32)
+    replicas = env.num_replicas(columns)
+    place = set_up(kind, env.local_rank, tf32=tf32)
     threads = set_threads(env.local_size, threads)
     if env.world_size == 1:
         yield Mesh(place, threads)
         return
-    if kind == "cuda" and not dist.is_nccl_available():
-        raise LaunchError("this torch has no NCCL; install one with NCCL, or use device=cpu")
     if env.one_host:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no port is open to other hosts
     wait = timedelta(seconds=timeout)
@@ -193,16 +159,11 @@ def process_mesh(
         )
         # The groups of init_device_mesh would use torch's default timeout of half an hour.
         grid = torch.arange(env.world_size).view(replicas, columns)
-        pair, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=wait)
-        replica_group, _ = dist.new_subgroups_by_enumeration(grid.t().tolist(), timeout=wait)
-        axes = DeviceMesh.from_group(
-            cast("list[dist.ProcessGroup]", [replica_group, pair]),
-            kind,
-            grid,
-            mesh_dim_names=("replica", "column"),
-        )
-        world = dist.new_group(backend="gloo", timeout=wait)
-        patient = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
+        subgroups: Any = dist.new_subgroups_by_enumeration
+        pair, _ = subgroups(grid.tolist(), timeout=wait)
+        replica_group, _ = subgroups(grid.t().tolist(), timeout=wait)
+        world: Any = dist.new_group(backend="gloo", timeout=wait)
+        patient: Any = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         if re.search("reset|closed", str(error)):
             raise PeerLostError(f"rank {env.rank}: another rank has exited at its start") from None
@@ -211,8 +172,8 @@ def process_mesh(
             f"rank {env.rank} of {env.world_size}: cannot join the process group at {address} "
             f"({one_line(error).partition('. ')[0][:200]}); check that all ranks were started"
         ) from None
+    replica, column = divmod(env.rank, columns)
     try:
-        replica, column = axes.get_coordinate() or (0, 0)
         yield Mesh(
             place,
             threads,
@@ -221,10 +182,10 @@ def process_mesh(
             columns,
             replica,
             column,
-            pair=axes.get_group("column") if columns > 1 else None,
-            replica_group=axes.get_group("replica") if replicas > 1 else None,
-            world=cast("dist.ProcessGroup", world),
-            patient=cast("dist.ProcessGroup", patient),
+            pair=pair if columns > 1 else None,
+            replica_group=replica_group if replicas > 1 else None,
+            world=world,
+            patient=patient,
         )
     finally:
         dist.destroy_process_group()
@@ -291,12 +252,3 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         with comm_errors("all-reduce"):
             dist.all_reduce(tensor, group=group)
     return tensor
-
-
-def _all_gather(mine: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Return the tensor of each rank of ``group``; all have the same shape."""
-    _check(mine, "all-gather")
-    rows = [torch.empty_like(mine) for _ in range(group.size())]
-    with comm_errors("all-gather"):
-        dist.all_gather(rows, mine, group=group)
-    return rows

@@ -3,7 +3,10 @@
 import ctypes
 import os
 import signal
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from modelpar.errors import LaunchError
@@ -23,11 +26,8 @@ class Environment:
     one_host: bool = True  # all ranks are known to run on this host
     run_dir_checked: bool = False  # by our launcher, or before torchrun restarted this rank
 
-    def num_replicas(self, columns: int, replicas: int) -> int:
-        """Return how many replicas the world makes; raises LaunchError if none fit.
-
-        ``replicas`` 1 stands for as many as there are.
-        """
+    def num_replicas(self, columns: int, replicas: int = 1) -> int:
+        """Return how many replicas there are: any number for replicas 1; raises LaunchError."""
         wanted = columns * replicas
         if self.world_size % columns or (replicas > 1 and self.world_size != wanted):
             raise LaunchError(
@@ -44,10 +44,8 @@ def read() -> Environment:
     rank, size = integer("RANK"), integer("WORLD_SIZE")
     if rank >= size:
         raise LaunchError(f"RANK={rank}: must be less than WORLD_SIZE={size}; use torchrun")
-    if size > 1 and "MASTER_ADDR" not in os.environ:
+    if size > 1 and integer("MASTER_PORT") and "MASTER_ADDR" not in os.environ:
         raise LaunchError("MASTER_ADDR is not set; use torchrun")
-    if size > 1:
-        integer("MASTER_PORT")
     return Environment(
         rank,
         size,
@@ -67,9 +65,11 @@ def integer(name: str, default: int | None = None) -> int:
     return int(text)
 
 
-def is_local_rank0() -> bool:
-    """Return whether this process is the one of its host that reports errors."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+def python_arguments(command: str, words: Sequence[str]) -> list[str]:
+    """Return the arguments for Python to run ``modelpar.COMMAND`` from where this process does."""
+    # -m adds the working directory to the path, where this process may not look for modules.
+    path = ["-m"] if sys.path[0] in {"", str(Path.cwd())} else ["-P", "-m"]
+    return [*path, f"modelpar.{command}", *words]
 
 
 def exit_with_parent() -> None:
@@ -77,8 +77,7 @@ def exit_with_parent() -> None:
 
     Raises LaunchError if our launcher has ended already.
     """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:  # Linux
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):  # Linux
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
         raise LaunchError("the launcher has ended; start the run again")

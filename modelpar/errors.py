@@ -3,10 +3,9 @@
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
-from typing import ClassVar, Final
-
-KEYBOARD_INTERRUPT: Final = 130  # 128 + SIGINT, as shells count
+from typing import ClassVar
 
 
 class RunError(Exception):
@@ -63,19 +62,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def error_from_text(text: str) -> RunError:
-    """Return the error that another rank sent as ``STATUS LINE``."""
-    status, _, line = text.partition(" ")
-    kinds = {kind.status: kind for kind in RunError.__subclasses__()}
-    return kinds.get(int(status), RunError)(line)
-
-
 def describe(error: BaseException) -> tuple[int, str]:
     """Return the exit status of ``error`` and the line that is printed for it."""
     if isinstance(error, RunError):
         return error.status, one_line(error)
     if isinstance(error, KeyboardInterrupt):
-        return KEYBOARD_INTERRUPT, "stopped"
+        return 130, "stopped"  # 128 + SIGINT, as shells count
     return RunError.status, f"{type(error).__name__}: {one_line(error)}"
 
 
@@ -93,6 +85,16 @@ def report(error: BaseException) -> int:
             traceback.print_exception(error)
     say(line)
     return status
+
+
+def status_of(run: Callable[[], int | None]) -> int:
+    """Return the exit status of ``run``, or report the error that it raises."""
+    try:
+        return run() or 0
+    except OSError as error:
+        return report(SettingsError(f"{error.filename or sys.argv[0]}: {error.strerror}"))
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - each has its exit status
+        return report(error)
 
 
 def flush_output() -> None:

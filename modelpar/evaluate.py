@@ -3,8 +3,7 @@
 With two processes or one, under torchrun or not, with one view or the paper's ten.
 """
 
-from pathlib import Path
-from typing import NoReturn
+from functools import partial
 
 from modelpar import launch
 from modelpar.distributed import Mesh
@@ -12,7 +11,7 @@ from modelpar.settings import EvaluateSettings
 from modelpar.training.evaluation import Prepared, evaluate_checkpoint, prepare
 
 
-def evaluate(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh, _run_dir: Path) -> None:
+def evaluate(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh, _run_dir: None) -> None:
     """Evaluate; rank 0 prints the errors with enough digits to compare two evaluations."""
     errors = evaluate_checkpoint(settings, prepared, mesh)
     views = "the central view" if settings.views == 1 else f"{settings.views} views"
@@ -24,10 +23,7 @@ def evaluate(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh, _run_di
         )
 
 
-def main() -> NoReturn:
-    """Run as the launcher or, under torchrun, as a rank."""
-    launch.main(launch.Command("evaluate", prepare, evaluate, has_run_dir=False))
-
+main = partial(launch.main, "evaluate", prepare, evaluate)
 
 if __name__ == "__main__":
     main()

@@ -4,14 +4,15 @@
 """
 
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from matplotlib.figure import Figure
 
 from modelpar import launch, tables
 from modelpar.analysis.activations import MEASURES
 from modelpar.errors import DataError
+from modelpar.files import write_texts
 from modelpar.settings import FiguresSettings
 from modelpar.studies import plots, snapshots
 from modelpar.studies.runs import find, read
@@ -41,19 +42,13 @@ def figures(settings: FiguresSettings) -> None:
             ("layer", "column", *MEASURES), map(astuple, snapshot.activity)
         )
     print(snapshots.report(sources, runs))  # noqa: T201
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    write_texts(settings.out, texts)
     for name, picture in pictures.items():
-        picture.savefig(out / name, dpi=plots.DPI)
-    for name, text in texts.items():
-        (out / name).write_text(text)
-    print(f"\n{out}: {', '.join([*pictures, *texts])}")  # noqa: T201
+        picture.savefig(Path(settings.out, name), dpi=plots.DPI)
+    print(f"\n{settings.out}: {', '.join([*pictures, *texts])}")  # noqa: T201
 
 
-def main() -> NoReturn:
-    """Run in this process, with the whole net on one device."""
-    launch.main_single("figures", figures)
-
+main = partial(launch.main_single, "figures", figures)
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -12,17 +13,22 @@ SPARE: Final = 1.1  # free space that is required, as a multiple of what will be
 
 def atomic_write(path: Path, content: bytes | str) -> None:
     """Write ``content`` to ``path``, which is either whole or as it was before; raises OSError."""
-    data = content.encode() if isinstance(content, str) else content
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with unfinished.open("wb") as file:
-            file.write(data)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # after a power cut an unsynced file may be empty
         unfinished.replace(path)
-    except OSError:
+    finally:
         unfinished.unlink(missing_ok=True)
-        raise
+
+
+def write_texts(out: str, texts: Mapping[str, str]) -> None:
+    """Create the folder ``out`` and write a file of each name in it; raises OSError."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        Path(out, name).write_text(f"{text.rstrip()}\n")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -34,17 +40,15 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def existing_parent(path: Path) -> Path:
+def _existing_parent(path: Path) -> Path:
     """Return ``path`` or its closest parent that exists; raises OSError."""
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return existing
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def check_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
     """Raise CheckpointError where the disk of ``folder`` has less than ``needed`` bytes free."""
-    free = shutil.disk_usage(existing_parent(folder)).free
+    free = shutil.disk_usage(_existing_parent(folder)).free
     if free < needed * SPARE:
         raise CheckpointError(
             f"{folder}: {what} needs {needed * SPARE / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
@@ -55,7 +59,7 @@ def check_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
 def check_writable(key: str, folder: Path) -> None:
     """Raise SettingsError where the setting ``key`` names a folder that cannot be written."""
     try:
-        existing = existing_parent(folder)
+        existing = _existing_parent(folder)
     except OSError as error:
         raise SettingsError(f"{key}={folder}: {error.strerror}; use another folder") from None
     if not existing.is_dir():

@@ -41,6 +41,7 @@ def one_of(*choices: object, default: Any = MISSING) -> Any:
 
 def _declare(default: Any, **metadata: Any) -> Any:
     if isinstance(default, tuple):
+        metadata["filled"] = bool(default)
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -64,17 +65,20 @@ def check(settings: Any, prefix: str = "") -> None:
     """Raise SettingsError for the first value that its field or the other settings forbid."""
     for key, entry, value in walk(settings, prefix):
         limits = entry.metadata
+        if value == [] and limits.get("filled"):
+            raise SettingsError(f"{key}=[]: use one or more values")
         for one in value if isinstance(value, (list, tuple)) else [value]:
-            if one is None or not limits:
+            if one is None:
                 continue
-            if "choices" in limits:
-                if one not in limits["choices"]:
-                    refuse_choice(key, one, limits["choices"])
-            elif not math.isfinite(one):
+            if one not in limits.get("choices", [one]):
+                refuse_choice(key, one, limits["choices"])
+            if "minimum" not in limits:
+                continue
+            if not math.isfinite(one):
                 raise SettingsError(f"{key}={one}: use a finite number")
-            elif one < limits["minimum"]:
+            if one < limits["minimum"]:
                 raise SettingsError(f"{key}={one}: use {limits['minimum']} or more")
-            elif one >= limits["below"]:
+            if one >= limits["below"]:
                 raise SettingsError(f"{key}={one}: use a number below {limits['below']}")
     _check_combination(settings)
 
@@ -288,7 +292,7 @@ class ExportSettings:
 class CompareSettings:
     """The settings of ``modelpar.compare``."""
 
-    runs: list[str] = MISSING  # run directories, sweeps, globs
+    runs: list[str] = _declare(MISSING, filled=True)  # run directories, sweeps, globs
     out: str = "compare"  # folder of compare.csv and compare.html
 
 
@@ -326,24 +330,15 @@ def _check_combination(settings: Any) -> None:
                 "use columns=2 or crossing.dtype=null"
             )
     elif isinstance(settings, BenchmarkSettings):
-        _check_benchmark(settings)
-    elif isinstance(settings, CompareSettings) and not settings.runs:
-        raise SettingsError("runs=[]: use run directories, sweeps, or globs")
+        odd = [size for size in settings.batch_sizes if size % 2]
+        if odd and "ddp" in settings.contenders:
+            raise SettingsError(f"batch_sizes={odd[0]}: ddp halves a batch; use even numbers")
+        if len(settings.link.hosts) not in ({2} if settings.link.rates else {0, 2}):
+            raise SettingsError("link: requires two hosts; use launch/slow_link.sh")
     elif isinstance(settings, FiguresSettings) and not (settings.checkpoint or settings.runs):
         raise SettingsError("checkpoint: missing; add checkpoint=RUN_DIR or runs=[RUN,RUN]")
     elif isinstance(settings, ExportSettings) and not settings.out.endswith(".safetensors"):
         raise SettingsError(f"out={settings.out}: use a name that ends in .safetensors")
     if out := getattr(settings, "out", None):
-        folder = Path(out).parent if isinstance(settings, ExportSettings) else Path(out)
-        check_writable("out", folder)
-
-
-def _check_benchmark(settings: BenchmarkSettings) -> None:
-    for key in ("contenders", "precisions", "batch_sizes"):
-        if not getattr(settings, key):
-            raise SettingsError(f"{key}=[]: use one or more values")
-    for size in settings.batch_sizes:
-        if size % 2 and "ddp" in settings.contenders:
-            raise SettingsError(f"batch_sizes={size}: ddp halves a batch; use even numbers")
-    if len(settings.link.hosts) not in ({2} if settings.link.rates else {0, 2}):
-        raise SettingsError("link: requires two hosts; use launch/slow_link.sh")
+        is_file = isinstance(settings, ExportSettings)
+        check_writable("out", Path(out).parent if is_file else Path(out))

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,51 +57,42 @@ def exit_by_signal(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+@dataclass
 class Request:
-    """Whether this process has received a signal that stops the run, and which."""
+    """Whether this process has received a signal that stops the run, and which.
 
-    def __init__(
-        self,
-        first: Callable[[int], object] = lambda _: None,
-        again: Callable[[int], object] = exit_by_signal,
-    ) -> None:
-        self.signal = 0  # number of the first signal; 0: none
-        self.when = 0.0
-        self.first, self.again = first, again
+    ``first`` is called with the number of the first signal, ``again`` with that of each one that
+    comes more than ``DEBOUNCE_SECONDS`` later.
+    """
+
+    first: Callable[[int], object] = lambda _: None
+    again: Callable[[int], object] = exit_by_signal
+    signal: int = 0  # number of the first signal; 0: none
+    when: float = 0.0
 
     def handle(self, number: int, frame: Any) -> None:
-        """Note the first signal and call ``first``; call ``again`` after ``DEBOUNCE_SECONDS``."""
+        """Note a signal; a handler of Python's."""
         del frame
-        now = time.monotonic()
         if not self.signal:
-            self.signal, self.when = number, now
+            self.signal, self.when = number, time.monotonic()
             self.first(number)
-        elif now - self.when > DEBOUNCE_SECONDS:
+        elif time.monotonic() - self.when > DEBOUNCE_SECONDS:
             self.again(number)
 
 
 @contextmanager
-def signals_noted(
-    first: Callable[[int], object] = lambda _: None,
-    again: Callable[[int], object] = exit_by_signal,
-) -> Generator[Request]:
-    """Note signals in a Request instead of ending; outside the main thread nothing changes.
-
-    ``first`` is called with the number of the first signal, ``again`` with that of a later one.
-    """
-    request = Request(first, again)
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
+def signals_noted(request: Request | None = None) -> Generator[Request]:
+    """Note signals in a Request instead of ending, except those that the process ignores."""
+    request = request or Request()
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    handled = [number for number, handler in before.items() if handler != signal.SIG_IGN]
-    for number in handled:
-        signal.signal(number, request.handle)
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, request.handle)
     try:
         yield request
     except PeerLostError as error:
         error.stop_requested = bool(request.signal)
         raise
     finally:
-        for number in handled:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)

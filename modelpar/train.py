@@ -3,17 +3,13 @@
 Or ``torchrun --nproc-per-node 2 -m modelpar.train [key=value ...]``.
 """
 
-from typing import NoReturn
+from functools import partial
 
 from modelpar import launch
 from modelpar.training.prepare import prepare
 from modelpar.training.trainer import train
 
-
-def main() -> NoReturn:
-    """Run as the launcher or, under torchrun, as a rank."""
-    launch.main(launch.Command("train", prepare, train))
-
+main = partial(launch.main, "train", prepare, train)
 
 if __name__ == "__main__":
     main()

@@ -21,7 +21,7 @@ from torch.profiler import profile
 from tqdm import tqdm
 
 from modelpar.bench.steps import Contender, make
-from modelpar.device import choose_device, num_cores, torch_device
+from modelpar.device import choose_device, num_cores
 from modelpar.distributed import Mesh, process_mesh
 from modelpar.errors import LaunchError, RunError, one_line
 
@@ -110,7 +110,7 @@ def _serve(contender: Contender, rank: int, port: int, pipe: Connection) -> None
         device = choose_device(settings.device, size)
         if contender.name == "plain":  # without the allocator's settings of ``process_mesh``
             torch.set_num_threads(threads)
-            context = nullcontext(Mesh(torch_device(device, 0)))
+            context = nullcontext(Mesh(torch.device("cuda:0" if device == "cuda" else "cpu")))
         else:
             columns = size if contender.name in {"pair", "in_turn"} else 1
             context = process_mesh(columns, device, settings.comm.timeout, threads=threads)

@@ -83,8 +83,7 @@ def of_checkpoint(settings: FiguresSettings) -> Snapshot:
     request = EvaluateSettings(checkpoint=str(settings.checkpoint), columns=1, device=kind, **same)
     prepared = evaluation.prepare(request)
     trained, images = prepared.trained, prepared.images
-    plan, place = trained.plan, device.torch_device(kind, 0)
-    device.set_up(place, tf32=False)
+    plan, place = trained.plan, device.set_up(kind)
     net = evaluation.loaded(request, trained, Mesh(place)).eval()
     crops = Augmentation(prepared.statistics, plan.image_size, scaled=False, device=place)
     shown = neighbours.evenly_spaced(len(images.test), settings.batch_size)

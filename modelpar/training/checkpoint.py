@@ -37,6 +37,7 @@ STATISTICS: Final = "statistics.safetensors"
 STEP_NAME: Final = re.compile(r"step-(\d{8})")
 PICKLES: Final = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar")
 PENDING, DONE, FAILED = 0, 1, 2  # what a rank reports about its share of a save
+POLLS_PER_TIMEOUT: Final = 8  # how often a rank that waits for its disk shows that it is alive
 Tensors = Mapping[str, Tensor]
 State = Mapping[str, Tensors]  # "weights" and "velocities" of one column
 
@@ -156,10 +157,10 @@ class Checkpointer:
         A collective of the world.  Raises CheckpointError on every rank if the save failed, and
         PeerLostError if a rank hangs; a slow disk does not count as hanging.
         """
-        published = None
+        published, patience = None, self.mesh.timeout / POLLS_PER_TIMEOUT
         while self.thread is not None:
-            self.mesh.wait_until_all(lambda patience: self.status(patience) != PENDING)
-            published = self.advance([one for (one,) in self.mesh.gather_ints((self.status(),))])
+            statuses = self.mesh.gather_ints((self.status(patience),))
+            published = self.advance([status for (status,) in statuses])
         return published
 
     def _run(self, work: Callable[[], None]) -> None:

@@ -60,7 +60,7 @@ def compile_parts(mesh: Mesh, parts: Sequence[Blocks | MomentumDecay]) -> bool:
             part.compile()
     except CompileError as error:
         problem = str(error)
-    problem = next(filter(None, mesh.gather_text(problem)), "")
+    problem = next(filter(None, mesh.gather_objects(problem)), "")
     if problem:
         for part in parts:
             part.run_eager()

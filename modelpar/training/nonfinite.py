@@ -1,6 +1,7 @@
 """Where a NaN or an infinity came from: the step is computed again with hooks on the layers."""
 
 from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,8 @@ def first_nonfinite(learner: Learner, batch: Batch, step: int, loss: Tensor) -> 
     ]
     place, what = min(found, default=(3 * len(weights), "the loss"))
     column = f" in column {mesh.column}" if mesh.columns > 1 else ""
-    places = [one for (one,) in mesh.gather_ints((place,))]
-    whats = mesh.gather_text(what + column)
-    return f"the loss is {loss.item():.4g}; first not finite: {whats[places.index(min(places))]}"
+    _, first = min(mesh.gather_objects((place, what + column)), key=itemgetter(0))
+    return f"the loss is {loss.item():.4g}; first not finite: {first}"
 
 
 def _layer(name: str) -> str:

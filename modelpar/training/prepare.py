@@ -134,7 +134,7 @@ def agreed_start(
     if start is not None and start.step >= prepared.steps:
         error = top1_errors(run_dir).get(start.step)
     seen = (start and start.manifest["sha256"], digest([stats.mean, stats.std, stats.axes]), error)
-    if len(set(mesh.gather_text(repr(seen)))) > 1:
+    if len(set(mesh.gather_objects(seen))) > 1:
         raise CheckpointError(
             "the ranks see different checkpoints or mean images; use a run_dir on a disk that "
             "all hosts share, or one cache_dir"

@@ -35,11 +35,11 @@ with distributed.process_mesh(2, "cpu", 60) as ranks:
     net = Column.from_recipe("code2012", link, seed=0)
     images, labels = torch.randn({BATCH}, 3, 224, 224), torch.arange({BATCH})
     for step in range({STEPS} + 1):
-        ranks.gather_text("")  # both have reached this step, and its bytes are over
+        ranks.gather_objects("")  # both have reached this step, and its bytes are over
         if step == 1:
             before, counted = sent(), link.bytes_sent
         functional.cross_entropy(net(images), labels).backward()
-    ranks.gather_text("")
+    ranks.gather_objects("")
     print(json.dumps([sent() - before, link.bytes_sent - counted]))
 """
 

@@ -57,7 +57,7 @@ def counted(mesh: Mesh) -> list[tuple[int, ...]]:
 
 
 def texts(mesh: Mesh) -> list[str]:
-    return mesh.gather_text("" if mesh.rank == 2 else f"runs/größe-{mesh.rank}" * 10**mesh.rank)
+    return mesh.gather_objects("" if mesh.rank == 2 else f"runs/größe-{mesh.rank}" * 10**mesh.rank)
 
 
 def test_messages_of_all_ranks_come_in_rank_order(two_pairs: Ranks) -> None:

@@ -10,7 +10,7 @@ import torch
 from filelock import FileLock
 from omegaconf import OmegaConf
 
-from modelpar import Recipe, config, device, launch
+from modelpar import Recipe, config, launch
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, SettingsError
 from modelpar.files import check_writable
@@ -267,6 +267,7 @@ def test_crossing_dtype_needs_two_columns(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(SettingsError, match="one column has no crossings; use columns=2"):
         config.read("train", ["columns=1", "crossing.dtype=float16"])
     config.read("train", ["columns=1", "crossing.dtype=float32"])  # as it is anyway
-    settings = config.read("train", ["crossing.dtype=float16"])
-    monkeypatch.setattr(device, "choose_device", lambda _, ranks: "cuda" if ranks == 1 else "cpu")
-    assert launch._has_one_gpu(settings)  # the launcher adds columns=1 then
+    config.read("train", ["crossing.dtype=float16"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SettingsError, match="one column has no crossings"):  # it uses the GPU
+        launch.run_launcher("train", lambda *_: None, ["crossing.dtype=float16"])

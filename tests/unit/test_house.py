@@ -39,7 +39,7 @@ FLOORS = [
     ["bench.steps"],
     ["bench.workers"],
     ["bench.measure"],
-    ["exit_status", "sweep"],
+    ["sweep"],
     ["launch"],
     ["train", "evaluate", "benchmark", "export", "compare", "figures"],
 ]

@@ -1,6 +1,7 @@
 """How a rank exits: its line, its status and log/exit.json; and words on a command line."""
 
 import json
+import pickle
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from ranks import Ranks
 
-from modelpar import config, exit_status, launch
+from modelpar import config, launch
 from modelpar.distributed import Mesh
 from modelpar.errors import (
     CheckpointError,
@@ -18,7 +19,6 @@ from modelpar.errors import (
     PeerLostError,
     RunError,
     StoppedError,
-    error_from_text,
 )
 
 
@@ -31,14 +31,14 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def recorded(run_dir: Path) -> dict[str, object]:
-    row = json.loads(exit_status.exit_file(run_dir).read_text())
+    row = json.loads((run_dir / launch.EXIT).read_text())
     assert row.pop("time")
     return row
 
 
 @pytest.mark.parametrize("kind", RunError.__subclasses__())
-def test_an_error_keeps_its_kind_as_text(kind: type[RunError]) -> None:
-    copy = error_from_text(f"{kind.status} two  blanks")
+def test_an_error_keeps_its_kind_when_it_is_sent(kind: type[RunError]) -> None:
+    copy = pickle.loads(pickle.dumps(kind("two  blanks")))
     assert type(copy) is kind
     assert str(copy) == "two  blanks"
 
@@ -46,8 +46,8 @@ def test_an_error_keeps_its_kind_as_text(kind: type[RunError]) -> None:
 def test_local_rank_0_reports_at_once_and_leaves_its_status(
     tmp_path: Path, waits: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    status = exit_status.report_from_rank(DataError("no\nimages"), tmp_path)
-    assert status == exit_status.read(tmp_path) == 3
+    status = launch.report_from_rank(DataError("no\nimages"), tmp_path)
+    assert status == launch.recorded_status(tmp_path) == 3
     assert recorded(tmp_path) == {"status": 3, "line": "no images", "rank": 0}
     assert capfd.readouterr().err == "modelpar: no images\n"
     assert waits == []
@@ -57,37 +57,37 @@ def test_other_ranks_wait_before_they_report(
     monkeypatch: pytest.MonkeyPatch, waits: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert exit_status.report_from_rank(DataError("no images"), None) == 3
-    assert waits == [exit_status.FIRST_ERROR_SECONDS]
-    assert exit_status.report_from_rank(StoppedError("saved"), None) == 75
+    assert launch.report_from_rank(DataError("no images"), None) == 3
+    assert waits == [launch.FIRST_ERROR_SECONDS]
+    assert launch.report_from_rank(StoppedError("saved"), None) == 75
     assert capfd.readouterr().err == "modelpar: no images\n"  # all ranks stop, one reports
 
 
 def test_a_lost_rank_is_reported_last_and_never_replaces_its_cause(
     tmp_path: Path, waits: list[float]
 ) -> None:
-    exit_status.report_from_rank(PeerLostError("another rank has exited"), tmp_path)
-    assert waits == [2 * exit_status.FIRST_ERROR_SECONDS]
+    launch.report_from_rank(PeerLostError("another rank has exited"), tmp_path)
+    assert waits == [2 * launch.FIRST_ERROR_SECONDS]
     assert recorded(tmp_path)["status"] == 6
-    exit_status.report_from_rank(DataError("no images"), tmp_path)
-    exit_status.report_from_rank(PeerLostError("another rank has exited"), tmp_path)
+    launch.report_from_rank(DataError("no images"), tmp_path)
+    launch.report_from_rank(PeerLostError("another rank has exited"), tmp_path)
     assert recorded(tmp_path)["status"] == 3
     waits.clear()
     stopped = PeerLostError("another rank has exited")
     stopped.stop_requested = True  # its launcher waits for it
-    exit_status.report_from_rank(stopped, None)
+    launch.report_from_rank(stopped, None)
     assert waits == []
 
 
 def test_a_bug_brings_a_traceback(capfd: pytest.CaptureFixture[str]) -> None:
-    assert exit_status.report_from_rank(ZeroDivisionError("a bug"), None) == 1
+    assert launch.report_from_rank(ZeroDivisionError("a bug"), None) == 1
     lines = capfd.readouterr().err.splitlines()
     assert lines[-2:] == ["ZeroDivisionError: a bug", "modelpar: ZeroDivisionError: a bug"]
 
 
 def test_no_status_is_recorded_where_no_run_is(tmp_path: Path) -> None:
-    assert exit_status.report_from_rank(DataError("no images"), tmp_path / "new") == 3
-    assert exit_status.read(tmp_path / "new") == 0
+    assert launch.report_from_rank(DataError("no images"), tmp_path / "new") == 3
+    assert launch.recorded_status(tmp_path / "new") == 0
     assert not list(tmp_path.iterdir())
 
 

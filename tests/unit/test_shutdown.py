@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -53,19 +52,6 @@ def test_an_ignored_signal_stays_ignored_as_under_nohup() -> None:
 def test_a_later_signal_ends_the_process_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", LATE], timeout=20, check=False)
     assert done.returncode == -signal.SIGTERM
-
-
-def test_outside_the_main_thread_no_handler_changes() -> None:
-    signals: list[int] = []
-
-    def work() -> None:
-        with shutdown.signals_noted() as request:
-            signals.append(request.signal)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert signals == [0]
 
 
 def test_children_are_killed_with_their_process_groups() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from modelpar import config, sweep
+from modelpar import config, errors, sweep
 from modelpar.errors import SettingsError
 from modelpar.sweep import Sweep
 
@@ -55,7 +55,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
 
 def run(*words: str) -> int:
     """Run a sweep in this process; return its exit status."""
-    return sweep.run("train", ["-m", *SMALL, "run_dir=sweep", *words])
+    return errors.status_of(lambda: sweep.run("train", ["-m", *SMALL, "run_dir=sweep", *words]))
 
 
 def lines(capfd: pytest.CaptureFixture[str]) -> list[str]:
@@ -228,8 +228,9 @@ def test_a_signal_reaches_a_running_job_and_the_sweep_ends_with_75(tmp_path: Pat
     script = (
         "import os, sys; from pathlib import Path; from omegaconf import OmegaConf\n"
         "from modelpar import sweep\n"
-        "folder, shared = Path('sweep').absolute(), frozenset()\n"
-        "s = sweep.Sweep('train', folder, shared, 'continue', 0, os.getpid())\n"
+        "folder = Path('sweep').absolute()\n"
+        "(folder / 'log').mkdir(parents=True)\n"
+        "s = sweep.Sweep('train', folder, set(), 'continue', 0, os.getpid())\n"
         "real = sweep.subprocess.Popen\n"
         "sweep.subprocess.Popen = lambda command, **k: real([sys.executable, 'job.py'], **k)\n"
         "sweep._handle_signals(s.request_stop)\n"
