@@ -31,11 +31,8 @@ def principal_colours(mean: Tensor, second_moments: Tensor) -> Statistics:
     """Return the statistics for a mean image (3, T, T) and raw second moments (3, 3) of colour."""
     centre = mean.flatten(1).mean(1)
     values, vectors = torch.linalg.eigh(second_moments - torch.outer(centre, centre))
-    return Statistics(
-        mean.float(),
-        values.flip(0).clamp(min=0).sqrt().float(),
-        vectors.T.flip(0).contiguous().float(),
-    )
+    std, axes = values.flip(0).clamp(min=0).sqrt(), vectors.T.flip(0).contiguous()
+    return Statistics(mean.float(), std.float(), axes.float())
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,8 @@ class CropFlipColour:
         colour = torch.randn(num_samples, 3, generator=source)
         if crops == "central":
             corner, flip = torch.full_like(corner, border // 2), torch.zeros_like(flip)
-        return cls(
-            corner.repeat_interleave(chunk, 0)[:num_samples],
-            flip.repeat_interleave(chunk)[:num_samples],
-            colour,
-        )
+        corner, flip = (x.repeat_interleave(chunk, 0)[:num_samples] for x in (corner, flip))
+        return cls(corner, flip, colour)
 
     def at(self, positions: slice) -> "CropFlipColour":
         """Return the random numbers of some positions."""

@@ -8,7 +8,6 @@ from typing import Any, Final, Protocol
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from modelpar.errors import DataError, one_line
@@ -43,16 +42,16 @@ class ImageSet:
     shuffled: bool = True
 
 
-class InMemory(Dataset[Sample]):
+@dataclass(frozen=True)
+class InMemory:
     """Images (N, C, T, T) uint8 in memory (C = 1 for grey ones), and their labels.
 
     Sample i is image ``rows[i]``; an image may appear in more than one sample.
     """
 
-    def __init__(self, images: Tensor, labels: Sequence[int], rows: Sequence[int]) -> None:
-        self.images = images
-        self.labels = labels
-        self.rows = rows
+    images: Tensor
+    labels: Sequence[int]
+    rows: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,15 +61,14 @@ class InMemory(Dataset[Sample]):
         return self.images[row].expand(3, -1, -1), self.labels[row]
 
 
-class Resized(Dataset[Sample]):
+class Resized:
     """Images of any size and mode as RGB: shorter side resized, then central square (section 2).
 
     ``source(i)`` returns a PIL image, or the path to one, and its label.
     """
 
     def __init__(self, source: Callable[[int], tuple[Any, int]], length: int, size: int) -> None:
-        self.source = source
-        self.length = length
+        self.source, self.length = source, length
         self.transform = v2.Compose(
             [v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
         )

@@ -32,7 +32,6 @@ CAPTION: Final = (
     f"for random kernels; colour kernels: those over {kernels.COLOUR_SHARE:g}; frequency in "
     "cycles per pixel. Mean and standard deviation over a column's kernels."
 )
-SAME: Final = ("data", "batch_size", "workers", "cache_dir")  # settings as in an evaluation
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,8 @@ def of_checkpoint(settings: FiguresSettings) -> Snapshot:
 
     Raises CheckpointError, DataError and SettingsError as an evaluation does.
     """
-    same: Any = {key: getattr(settings, key) for key in SAME}
+    shared = ("data", "batch_size", "workers", "cache_dir")
+    same: Any = {key: getattr(settings, key) for key in shared}
     kind = device.choose_device(settings.device, 1)
     request = EvaluateSettings(checkpoint=str(settings.checkpoint), columns=1, device=kind, **same)
     prepared = evaluation.prepare(request)
