@@ -16,7 +16,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def comma_separated(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return a CSV table."""
     text = io.StringIO()
-    csv.writer(text).writerows([head, *rows])
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
     return text.getvalue()
 
 
