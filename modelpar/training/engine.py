@@ -69,9 +69,6 @@ def compile_parts(mesh: Mesh, parts: Sequence[Blocks | MomentumDecay]) -> bool:
     return not problem
 
 
-# -- one step ------------------------------------------------------------------------------------
-
-
 class Learner:
     """This process's part of the net with all that trains it: optimizer and learning rates.
 
@@ -153,9 +150,6 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 def _wide(logits: Tensor) -> Tensor:
     """Return the logits in the precision of the loss: float64 as they are, else float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-# -- one evaluation ------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -85,10 +85,7 @@ class Prepared:
 
 
 def prepare(settings: EvaluateSettings, _run_dir: Path | None = None) -> Prepared:
-    """Find weights, images and mean image.
-
-    Raises CheckpointError, SettingsError and DataError.
-    """
+    """Find weights, images and mean image; raises CheckpointError, SettingsError, DataError."""
     trained = find(settings.checkpoint)
     if settings.columns > trained.plan.columns:
         raise SettingsError(

@@ -71,12 +71,9 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
     order = BatchOrder(len(images.train), settings.batch_size, settings.seed, replicas=replicas)
     steps = (settings.epochs or data.epochs) * len(order)
     steps = min(steps, settings.steps or steps)
-    launched = environment.read()
-    loader.check_shared_memory(
-        data.workers,
-        settings.batch_size * 3 * images.stored_size**2,
-        launched.local_size if launched.world_size > 1 else settings.columns * replicas,
-    )
+    env, batch_bytes = environment.read(), settings.batch_size * 3 * images.stored_size**2
+    processes = env.local_size if env.world_size > 1 else settings.columns * replicas
+    loader.check_shared_memory(data.workers, batch_bytes, processes)
     identity = {
         "plan": settings_of(plan),
         "seed": settings.seed,

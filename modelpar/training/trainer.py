@@ -97,10 +97,7 @@ class Trainer:
         self.step = 0
 
     def resume(self, start: Checkpoint) -> None:
-        """Load a checkpoint, once all ranks have read theirs and it fits their net.
-
-        Raises CheckpointError on every rank.
-        """
+        """Load a checkpoint once all ranks have read theirs; raises CheckpointError on all."""
         column = self.mesh.column if self.mesh.pair is not None else None
         with self.mesh.all_or_none():
             weights = checkpoint.read_part(start, "weights", column)
@@ -164,13 +161,9 @@ class Trainer:
         If ranks disagree or a value is not finite, no weight is updated.
         """
         loss = self.learner.gradients(batch, self.step)
-        status = self.check.step(
-            self.step + 1,
-            batch,
-            self.learner.optimizer.weights(),
-            finite=self.learner.finite(loss),
-            saved=self.checkpointer.status(),
-        )
+        weights, saved = self.learner.optimizer.weights(), self.checkpointer.status()
+        finite = self.learner.finite(loss)
+        status = self.check.step(self.step + 1, batch, weights, finite=finite, saved=saved)
         if not status.finite:
             self._diverged(self.step + 1, first_nonfinite(self.learner, batch, self.step, loss))
         self.learner.update(rates)
@@ -179,10 +172,7 @@ class Trainer:
         return loss, status.stop
 
     def _log(self, batch: Batch, loss: Tensor, epoch: int, rates: dict[str, float]) -> None:
-        """Record the step: its loss and top-1 error over all replicas, rates and speed.
-
-        The error is that of the batch as it was trained on: augmented, with dropout.
-        """
+        """Record a step: loss and error of the batch as it was trained on, rates and speed."""
         mesh, shown = self.mesh, self.learner.schedule.shown
         wrong = (rank_of_label(self.learner.last_logits, batch.labels) > 0).sum()
         sums = all_reduce_sum(torch.stack([loss.double(), wrong.double()]), mesh.replica_group)
