@@ -65,13 +65,15 @@ def _checked(name: str, words: list[str]) -> "Sweep":
             size = model.image_size or data.image_size
             plan_for(Recipe(**asdict(settings.recipe)), model, classes, size)
     at_once = int(hydra.launcher.get("n_jobs", 1)) or 1  # negative: almost one for each core
-    shares_cores = at_once != 1 and "OMP_NUM_THREADS" not in os.environ
-    cores = max(1, device.num_cores() // at_once) if shares_cores else 0
+    if at_once != 1:
+        ranks = max(settings.columns * settings.replicas for settings in jobs)
+        threads = max(1, device.num_cores() // at_once // ranks)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     folder = Path(str(hydra.sweep.dir)).absolute()
     check_writable("run_dir", folder)
     if (folder / CONFIG).exists():
         raise SettingsError(f"run_dir={folder}: holds a run, not a sweep; use another folder")
-    sweep = Sweep(name, folder, varied, jobs[0].on_failure, cores, os.getpid())
+    sweep = Sweep(name, folder, varied, os.getpid())
     sweep.stop.unlink(missing_ok=True)  # of an earlier start
     for end in sweep.failed():
         sweep.end_file(end["job"]).unlink()
@@ -93,8 +95,6 @@ class Sweep:
     name: str  # of the command
     folder: Path
     varied: set[str]  # keys that have several values
-    on_failure: str
-    cores: int  # of one job; 0: the job decides
     launcher: int  # process id of the sweep
 
     def __call__(self, cfg: DictConfig) -> float | None:
@@ -117,27 +117,23 @@ class Sweep:
             return top1
         if not self.stop.exists():
             place = [config.quoted("run_dir", run_dir)] if "run_dir" in cfg else []
-            status = self._run([*words, *place], cfg)
+            status = self._run([*words, *place])
             atomic_write(path, json.dumps({**end, "status": status}) + "\n")
             if status == 0:
                 return _last_error(run_dir)
-            if status == StoppedError.status or self.on_failure == "stop":
+            if status == StoppedError.status or cfg.on_failure == "stop":
                 self.stop.touch()
         if self.stop.exists() and os.getpid() == self.launcher:
             raise KeyboardInterrupt  # an Exception would only be noted by Hydra
         return None
 
-    def _run(self, words: list[str], cfg: DictConfig) -> int:
+    def _run(self, words: list[str]) -> int:
         """Run the command with ``words``, pass on requests to stop; return its exit status."""
         received: list[int] = []
         if os.getpid() != self.launcher:  # in a worker of joblib or submitit, which stays alive
             _handle_signals(received.append)
-        env = dict(os.environ)
-        if self.cores:
-            env["OMP_NUM_THREADS"] = str(max(1, self.cores // (cfg.columns * cfg.replicas)))
         with subprocess.Popen(  # noqa: S603 - our command
             [sys.executable, *environment.python_arguments(self.name, words)],
-            env=env,
             start_new_session=True,  # Ctrl-C reaches it once, from here
             preexec_fn=environment.exit_with_parent,  # noqa: PLW1509 - it takes no lock
         ) as job:

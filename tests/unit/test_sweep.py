@@ -49,7 +49,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(sweep, "_handle_signals", lambda _: None)
     made = Jobs()
-    monkeypatch.setattr(Sweep, "_run", lambda self, words, cfg: made(words))  # noqa: ARG005
+    monkeypatch.setattr(Sweep, "_run", lambda self, words: made(words))  # noqa: ARG005
     return made
 
 
@@ -226,15 +226,15 @@ def test_a_signal_reaches_a_running_job_and_the_sweep_ends_with_75(tmp_path: Pat
     """A package of this name takes the place of ``modelpar.train``, whose start takes seconds."""
     (tmp_path / "job.py").write_text(WAITS)
     script = (
-        "import os, sys; from pathlib import Path; from omegaconf import OmegaConf\n"
+        "import os, sys; from pathlib import Path\n"
         "from modelpar import sweep\n"
         "folder = Path('sweep').absolute()\n"
         "(folder / 'log').mkdir(parents=True)\n"
-        "s = sweep.Sweep('train', folder, set(), 'continue', 0, os.getpid())\n"
+        "s = sweep.Sweep('train', folder, set(), os.getpid())\n"
         "real = sweep.subprocess.Popen\n"
         "sweep.subprocess.Popen = lambda command, **k: real([sys.executable, 'job.py'], **k)\n"
         "sweep._handle_signals(s.request_stop)\n"
-        "print(s._run([], OmegaConf.create({})))\n"
+        "print(s._run([]))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True
