@@ -60,10 +60,8 @@ def _checked(name: str, words: list[str]) -> "Sweep":
     jobs, hydra, varied = config.check_sweep(name, words)
     for settings in jobs:
         if isinstance(settings, TrainSettings):  # its net can be built
-            model, data = settings.model, settings.data
-            classes = model.num_classes or data.num_classes or 1
-            size = model.image_size or data.image_size
-            plan_for(Recipe(**asdict(settings.recipe)), model, classes, size)
+            size = settings.model.image_size or settings.data.image_size
+            plan_for(Recipe(**asdict(settings.recipe)), settings.model, 1, size)
     at_once = int(hydra.launcher.get("n_jobs", 1)) or 1  # negative: almost one for each core
     if at_once != 1:
         ranks = max(settings.columns * settings.replicas for settings in jobs)
