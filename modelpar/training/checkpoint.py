@@ -208,12 +208,8 @@ class Checkpointer:
             listed = self.unfinished / f"files-{column}.json"
             files |= json.loads(listed.read_text())
             listed.unlink()
-        versions = {
-            "modelpar": __version__,
-            "torch": torch.__version__,
-            "python": python_version(),
-        }
-        manifest = {"format": FORMAT, "versions": versions, **self.manifest}
+        made_by = {"modelpar": __version__, "torch": torch.__version__, "python": python_version()}
+        manifest = {"format": FORMAT, "versions": made_by, **self.manifest}
         manifest |= {"columns": self.mesh.columns, "files": files}
         atomic_write(self.unfinished / MANIFEST, json.dumps(signed(manifest), indent=1))
         fsync_folder(self.unfinished)
