@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,79 +56,23 @@ class Link:
     seconds: float = 0.0
 
     @classmethod
-    def between(
-        cls,
-        pair: ProcessGroup,
-        *,
-        dtype: torch.dtype | None = None,
-        overlap: bool = True,
-        chunks: int = 1,
-    ) -> "Link":
-        """Return the link of this rank in a process group of two."""
-        transport = partial(exchange, pair=pair)
-        return cls(transport, pair.rank(), dtype=dtype, overlap=overlap, chunks=chunks)
+    def between(cls, pair: ProcessGroup, **how: Any) -> "Link":
+        """Return the link of this rank in a process group of two; ``how`` are further fields."""
+        return cls(partial(exchange, pair=pair), pair.rank(), **how)
 
     @property
     def bytes_sent(self) -> int:
         """All that this column has sent, forward and backward, in bytes."""
         return self.sent.total()
 
-    def start(self, tensor: Tensor, layer: str, direction: str) -> "Exchange":
-        """Start exchanging ``tensor`` for ``layer``; ``direction`` is forward or backward."""
-        began = time.perf_counter()
-        scale = self._scale(tensor, direction)
-        packed = (tensor if scale == 1 else tensor * scale).to(self.dtype)
-        if packed.dim() > 2:  # noqa: PLR2004 - maps are sent channels last, whatever they are here
-            packed = packed.movedim(1, -1)
-        packed = packed.contiguous()
-        received, wait = self.transport(packed)
-        self.sent[layer, direction] += packed.numel() * packed.element_size()
-        self.swaps[layer, direction] += 1
-        started = Exchange(self, packed, received, wait, tensor.dtype, scale)
-        self.seconds += time.perf_counter() - began
-        if not self.overlap:
-            started.wait()
-        return started
 
-    def _scale(self, tensor: Tensor, direction: str) -> float:
-        """Return the factor on the wire: for gradients in float16 about the number of images.
+class _Started(NamedTuple):
+    """An exchange that has started; both tensors must live until it has been waited for."""
 
-        Gradients of a mean over the batch are mostly below float16's smallest normal number.
-        Those of the 2012 code were of the sum: it divides by the batch at the weights (layer.cu,
-        bpropWeights).  A power of two causes no rounding.
-        """
-        if self.dtype != torch.float16 or direction != "backward":
-            return 1.0
-        return 2.0 ** (len(tensor) - 1).bit_length()
-
-
-@dataclass(eq=False)
-class Exchange:
-    """An exchange that has started; it holds both tensors until it has been waited for."""
-
-    link: Link
-    packed: Tensor | None  # must not be freed before it is sent
+    packed: Tensor
     received: Tensor
-    pending: Callable[[], None] | None  # a second call would block forever in gloo
+    wait: Callable[[], None] | None  # None: done; a second call would block forever in gloo
     dtype: torch.dtype
-    scale: float
-
-    def wait(self) -> None:
-        """Wait until both tensors have arrived."""
-        if self.pending is None:
-            return
-        began = time.perf_counter()
-        self.pending()
-        self.packed = self.pending = None
-        self.link.seconds += time.perf_counter() - began
-
-    def result(self) -> Tensor:
-        """Wait; return what was received, in the dtype that the sent tensor had."""
-        self.wait()
-        received = self.received.to(self.dtype)
-        if self.scale != 1:
-            received = received / self.scale
-        return received.movedim(-1, 1) if received.dim() > 2 else received  # noqa: PLR2004 - maps
 
 
 class Crossing:
@@ -137,19 +81,51 @@ class Crossing:
     def __init__(self, link: Link, layer: str) -> None:
         self.link = link
         self.layer = layer
-        self.started: dict[str, Exchange] = {}  # by direction
+        self.started: dict[str, _Started] = {}  # by direction
 
     def start(self, tensor: Tensor, direction: str) -> None:
         """Start exchanging ``tensor``; ``direction`` is forward or backward."""
-        self.started[direction] = self.link.start(tensor, self.layer, direction)
+        began, link = time.perf_counter(), self.link
+        scale = self._scale(tensor, direction)
+        packed = (tensor if scale == 1 else tensor * scale).to(link.dtype)
+        if packed.dim() > 2:  # noqa: PLR2004 - maps are sent channels last, whatever they are here
+            packed = packed.movedim(1, -1)
+        packed = packed.contiguous()
+        received, wait = link.transport(packed)
+        link.sent[self.layer, direction] += packed.numel() * packed.element_size()
+        link.swaps[self.layer, direction] += 1
+        if not link.overlap:
+            wait()
+            wait = None
+        link.seconds += time.perf_counter() - began
+        self.started[direction] = _Started(packed, received, wait, tensor.dtype)
 
     def finish(self, direction: str) -> Tensor:
-        """Wait for the exchange; return what the peer sent."""
+        """Wait for the exchange; return what the peer sent, in the dtype of what was sent."""
         if direction not in self.started:
             raise RuntimeError(
                 f"{self.layer}, {direction}: the exchange was finished twice or never started"
             )
-        return self.started.pop(direction).result()
+        started = self.started.pop(direction)
+        if started.wait is not None:
+            began = time.perf_counter()
+            started.wait()
+            self.link.seconds += time.perf_counter() - began
+        received = started.received.to(started.dtype)
+        scale = self._scale(received, direction)
+        received = received if scale == 1 else received / scale
+        return received.movedim(-1, 1) if received.dim() > 2 else received  # noqa: PLR2004 - maps
+
+    def _scale(self, tensor: Tensor, direction: str) -> float:
+        """Return the factor on the wire: for gradients in float16 about the number of images.
+
+        Gradients of a mean over the batch are mostly below float16's smallest normal number.
+        Those of the 2012 code were of the sum: it divides by the batch at the weights (layer.cu,
+        bpropWeights).  A power of two causes no rounding.
+        """
+        if self.link.dtype != torch.float16 or direction != "backward":
+            return 1.0
+        return 2.0 ** (len(tensor) - 1).bit_length()
 
 
 class InFlight(NamedTuple):
@@ -185,26 +161,6 @@ def send(maps: Tensor, link: Link, layer: str) -> InFlight:
     return InFlight(maps, _Send.apply(maps, crossing), crossing)
 
 
-class LayerOp(Protocol):
-    """What a layer computes from one column's maps, and the gradients of that."""
-
-    def __call__(self, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the product of ``maps`` and ``weight``."""
-        ...
-
-    def maps_grad(self, maps: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-        """Return the gradient of ``maps``."""
-        ...
-
-    def weight_grad(self, first: Tensor, second: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-        """Return the gradient of the whole ``weight`` (M, 2 C, ...) from both columns' maps."""
-        ...
-
-    def bias_grad(self, grad: Tensor) -> Tensor:
-        """Return the gradient of the bias (M)."""
-        ...
-
-
 class Linear:
     """A fully connected layer: units (N, C), weight (M, C)."""
 
@@ -222,17 +178,12 @@ class Linear:
         del weight
         return grad.t() @ torch.cat([first, second], dim=1)
 
-    def bias_grad(self, grad: Tensor) -> Tensor:
-        """Return (M)."""
-        return grad.sum(0)
 
-
-class Convolution:
+class Convolution(NamedTuple):
     """A convolution: maps (N, C, H, W), weight (M, C, K, K)."""
 
-    def __init__(self, stride: int, padding: int) -> None:
-        self.stride = stride
-        self.padding = padding
+    stride: int
+    padding: int
 
     def __call__(self, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return (N, M, H', W')."""
@@ -250,9 +201,8 @@ class Convolution:
         ]
         return torch.cat(parts, dim=1)
 
-    def bias_grad(self, grad: Tensor) -> Tensor:
-        """Return (M)."""
-        return grad.sum((0, 2, 3))
+
+LayerOp = Linear | Convolution
 
 
 class _ReadBoth(Function):
@@ -281,9 +231,7 @@ class _ReadBoth(Function):
         return out.add_(layer(peer, peer_weight, None))
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         maps, peer, weight = ctx.saved_tensors
         crossing: Crossing = ctx.crossing
@@ -296,7 +244,8 @@ class _ReadBoth(Function):
         both = (maps, peer) if crossing.link.column == 0 else (peer, maps)
         weight_grad = layer.weight_grad(*both, weight, grad)
         maps_grad = layer.maps_grad(maps, own_weight, grad)
-        return maps_grad, token, weight_grad, layer.bias_grad(grad), None, None
+        bias_grad = grad.sum([0, *range(2, grad.dim())])
+        return maps_grad, token, weight_grad, bias_grad, None, None
 
 
 def read_both(sent: InFlight, weight: Tensor, bias: Tensor, layer: LayerOp) -> Tensor:
@@ -316,18 +265,15 @@ def split_inputs(weight: Tensor, column: int) -> tuple[Tensor, Tensor]:
 
 
 class _AddLogits(Function):
-    """Add the pair's partial logits.  Adjoint: the identity.
-
-    Both columns compute the same loss from the same sum, so each already has the gradient of its
-    partial logits.  Adding the peer's would count the loss twice.
-    """
+    """Add the pair's partial logits.  Adjoint: the identity."""
 
     @staticmethod
     def forward(ctx: Any, partial_logits: Tensor, link: Link) -> Tensor:
         del ctx
-        started = link.start(partial_logits, "fc8", "forward")
+        crossing = Crossing(link, "fc8")
+        crossing.start(partial_logits, "forward")
         ours = partial_logits.to(link.dtype).to(partial_logits)  # rounded as the peer receives it
-        return ours + started.result()
+        return ours + crossing.finish("forward")
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -338,7 +284,8 @@ class _AddLogits(Function):
 def add_logits(partial_logits: Tensor, link: Link) -> Tensor:
     """Return the sum (N, classes) of both columns' partial logits, the same on both.
 
-    A collective of the pair.  Its adjoint is the identity: both columns compute the same loss,
-    which must not be counted twice.
+    A collective of the pair.  Its adjoint is the identity: both columns compute the same loss from
+    the same sum, so each already has the gradient of its partial logits.  Adding the peer's would
+    count the loss twice.
     """
     return _AddLogits.apply(partial_logits, link)

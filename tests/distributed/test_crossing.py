@@ -110,10 +110,10 @@ def test_small_gradients_survive_float16() -> None:
     """A mean over 128 images makes them subnormal in float16; a sum does not."""
     link = Link(lambda tensor: (tensor.clone(), lambda: None), 0, dtype=torch.float16)
     grad = 5e-6 * torch.randn(128, 64, generator=torch.Generator().manual_seed(3))
-    errors = {
-        way: float((link.start(grad, "fc6", way).result() - grad).norm() / grad.norm())
-        for way in ("forward", "backward")
-    }
+    crossing, errors = Crossing(link, "fc6"), {}
+    for way in ("forward", "backward"):
+        crossing.start(grad, way)
+        errors[way] = float((crossing.finish(way) - grad).norm() / grad.norm())
     assert errors["forward"] > 1e-3
     assert errors["backward"] < 3e-4  # 11 bits
     assert link.sent["fc6", "backward"] == 2 * grad.numel()
@@ -173,7 +173,9 @@ def exchanged(mesh: Mesh) -> torch.Tensor:
     """Maps with another memory format on each column."""
     maps = torch.full((2, 3, 4, 4), float(mesh.column)) + torch.arange(3.0)[:, None, None]
     order = torch.channels_last if mesh.column else torch.contiguous_format
-    return _link(mesh).start(maps.contiguous(memory_format=order), "conv3", "forward").result()
+    crossing = Crossing(_link(mesh), "conv3")
+    crossing.start(maps.contiguous(memory_format=order), "forward")
+    return crossing.finish("forward")
 
 
 def test_maps_of_any_memory_format_arrive_unchanged(pair: Ranks) -> None:
