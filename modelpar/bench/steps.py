@@ -160,7 +160,7 @@ def _parallelized(plan: Plan, settings: BenchmarkSettings, mesh: Mesh) -> nn.Mod
     if settings.compile:
         compile_parts(mesh, [net.blocks])
     # fc6 leaves half of its units on each process, so ours would draw masks of the wrong size.
-    net.blocks.drop6 = nn.Dropout(plan.dropout)  # pyright: ignore[reportAttributeAccessIssue]
+    net.blocks.dropouts["fc6"] = nn.Dropout(plan.dropout)
     devices = init_device_mesh(mesh.device.type, (mesh.world_size,))
     parallelize_module(net, devices, {"fc6": ColwiseParallel(), "fc7": RowwiseParallel()})
     return net

@@ -13,17 +13,9 @@ from torch.nn import functional
 
 from modelpar.device import check_compiled
 from modelpar.net import paper
-from modelpar.net.exchange import (
-    Convolution,
-    InFlight,
-    Linear,
-    Link,
-    add_logits,
-    read_both,
-    send,
-)
-from modelpar.net.layers import Activation, Dropout, DropoutSeed, compile_norm, norm, pool
-from modelpar.net.plan import Plan, Recipe, plan_from
+from modelpar.net.exchange import Convolution, InFlight, Linear, Link, add_logits, read_both, send
+from modelpar.net.layers import Activation, Dropout, as_weight, compile_norm, norm, pool
+from modelpar.net.plan import Plan, Recipe
 from modelpar.net.weights import load_initial
 from modelpar.seeding import generator
 
@@ -37,17 +29,21 @@ class Blocks(nn.Module):
     def __init__(self, plan: Plan, column: int | None = None) -> None:
         super().__init__()
         self.plan = plan
+        self.columns = plan.columns if column is None else 1
         self.activations = nn.ModuleDict(
             {name: Activation(name, plan.activation) for name in plan.layers if name != "fc8"}
         )
         self.pool = pool(plan.pool)
-        self.columns = plan.columns if column is None else 1
         self.norm1 = norm(plan, "conv1", self.columns)
         self.norm2 = norm(plan, "conv2", self.columns)
+        # Run 145 normalizes conv1's linear response, run 166 conv2's: the ReLU follows the pool.
+        linear = {"conv1": plan.recipe.norm1_input, "conv2": plan.recipe.norm2_input}
+        self.normalizes_linear = {name: kind == "linear" for name, kind in linear.items()}
         self.compiled_norms: dict[str, Callable[[Tensor], Tensor]] = {}  # by layer, for training
-        self.drop4 = _dropout(plan, "conv4", column, plan.conv4_dropout, plan.sizes[1] ** 2)
-        self.drop6 = _dropout(plan, "fc6", column, plan.dropout)
-        self.drop7 = _dropout(plan, "fc7", column, plan.dropout)
+        rates = {"conv4": plan.conv4_dropout, "fc6": plan.dropout, "fc7": plan.dropout}
+        self.dropouts = nn.ModuleDict(
+            {name: _dropout(plan, name, column, rate) for name, rate in rates.items() if rate}
+        )
 
     def compile(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Compile the response normalizations for training, each with the ReLU before it.
@@ -58,14 +54,13 @@ class Blocks(nn.Module):
         """
         compiled: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, layer in (("conv1", self.norm1), ("conv2", self.norm2)):
-            rectify = not self._normalizes_linear(name)
+            rectify = not self.normalizes_linear[name]
             function = compile_norm(layer, rectify=rectify)
             if function is None or (rectify and self.plan.activation != "relu"):
                 continue
-            band = next(layer.buffers())
-            maps = self.plan.layers[name].outputs * self.columns
-            example = 60 * torch.randn(2, maps, 7, 7, generator=generator(0, "compile"))
-            example = example.to(band, memory_format=torch.channels_last)
+            shape = (2, self.plan.layers[name].outputs * self.columns, 7, 7)
+            example = 60 * torch.randn(shape, generator=generator(0, "compile"))
+            example = example.to(next(layer.buffers()), memory_format=torch.channels_last)
             check_compiled(
                 f"the normalization after {name}", function, partial(self._norm, name), example
             )
@@ -81,121 +76,91 @@ class Blocks(nn.Module):
 
         The result has the dtype and memory format of conv1's ``weight``.
         """
-        last = weight.is_contiguous(memory_format=torch.channels_last)
-        order = torch.channels_last if last else torch.contiguous_format
-        return functional.pad(
-            images.to(weight.dtype, memory_format=order), self.plan.conv1_padding
-        )
-
-    def activate(self, name: str, response: Tensor) -> Tensor:
-        """Return the activations of layer ``name``, in the shape of ``response`` (section 3.1)."""
-        return self.activations[name](response)
+        return functional.pad(as_weight(images, weight), self.plan.conv1_padding)
 
     def normalize_and_pool(self, name: str, maps: Tensor) -> Tensor:
-        """Activate, normalize, pool: conv1's 55 x 55 -> 27 x 27, conv2's 27 -> 13 (section 3.5).
-
-        Run 145 normalizes conv1's linear response and rectifies after the pool, run 166 conv2's.
-        """
+        """Activate, normalize and pool: 55 x 55 -> 27 x 27, 27 x 27 -> 13 x 13 (section 3.5)."""
+        activation = self.activations[name]
         # A hook on the activation needs it to run as a module.
-        fused = self.training and not self.activations[name]._forward_hooks  # noqa: SLF001
+        fused = self.training and not activation._forward_hooks  # noqa: SLF001
         compiled = self.compiled_norms.get(name) if fused else None
-        maps = self._norm(name, maps) if compiled is None else compiled(maps)
-        return self._pooled(name, maps) if self._normalizes_linear(name) else self.pool(maps)
-
-    def _normalizes_linear(self, name: str) -> bool:
-        recipe = self.plan.recipe
-        return (recipe.norm1_input if name == "conv1" else recipe.norm2_input) == "linear"
+        maps = compiled(maps) if compiled else self._norm(name, maps)
+        if not self.normalizes_linear[name]:
+            return self.pool(maps)
+        if self.plan.pool == "average":
+            return self.pool(activation(maps))
+        return activation(self.pool(maps))  # an increasing function may follow the maximum
 
     def _norm(self, name: str, maps: Tensor) -> Tensor:
-        linear = self._normalizes_linear(name)
         norm = self.norm1 if name == "conv1" else self.norm2
-        return norm(maps if linear else self.activate(name, maps))
+        return norm(maps if self.normalizes_linear[name] else self.activations[name](maps))
 
-    def _pooled(self, name: str, maps: Tensor) -> Tensor:
-        """Activate and pool; the pool comes first, on fewer values, if the result is the same."""
-        if self.plan.pool == "average":  # an increasing function and a maximum may change places
-            return self.pool(self.activate(name, maps))
-        return self.activate(name, self.pool(maps))
+    def after(self, name: str, response: Tensor) -> Tensor:
+        """Activate; then pool conv5's maps, 13 x 13 -> 6 x 6, or drop units (section 4.2).
 
-    def after_middle(self, name: str, maps: Tensor) -> Tensor:
-        """Activate the maps of conv3 or conv4 (N, C, 13, 13); run 177 drops units of conv4."""
-        maps = self.activate(name, maps)
-        if name != "conv4" or self.drop4.rate == 0:
-            return maps
-        return self.drop4(maps.flatten(1)).view(maps.shape)
-
-    def after_conv5(self, maps: Tensor) -> Tensor:
-        """Activate and pool: (N, C, 13, 13) -> (N, C, 6, 6)."""
-        return self.pool(self.activate("conv5", maps))
-
-    def after_fc6(self, units: Tensor) -> Tensor:
-        """Activate and drop the units (N, C)."""
-        return self.drop6(self.activate("fc6", units))
-
-    def after_fc7(self, units: Tensor) -> Tensor:
-        """Activate and drop the units (N, C)."""
-        return self.drop7(self.activate("fc7", units))
-
-    def fix_dropout(self, seed: DropoutSeed | None) -> None:
-        """Make the next forward's masks a function of ``seed``; None: torch's generator."""
-        self.drop4.seed = self.drop6.seed = self.drop7.seed = seed
+        Units of fc6 and fc7 are dropped, in run 177 also of conv4.
+        """
+        x = self.activations[name](response)
+        if name == "conv5":
+            return self.pool(x)
+        return self.dropouts[name](x) if name in self.dropouts else x
 
 
-def _dropout(plan: Plan, name: str, column: int | None, rate: float, places: int = 1) -> Dropout:
-    """Return the dropout of a layer with ``places`` units a map; masks cover the whole net."""
-    units = plan.layers[name].outputs * places if name in plan.layers else 0
-    first = 0 if column is None else column * units
-    last = plan.columns * units if column is None else first + units
-    return Dropout(name, plan.columns * units, slice(first, last), rate)
+def _dropout(plan: Plan, name: str, column: int | None, rate: float) -> Dropout:
+    """Return the dropout of a layer, whose masks cover all columns."""
+    units = plan.layers[name].outputs * (plan.sizes[1] ** 2 if name == "conv4" else 1)
+    own = slice(None) if column is None else slice(column * units, (column + 1) * units)
+    return Dropout(name, plan.columns * units, rate, own)
 
 
-def _conv(plan: Plan, name: str, columns: int) -> nn.Conv2d:
-    """Return a convolution for ``columns`` columns: one group each, except at a crossing."""
-    row = plan.layers[name]
-    image, crossing = name == "conv1", name in plan.crossing_at
-    return nn.Conv2d(
-        plan.inputs(name) * (1 if image else plan.columns if crossing else columns),
-        row.outputs * columns,
-        row.kernel,
-        stride=row.stride,
-        padding=plan.padding(name),
-        groups=1 if image or crossing else columns,
-        device="meta",  # load_initial sets the values
-    )
+def _layer(plan: Plan, name: str, column: int | None) -> nn.Module:
+    """Return a layer of ``column``, or of all columns for None; ``load_initial`` sets its values.
 
-
-def _linear(plan: Plan, name: str, columns: int, *, bias: bool = True) -> nn.Linear:
-    """Return a fully connected layer; it reads both columns only at a crossing.
+    A convolution has one group per column, unless it is a crossing, which reads all columns.
 
     Differs: the code computed fc8 on one GPU.  Here it is split by its inputs, so that both
     devices do equal work: each column has the weights from its units to all classes.
     """
+    row, inputs = plan.layers[name], plan.inputs(name)
+    columns = plan.columns if column is None else 1
+    if name == "fc8":
+        bias = column in {None, 0}
+        return nn.Linear(inputs * columns, plan.num_classes, bias=bias, device="meta")
     crossing = name in plan.crossing_at
-    inputs = plan.inputs(name) * (columns if name == "fc8" else plan.columns if crossing else 1)
-    outputs = plan.outputs(name) * (1 if name == "fc8" else columns)
-    return nn.Linear(inputs, outputs, bias=bias, device="meta")
+    inputs *= plan.columns if crossing else 1
+    outputs = row.outputs * columns
+    if not row.kernel:
+        return nn.Linear(inputs, outputs, device="meta")
+    groups = 1 if crossing or name == "conv1" else columns
+    window = (row.kernel, row.stride, plan.padding(name))
+    return nn.Conv2d(inputs * groups, outputs, *window, groups=groups, device="meta")
 
 
-class AlexNet(nn.Module):
+class Net(nn.Module):
+    """What ``AlexNet`` and ``Column`` are made of; ``column`` None: all columns."""
+
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    conv5: nn.Conv2d
+    fc8: nn.Linear
+
+    def __init__(self, plan: Plan, seed: int | None, column: int | None) -> None:
+        super().__init__()
+        self.plan = plan
+        for name in plan.layers:
+            self.add_module(name, _layer(plan, name, column))
+        self.blocks = Blocks(plan, column)
+        load_initial(self, plan, seed, column)
+
+
+class AlexNet(Net):
     """The whole net on one device; its columns are the groups of its convolutions.
 
     Input (N, 3, S, S), pixels 0-255 less the mean; output (N, classes) logits.
     """
 
     def __init__(self, plan: Plan, seed: int | None = None) -> None:
-        super().__init__()
-        self.plan = plan
-        self.conv1 = _conv(plan, "conv1", plan.columns)
-        self.conv2 = _conv(plan, "conv2", plan.columns)
-        self.conv3 = _conv(plan, "conv3", plan.columns) if "conv3" in plan.layers else None
-        self.conv4 = _conv(plan, "conv4", plan.columns) if "conv4" in plan.layers else None
-        self.conv5 = _conv(plan, "conv5", plan.columns)
-        self.conv6 = _conv(plan, "conv6", plan.columns) if "conv6" in plan.layers else None
-        self.fc6 = _linear(plan, "fc6", plan.columns)
-        self.fc7 = _linear(plan, "fc7", plan.columns)
-        self.fc8 = _linear(plan, "fc8", plan.columns)
-        self.blocks = Blocks(plan)
-        load_initial(self, plan, seed, column=None)
+        super().__init__(plan, seed, column=None)
 
     @classmethod
     def from_recipe(
@@ -211,7 +176,7 @@ class AlexNet(nn.Module):
 
         ``switches`` are the fields of ``Plan``.  Raises SettingsError.
         """
-        return cls(plan_from(recipe, num_classes, image_size, switches), seed)
+        return cls(Plan(Recipe.named(recipe), num_classes, image_size, **switches), seed)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, classes) of ``images`` (N, 3, S, S)."""
@@ -220,13 +185,13 @@ class AlexNet(nn.Module):
         x = blocks.normalize_and_pool("conv1", self.conv1(x))  # (N, 96, 27, 27)
         x = blocks.normalize_and_pool("conv2", self.conv2(x))  # (N, 256, 13, 13)
         for name in self.plan.middle:  # conv3 and conv4; conv3 reads both columns
-            x = blocks.after_middle(name, self.get_submodule(name)(x))  # (N, 384, 13, 13)
-        x = blocks.after_conv5(self.conv5(x))  # (N, 256, 6, 6)
-        if self.conv6 is not None:
-            x = blocks.activate("conv6", self.conv6(x))
+            x = blocks.after(name, self.get_submodule(name)(x))  # (N, 384, 13, 13)
+        x = blocks.after("conv5", self.conv5(x))  # (N, 256, 6, 6)
+        if "conv6" in self.plan.layers:
+            x = blocks.after("conv6", self.get_submodule("conv6")(x))
         x = x.flatten(1)  # (N, 9216)
-        x = blocks.after_fc6(self._units("fc6", x))  # (N, 4096), reads both
-        x = blocks.after_fc7(self._units("fc7", x))  # (N, 4096), reads both
+        x = blocks.after("fc6", self._units("fc6", x))  # (N, 4096), reads both
+        x = blocks.after("fc7", self._units("fc7", x))  # (N, 4096), reads both
         return self.fc8(x)
 
     def _units(self, name: str, units: Tensor) -> Tensor:
@@ -234,21 +199,13 @@ class AlexNet(nn.Module):
         layer: nn.Linear = self.get_submodule(name)  # pyright: ignore[reportAssignmentType]
         if name in self.plan.crossing_at:
             return layer(units)
-        columns = self.plan.columns
-        parts = zip(
-            units.chunk(columns, 1),
-            layer.weight.chunk(columns),
-            layer.bias.chunk(columns),
-            strict=True,
-        )
+        count = self.plan.columns
+        weights, biases = layer.weight.chunk(count), layer.bias.chunk(count)
+        parts = zip(units.chunk(count, 1), weights, biases, strict=True)
         return torch.cat([functional.linear(*part) for part in parts], dim=1)
 
-    def fix_dropout(self, seed: DropoutSeed | None) -> None:
-        """Make the next forward's masks a function of ``seed``; None: torch's generator."""
-        self.blocks.fix_dropout(seed)
 
-
-class Column(nn.Module):
+class Column(Net):
     """One device's half of the net: 48, 128, 192, 192, 128 kernels, 2048 and 2048 units.
 
     Its state dict has the whole net's keys with this column's slices; only column 0 has fc8's
@@ -257,20 +214,8 @@ class Column(nn.Module):
     """
 
     def __init__(self, plan: Plan, link: Link, seed: int | None = None) -> None:
-        super().__init__()
-        self.plan = plan
+        super().__init__(plan, seed, link.column)
         self.link = link
-        self.conv1 = _conv(plan, "conv1", 1)
-        self.conv2 = _conv(plan, "conv2", 1)
-        self.conv3 = _conv(plan, "conv3", 1) if "conv3" in plan.layers else None
-        self.conv4 = _conv(plan, "conv4", 1) if "conv4" in plan.layers else None
-        self.conv5 = _conv(plan, "conv5", 1)
-        self.conv6 = _conv(plan, "conv6", 1) if "conv6" in plan.layers else None
-        self.fc6 = _linear(plan, "fc6", 1)
-        self.fc7 = _linear(plan, "fc7", 1)
-        self.fc8 = _linear(plan, "fc8", 1, bias=link.column == 0)
-        self.blocks = Blocks(plan, link.column)
-        load_initial(self, plan, seed, link.column)
 
     @classmethod
     def from_recipe(
@@ -287,7 +232,7 @@ class Column(nn.Module):
 
         Without a ``seed``, torch's generator must be in the same state in both processes.
         """
-        return cls(plan_from(recipe, num_classes, image_size, switches), link, seed)
+        return cls(Plan(Recipe.named(recipe), num_classes, image_size, **switches), link, seed)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, classes) of ``images`` (N, 3, S, S), the same on both columns.
@@ -299,8 +244,8 @@ class Column(nn.Module):
         chunks = self.link.chunks if self.plan.by_image else 1
         maps = [self._maps(part) for part in images.chunk(chunks)]
         x = torch.cat([self._units(part) for part in maps])  # (N, 4608)
-        x = blocks.after_fc6(self._read("fc6", x))  # (N, 2048), crossing
-        x = blocks.after_fc7(self._read("fc7", x))  # (N, 2048), crossing
+        x = blocks.after("fc6", self._read("fc6", x))  # (N, 2048), crossing
+        x = blocks.after("fc7", self._read("fc7", x))  # (N, 2048), crossing
         return add_logits(self.fc8(x), self.link)  # crossing
 
     def _maps(self, images: Tensor) -> Tensor | InFlight:
@@ -315,10 +260,10 @@ class Column(nn.Module):
         """Return conv5's maps as units, from conv2's maps."""
         blocks = self.blocks
         for name in self.plan.middle:  # conv3 and conv4; conv3 is a crossing
-            x = blocks.after_middle(name, self._read(name, x))  # (N, 192, 13, 13)
-        x = blocks.after_conv5(self._read("conv5", x))  # (N, 128, 6, 6)
-        if self.conv6 is not None:
-            x = blocks.activate("conv6", self._read("conv6", x))  # crossing
+            x = blocks.after(name, self._read(name, x))  # (N, 192, 13, 13)
+        x = blocks.after("conv5", self._read("conv5", x))  # (N, 128, 6, 6)
+        if "conv6" in self.plan.layers:
+            x = blocks.after("conv6", self._read("conv6", x))  # crossing
         return x.flatten(1)  # (N, 4608)
 
     def _send(self, name: str, maps: Tensor) -> Tensor | InFlight:
@@ -331,10 +276,6 @@ class Column(nn.Module):
         sent = self._send(name, maps) if isinstance(maps, torch.Tensor) else maps
         if isinstance(sent, torch.Tensor):
             return layer(sent)
-        convolution = Convolution(self.plan.layers[name].stride, self.plan.padding(name))
-        op = Linear() if isinstance(layer, nn.Linear) else convolution
+        row = self.plan.layers[name]
+        op = Convolution(row.stride, self.plan.padding(name)) if row.kernel else Linear()
         return read_both(sent, layer.weight, layer.get_parameter("bias"), op)
-
-    def fix_dropout(self, seed: DropoutSeed | None) -> None:
-        """Make the next forward's masks a function of ``seed``; None: torch's generator."""
-        self.blocks.fix_dropout(seed)

@@ -3,9 +3,6 @@
 ``whole_net`` builds the net of any plan on one device.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager
-
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -13,21 +10,10 @@ from torch.nn import functional
 
 from modelpar.net import paper
 from modelpar.net.alexnet import AlexNet
-from modelpar.net.layers import AcrossMaps, Activation, Dropout, DropoutSeed, pool
+from modelpar.net.layers import Activation, Dropout, as_weight, norm, pool
 from modelpar.net.plan import Plan
+from modelpar.net.weights import load_initial
 from modelpar.seeding import generator
-
-
-def whole_net(plan: Plan, seed: int | None = None) -> "AlexNet | FourLayer | Torchvision":
-    """Return the whole net of ``plan`` on one device; without a seed torch's generator is used.
-
-    Input (N, 3, S, S), pixels 0-255 less the mean; output (N, classes) logits.
-    """
-    if plan.net == "four_layer":
-        return FourLayer(plan, seed)
-    if plan.net == "torchvision":
-        return Torchvision(plan, seed)
-    return AlexNet(plan, seed)
 
 
 class Local(nn.Module):
@@ -55,11 +41,6 @@ class Local(nn.Module):
         units = torch.baddbmm(self.bias[:, :, None], self.weight, windows)
         return units.permute(2, 1, 0).unflatten(2, (self.side, self.side))
 
-    def extra_repr(self) -> str:
-        """Return the sizes."""
-        places, outputs, inputs = self.weight.shape
-        return f"{inputs // self.kernel**2}, {outputs}, kernel={self.kernel}, places={places}"
-
 
 class FourLayer(nn.Module):
     """The CIFAR-10 net of section 3.3, with or without norms; that of figure 1 has none.
@@ -73,12 +54,12 @@ class FourLayer(nn.Module):
     def __init__(self, plan: Plan, seed: int | None = None) -> None:
         super().__init__()
         self.plan = plan
-        one, two, three, four = (
-            plan.layers[name] for name in ("conv1", "conv2", "local3", "local4")
-        )
+        one, two, three, four, _ = plan.layers.values()
         side = plan.pooled(plan.pooled(plan.image_size))
-        self.conv1 = _conv(3, one)
-        self.conv2 = _conv(one.outputs, two)
+        self.conv1 = nn.Conv2d(3, one.outputs, one.kernel, padding=one.padding, device="meta")
+        self.conv2 = nn.Conv2d(
+            one.outputs, two.outputs, two.kernel, padding=two.padding, device="meta"
+        )
         self.local3 = Local(two.outputs, three.outputs, three.kernel, side)
         self.local4 = Local(three.outputs, four.outputs, four.kernel, side)
         self.fc10 = nn.Linear(four.outputs * side**2, plan.num_classes, device="meta")
@@ -86,12 +67,12 @@ class FourLayer(nn.Module):
             {name: Activation(name, plan.activation) for name in plan.layers if name != "fc10"}
         )
         self.pool = pool(plan.pool)
-        self.norm1, self.norm2 = _norm(plan, one), _norm(plan, two)
-        _fill(self, plan, seed)
+        self.norm1, self.norm2 = norm(plan, "conv1", 1), norm(plan, "conv2", 1)
+        load_initial(self, plan, seed)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, classes) of ``images`` (N, 3, S, S)."""
-        x = _as_weight(images, self.conv1.weight)
+        x = as_weight(images, self.conv1.weight)
         active = self.activations
         x = self.norm1(active["conv1"](self.pool(self.conv1(x))))  # (N, 64, 14, 14) at 28 pixels
         x = self.pool(self.norm2(active["conv2"](self.conv2(x))))  # (N, 64, 7, 7)
@@ -99,43 +80,13 @@ class FourLayer(nn.Module):
         x = active["local4"](self.local4(x))  # (N, 32, 7, 7)
         return self.fc10(x.flatten(1))
 
-    def fix_dropout(self, seed: DropoutSeed | None) -> None:
-        """Do nothing: this net has no dropout."""
 
+class ScaledDropout(Dropout):
+    """torchvision's dropout: scaled in training, not in evaluation."""
 
-def _conv(inputs: int, row: paper.Layer) -> nn.Conv2d:
-    return nn.Conv2d(inputs, row.outputs, row.kernel, padding=row.padding, device="meta")
-
-
-def _norm(plan: Plan, row: paper.Layer) -> nn.Module:
-    if plan.norm == "none":
-        return nn.Identity()
-    return AcrossMaps(
-        row.outputs,
-        paper.FOUR_LAYER_NORM_ALPHA,
-        paper.FOUR_LAYER_NORM_SIZE,
-        paper.FOUR_LAYER_NORM_K,
-    )
-
-
-def _fill(net: FourLayer, plan: Plan, seed: int | None) -> None:
-    """Set initial weights, which depend only on seed and layer, on torch's default device."""
-    device = torch.get_default_device()
-    for name, row in plan.layers.items():
-        layer = net.get_submodule(name)
-        weight = torch.empty(layer.get_parameter("weight").shape, device="cpu")
-        source = None if seed is None else generator(seed, "init", name)
-        weight.normal_(0, row.code_std, generator=source)
-        bias = torch.full(layer.get_parameter("bias").shape, row.bias, device="cpu")
-        layer.weight = nn.Parameter(weight.to(device))
-        layer.bias = nn.Parameter(bias.to(device))
-
-
-def _as_weight(images: Tensor, weight: Tensor) -> Tensor:
-    """Return ``images`` in the dtype and memory format of conv1's ``weight``."""
-    last = weight.is_contiguous(memory_format=torch.channels_last)
-    order = torch.channels_last if last else torch.contiguous_format
-    return images.to(weight.dtype, memory_format=order)
+    def forward(self, units: Tensor) -> Tensor:
+        """Return ``units`` (N, C), masked and scaled, or as they are."""
+        return super().forward(units) / (1 - self.rate) if self.training else units
 
 
 class Torchvision(torchvision.models.AlexNet):
@@ -147,7 +98,9 @@ class Torchvision(torchvision.models.AlexNet):
     """
 
     def __init__(self, plan: Plan, seed: int | None = None) -> None:
-        with _seeded(seed), torch.device("cpu"):  # its global generator is seeded
+        with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("cpu"):
+            if seed is not None:  # torchvision draws from torch's global generator
+                torch.default_generator.set_state(generator(seed, "init").get_state())
             super().__init__(plan.num_classes, plan.dropout)
         self.plan = plan
         for place, layer in enumerate(self.classifier):
@@ -158,33 +111,13 @@ class Torchvision(torchvision.models.AlexNet):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, classes) of images (N, 3, S, S)."""
         scale = 255 * x.new_tensor(paper.TORCHVISION_STD)[:, None, None]
-        return super().forward(_as_weight(x / scale, self.features.get_parameter("0.weight")))
-
-    def fix_dropout(self, seed: DropoutSeed | None) -> None:
-        """Make the next forward's masks a function of ``seed``; None: torch's generator."""
-        for layer in self.classifier:
-            if isinstance(layer, ScaledDropout):
-                layer.masked.seed = seed
+        return super().forward(as_weight(x / scale, self.features.get_parameter("0.weight")))
 
 
-class ScaledDropout(nn.Module):
-    """torchvision's dropout: scaled in training, not in evaluation; masks by ``DropoutSeed``."""
+def whole_net(plan: Plan, seed: int | None = None) -> AlexNet | FourLayer | Torchvision:
+    """Return the whole net of ``plan`` on one device; without a seed torch's generator is used.
 
-    def __init__(self, name: str, units: int, rate: float) -> None:
-        super().__init__()
-        self.masked = Dropout(name, units, slice(0, units), rate)
-
-    def forward(self, units: Tensor) -> Tensor:
-        """Return ``units`` (N, C), masked and scaled, or as they are."""
-        return self.masked(units) / (1 - self.masked.rate) if self.training else units
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Generator[None]:
-    """Seed torch's global generator, and restore it afterwards; None: leave it as it is."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.set_state(generator(seed, "init").get_state())
-        yield
+    Input (N, 3, S, S), pixels 0-255 less the mean; output (N, classes) logits.
+    """
+    baselines = {"four_layer": FourLayer, "torchvision": Torchvision}
+    return baselines.get(plan.net, AlexNet)(plan, seed)

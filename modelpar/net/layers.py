@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple, Self
 
 import torch
@@ -23,6 +24,14 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "elu": functional.elu,
 }
 
+
+def as_weight(images: Tensor, weight: Tensor) -> Tensor:
+    """Return ``images`` in the dtype and memory format of a convolution's ``weight``."""
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    order = torch.channels_last if last else torch.contiguous_format
+    return images.to(weight.dtype, memory_format=order)
+
+
 # -- response normalization ----------------------------------------------------------------------
 
 
@@ -37,6 +46,9 @@ class Window(NamedTuple):
     slope: float
 
 
+Windows = Sequence[Window]
+
+
 def _sum_around(maps: Tensor, kernel: Tensor) -> Tensor:
     """Sum over the neighbours: a convolution with ones, symmetric and so its own adjoint."""
     groups = maps.shape[1] // kernel.shape[1]
@@ -49,13 +61,16 @@ def _inverse_root(total: Tensor, window: Window) -> Tensor:
     return total.to(wide, copy=True).mul_(window.slope).add_(window.k).rsqrt_()
 
 
-def _normalize(maps: Tensor, windows: Sequence[Window]) -> tuple[Tensor, list[Tensor]]:
+def _normalize(
+    maps: Tensor, windows: Windows, *, rectify: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """Apply the normalizations in order; return the result and what the backward needs.
 
     That is the sum of squares of each, and the input of each but the first.  The sum is a
     convolution, which runs on the device's matrix units, and s ** -3/4 is r * sqrt(r) with
     r = 1 / sqrt(s): several times faster than torch's pooling over maps and a power.
     """
+    maps = functional.relu(maps) if rectify else maps
     saved: list[Tensor] = []
     for window in windows:
         total = _sum_around(maps * maps, window.kernel)
@@ -66,13 +81,14 @@ def _normalize(maps: Tensor, windows: Sequence[Window]) -> tuple[Tensor, list[Te
 
 
 def _normalize_backward(
-    grad: Tensor, maps: Tensor, saved: Sequence[Tensor], windows: Sequence[Window]
+    grad: Tensor, maps: Tensor, saved: list[Tensor], windows: Windows, *, rectify: bool = False
 ) -> Tensor:
     """Return the gradient of ``maps``.
 
     For one normalization: dx = g s^-b - 2 b slope x * sum_around(g x s^-b / s), b = 3/4.
     """
-    saved = [maps, *saved]
+    first = functional.relu(maps) if rectify else maps
+    saved = [first, *saved]
     for x, total, window in reversed(list(zip(saved[::2], saved[1::2], windows, strict=True))):
         root = _inverse_root(total, window)
         direct = root.sqrt().mul_(root).mul_(grad)
@@ -80,60 +96,56 @@ def _normalize_backward(
         around = _sum_around(uneven.to(x.dtype), window.kernel)
         factor = -2 * paper.NORM_BETA * window.slope
         grad = direct.addcmul_(x, around, value=factor).to(x.dtype)
-    return grad
-
-
-def _rectify_normalize(maps: Tensor, windows: Sequence[Window]) -> tuple[Tensor, list[Tensor]]:
-    return _normalize(functional.relu(maps), windows)
-
-
-def _rectify_normalize_backward(
-    grad: Tensor, maps: Tensor, saved: Sequence[Tensor], windows: Sequence[Window]
-) -> Tensor:
-    rectified = functional.relu(maps)
-    grad = _normalize_backward(grad, rectified, saved, windows)
-    return torch.where(rectified <= 0, 0, grad)  # keeps the memory format, unlike masked_fill
+    # Unlike masked_fill, torch.where keeps the memory format.
+    return torch.where(first <= 0, 0, grad) if rectify else grad
 
 
 class _Response(Function):
-    """Response normalizations, computed by ``functions``: the forward and the backward one.
+    """Response normalizations, computed by the functions ``forward`` and ``backward``.
 
-    ``functions`` may be compiled.  torch.compile must never trace this class itself: under torch
-    2.11 the gradients of a Function with in-place operations in its forward are then zero.
+    These may be compiled.  torch.compile must never trace this class itself: under torch 2.11 the
+    gradients of a Function with in-place operations in its forward are then zero.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        maps: Tensor,
-        windows: Sequence[Window],
-        functions: tuple[Callable[..., Any], Callable[..., Any]],
-    ) -> Tensor:
-        forward, ctx.backward_function = functions
+    def forward(ctx: Any, maps: Tensor, windows: Windows, forward: Any, backward: Any) -> Tensor:
         normalized, saved = forward(maps, windows)
-        ctx.windows = windows
+        ctx.windows, ctx.backward_function = windows, backward
         ctx.save_for_backward(maps, *saved)
         return normalized
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         maps, *saved = ctx.saved_tensors
-        return ctx.backward_function(*grads, maps, saved, ctx.windows), None, None
+        return ctx.backward_function(*grads, maps, saved, ctx.windows), None, None, None
 
 
-def _apply(
-    maps: Tensor,
-    windows: Sequence[Window],
-    forward: Callable[..., Any] = _normalize,
-    backward: Callable[..., Any] = _normalize_backward,
+@torch.compiler.disable()
+def _respond(
+    maps: Tensor, windows: Windows, forward: Any = _normalize, backward: Any = _normalize_backward
 ) -> Tensor:
-    return _Response.apply(maps, windows, (forward, backward))
+    return _Response.apply(maps, windows, forward, backward)
 
 
-_respond: Any = torch.compiler.disable(_apply)
+class ResponseNorm(nn.Module):
+    """Response normalization, see ``Window``; ``kernel`` is that of one column or of one map."""
+
+    def __init__(self, kernel: Tensor, k: float, slope: float) -> None:
+        super().__init__()
+        self.k, self.slope = k, slope
+        self.register_buffer("kernel", kernel, persistent=False)
+
+    def window(self, maps: Tensor) -> Window:
+        """Return what is summed for ``maps``."""
+        kernel = self.get_buffer("kernel").to(maps.dtype)
+        return Window(kernel.repeat(maps.shape[1] // len(kernel), 1, 1, 1), self.k, self.slope)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return the normalized maps (N, C, H, W)."""
+        return _respond(maps, [self.window(maps)])
 
 
-class AcrossMaps(nn.Module):
+class AcrossMaps(ResponseNorm):
     """Response normalization over neighbouring maps of one column (section 3.3).
 
     ``maps`` is the number of maps of a column: no window reaches from one column into the next.
@@ -144,68 +156,63 @@ class AcrossMaps(nn.Module):
     def __init__(
         self, maps: int, alpha: float, size: int = paper.NORM_SIZE, k: float = paper.NORM_K
     ) -> None:
-        super().__init__()
-        self.maps = maps
-        self.alpha, self.size, self.k = alpha, size, k
         index = torch.arange(maps)
         near = (index[:, None] - index).abs() <= size // 2
-        self.register_buffer("band", near.float()[:, :, None, None], persistent=False)
-
-    def window(self, maps: Tensor) -> Window:
-        """Return what is summed for ``maps``."""
-        columns = maps.shape[1] // self.maps
-        band = self.get_buffer("band").to(maps.dtype).repeat(columns, 1, 1, 1)
-        return Window(band, self.k, self.alpha / self.size)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Return the normalized maps, in the shape of ``maps``."""
-        return _respond(maps, [self.window(maps)])
-
-    def extra_repr(self) -> str:
-        """Return the constants."""
-        return f"{self.maps} maps, alpha={self.alpha}, size={self.size}, k={self.k:g}"
+        super().__init__(near.float()[:, :, None, None], k, alpha / size)
 
 
-class WithinMap(nn.Module):
+class WithinMap(ResponseNorm):
     """Response normalization over 5 x 5 pixels of the same map (run 145, ``rnorm``).
 
     y = x * (1 + 1e-3 / 25 * sum of 25 squares) ** -0.75; pixels outside the map count as zero.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         side = paper.WITHIN_SIZE
-        self.register_buffer("ones", torch.ones(1, 1, side, side), persistent=False)
-
-    def window(self, maps: Tensor) -> Window:
-        """Return what is summed for ``maps``."""
-        ones = self.get_buffer("ones").to(maps.dtype).repeat(maps.shape[1], 1, 1, 1)
-        return Window(ones, paper.WITHIN_K, paper.WITHIN_ALPHA / paper.WITHIN_SIZE**2)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Return the normalized maps (N, C, H, W)."""
-        return _respond(maps, [self.window(maps)])
+        super().__init__(
+            torch.ones(1, 1, side, side), paper.WITHIN_K, paper.WITHIN_ALPHA / side**2
+        )
 
 
 def compile_norm(norm: nn.Module, *, rectify: bool) -> Callable[[Tensor], Tensor] | None:
-    """Return the response normalizations of ``norm``, compiled; None if it has no others.
+    """Return the response normalizations of ``norm``, compiled; None if it has others, or none.
 
-    ``norm`` is an AcrossMaps, a WithinMap or a Sequential of these; ``rectify`` puts a ReLU
-    before them.  Forward and backward are one compiled function of tensors each.
+    ``norm`` is a ResponseNorm or a Sequential of these; ``rectify`` puts a ReLU before them.
+    Forward and backward are one compiled function of tensors each.
     """
     layers = list(norm) if isinstance(norm, nn.Sequential) else [norm]
-    norms = [layer for layer in layers if isinstance(layer, (AcrossMaps, WithinMap))]
-    if not norms or len(norms) != len(layers):
+    norms = [layer for layer in layers if isinstance(layer, ResponseNorm)]
+    if len(norms) != len(layers):
         return None
-    forward: Callable[..., Any] = _rectify_normalize if rectify else _normalize
-    backward: Callable[..., Any] = _rectify_normalize_backward if rectify else _normalize_backward
-    forward = torch.compile(forward, dynamic=False)
-    backward = torch.compile(backward, dynamic=False)
+    forward = partial(torch.compile(_normalize, dynamic=False), rectify=rectify)
+    backward = partial(torch.compile(_normalize_backward, dynamic=False), rectify=rectify)
+    return lambda maps: _respond(maps, [each.window(maps) for each in norms], forward, backward)
 
-    def apply(maps: Tensor) -> Tensor:
-        return _respond(maps, [layer.window(maps) for layer in norms], forward, backward)
 
-    return apply
+class BatchNorm(nn.Module):
+    """torch's batch normalization without scale and shift, in place of response normalization.
+
+    Each column normalizes its maps, so a split net computes what the whole net computes.
+    """
+
+    def __init__(self, maps: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(maps))
+        self.register_buffer("running_var", torch.ones(maps))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
+        """Follow the net's dtype, except to bfloat16: updates by a tenth would round away."""
+
+        def wide(value: Tensor) -> Tensor:
+            moved = fn(value)
+            return value.to(moved.device) if moved.dtype == torch.bfloat16 else moved
+
+        return super()._apply(wide, recurse)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return the normalized maps (N, C, H, W); training uses the batch's statistics."""
+        mean, var = self.get_buffer("running_mean"), self.get_buffer("running_var")
+        return functional.batch_norm(maps, mean, var, training=self.training)
 
 
 # -- activation and dropout ----------------------------------------------------------------------
@@ -222,10 +229,6 @@ class Activation(nn.Module):
     def forward(self, response: Tensor) -> Tensor:
         """Return the activations, in the shape of ``response``."""
         return ACTIVATIONS[self.kind](response)
-
-    def extra_repr(self) -> str:
-        """Return the layer and the function."""
-        return f"{self.layer}, {self.kind}"
 
 
 @dataclass(frozen=True)
@@ -250,21 +253,16 @@ class Dropout(nn.Module):
     the mask comes from torch's global generator.
     """
 
-    def __init__(self, layer: str, units: int, columns: slice, rate: float) -> None:
+    def __init__(self, layer: str, units: int, rate: float, columns: slice = slice(None)) -> None:
         super().__init__()
-        self.layer = layer
-        self.units = units
-        self.columns = columns
-        self.rate = rate
+        self.layer, self.units, self.rate, self.columns = layer, units, rate, columns
         self.seed: DropoutSeed | None = None
 
     def forward(self, units: Tensor) -> Tensor:
-        """Return ``units`` (N, C), masked or scaled."""
-        if self.rate == 0:
-            return units
-        if not self.training:
-            return units * (1 - self.rate)
-        return units * self._mask(units)
+        """Return ``units`` (N, C) or maps (N, C, H, W), masked or scaled."""
+        flat = units.flatten(1)
+        factor = self._mask(flat) if self.training else 1 - self.rate
+        return (flat * factor).view(units.shape)
 
     def _mask(self, units: Tensor) -> Tensor:
         seed = self.seed
@@ -277,9 +275,12 @@ class Dropout(nn.Module):
         kept = whole.bernoulli_(1 - self.rate, generator=source)
         return kept[rows, self.columns].to(units.dtype)
 
-    def extra_repr(self) -> str:
-        """Return the layer, the share dropped and the slice."""
-        return f"{self.layer}, rate={self.rate}, columns={self.columns.start}:{self.columns.stop}"
+
+def fix_dropout(net: nn.Module, seed: DropoutSeed | None) -> None:
+    """Make the masks of the next forward a function of ``seed``; None: torch's generator."""
+    for module in net.modules():
+        if isinstance(module, Dropout):
+            module.seed = seed
 
 
 # -- what a plan chooses -------------------------------------------------------------------------
@@ -294,42 +295,15 @@ def norm(plan: Plan, layer: str, columns: int) -> nn.Module:
         return WithinMap()
     if plan.norm == "none" or (plan.norm == "first_only" and layer == "conv2"):
         return nn.Identity()
+    if plan.net == "four_layer":
+        size, k = paper.FOUR_LAYER_NORM_SIZE, paper.FOUR_LAYER_NORM_K
+        return AcrossMaps(maps, paper.FOUR_LAYER_NORM_ALPHA, size, k)
     across = AcrossMaps(maps, plan.recipe.alpha)
     within = layer == "conv2" and plan.recipe.norms == "across_and_within"
     return nn.Sequential(across, WithinMap()) if within else across
 
 
-class BatchNorm(nn.Module):
-    """torch's batch normalization without scale and shift, in place of response normalization.
-
-    Each column normalizes its maps, so a split net computes what the whole net computes.
-    """
-
-    def __init__(self, maps: int) -> None:
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(maps))
-        self.register_buffer("running_var", torch.ones(maps))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
-        """Follow the net's dtype, except to bfloat16: updates by a tenth would round away."""
-        wide = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, moved in self._buffers.items():
-            before = wide[name]
-            if moved is not None and before is not None and moved.dtype == torch.bfloat16:
-                self._buffers[name] = before.to(moved.device)
-        return self
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Return the normalized maps (N, C, H, W); training uses the batch's statistics."""
-        mean, var = self.get_buffer("running_mean"), self.get_buffer("running_var")
-        return functional.batch_norm(maps, mean, var, training=self.training)
-
-
 def pool(kind: str) -> nn.Module:
     """Return the pooling layer of that kind, see ``Plan``; output sizes are rounded up."""
-    if kind == "non_overlapping":
-        return nn.MaxPool2d(2, stride=2, ceil_mode=True)
-    if kind == "average":
-        return nn.AvgPool2d(3, stride=2, ceil_mode=True)
-    return nn.MaxPool2d(3, stride=2, ceil_mode=True)
+    layer = nn.AvgPool2d if kind == "average" else nn.MaxPool2d
+    return layer(2 if kind == "non_overlapping" else 3, stride=2, ceil_mode=True)

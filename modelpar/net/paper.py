@@ -15,7 +15,6 @@ from typing import Any, Final
 class Layer:
     """One layer as one column holds it (section 3.5; biases section 5; std run 145)."""
 
-    name: str
     outputs: int  # kernels or units of one column
     bias: float  # initial bias: 1 in conv2, conv4, conv5 and the hidden units, 0 elsewhere
     code_std: float  # standard deviation of the initial weights in the code
@@ -25,53 +24,45 @@ class Layer:
     decay: float = 1.0  # what multiplies the recipe's weight decay
 
 
-LAYERS: Final = MappingProxyType(
-    {
-        layer.name: layer
-        for layer in (
-            Layer("conv1", 48, bias=0.0, code_std=0.01, kernel=11, stride=4),
-            Layer("conv2", 128, bias=1.0, code_std=0.01, kernel=5, padding=2),
-            Layer("conv3", 192, bias=0.0, code_std=0.03, kernel=3, padding=1),
-            Layer("conv4", 192, bias=1.0, code_std=0.03, kernel=3, padding=1),
-            Layer("conv5", 128, bias=1.0, code_std=0.03, kernel=3, padding=1),
-            Layer("fc6", 2048, bias=1.0, code_std=0.01),
-            Layer("fc7", 2048, bias=1.0, code_std=0.01),
-            Layer("fc8", 1000, bias=0.0, code_std=0.01),
-        )
-    }
-)
-COLUMNS: Final = 2
+_ROWS: Final = {
+    "conv1": Layer(48, bias=0.0, code_std=0.01, kernel=11, stride=4),
+    "conv2": Layer(128, bias=1.0, code_std=0.01, kernel=5, padding=2),
+    "conv3": Layer(192, bias=0.0, code_std=0.03, kernel=3, padding=1),
+    "conv4": Layer(192, bias=1.0, code_std=0.03, kernel=3, padding=1),
+    "conv5": Layer(128, bias=1.0, code_std=0.03, kernel=3, padding=1),
+    "conv6": Layer(128, bias=1.0, code_std=0.03, kernel=3, padding=1),  # after pool 5; run 146's
+    "fc6": Layer(2048, bias=1.0, code_std=0.01),
+    "fc7": Layer(2048, bias=1.0, code_std=0.01),
+    "fc8": Layer(1000, bias=0.0, code_std=0.01),
+}
 
 
 def _net(*without: str, **outputs: int) -> MappingProxyType[str, Layer]:
-    """Return run 145's layers ``without`` some, with other ``outputs`` of a column."""
+    """Return all layers but some, with other ``outputs`` of a column."""
     return MappingProxyType(
         {
             name: replace(row, outputs=outputs.get(name, row.outputs))
-            for name, row in LAYERS.items()
+            for name, row in _ROWS.items()
             if name not in without
         }
     )
 
 
-def _with_conv6() -> MappingProxyType[str, Layer]:
-    """Put conv6 between pool 5 and fc6; its start is conv5's (run 146)."""
-    rows = list(LAYERS.values())
-    place = list(LAYERS).index("fc6")
-    rows.insert(place, replace(LAYERS["conv5"], name="conv6"))
-    return MappingProxyType({row.name: row for row in rows})
+LAYERS: Final = _net("conv6")  # the paper's
+COLUMNS: Final = 2
 
 
 def _four_layers(local3: int, fc_decay: float) -> MappingProxyType[str, Layer]:
     """Return a CIFAR-10 net of cuda-convnet's example files; fc10 has a unit for each class."""
-    rows = (
-        Layer("conv1", 64, bias=0.0, code_std=1e-4, kernel=5, padding=2, decay=0.0),
-        Layer("conv2", 64, bias=0.0, code_std=0.01, kernel=5, padding=2, decay=0.0),
-        Layer("local3", local3, bias=0.0, code_std=0.04, kernel=3, padding=1),
-        Layer("local4", 32, bias=0.0, code_std=0.04, kernel=3, padding=1),
-        Layer("fc10", 10, bias=0.0, code_std=0.01, decay=fc_decay),
+    return MappingProxyType(
+        {
+            "conv1": Layer(64, bias=0.0, code_std=1e-4, kernel=5, padding=2, decay=0.0),
+            "conv2": Layer(64, bias=0.0, code_std=0.01, kernel=5, padding=2, decay=0.0),
+            "local3": Layer(local3, bias=0.0, code_std=0.04, kernel=3, padding=1),
+            "local4": Layer(32, bias=0.0, code_std=0.04, kernel=3, padding=1),
+            "fc10": Layer(10, bias=0.0, code_std=0.01, decay=fc_decay),
+        }
     )
-    return MappingProxyType({row.name: row for row in rows})
 
 
 # The four-layer nets of section 3.3 by their norm; their files decay at .004, fc10 of the second
@@ -87,11 +78,11 @@ FOUR_LAYERS: Final = MappingProxyType(
 NETS: Final = MappingProxyType(
     {
         "two_columns": LAYERS,  # run 145
-        "one_column": _net(conv5=256, fc6=4096, fc7=4096),  # run 145-half: one column alone
-        "no_crossing": _net(conv2=160, fc6=4096),  # run 150: wider, without crossings
-        "conv6": _with_conv6(),  # run 146
-        "drop_conv3": _net("conv3"),  # section 7: without one of the middle layers
-        "drop_conv4": _net("conv4"),
+        "one_column": _net("conv6", conv5=256, fc6=4096, fc7=4096),  # run 145-half: one alone
+        "no_crossing": _net("conv6", conv2=160, fc6=4096),  # run 150: wider, without crossings
+        "conv6": _net(),  # run 146
+        "drop_conv3": _net("conv3", "conv6"),  # section 7: without one of the middle layers
+        "drop_conv4": _net("conv4", "conv6"),
     }
 )
 

@@ -1,29 +1,12 @@
 """A recipe and a plan: everything that fixes a net's shape and arithmetic."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from modelpar import config
 from modelpar.errors import SettingsError
-from modelpar.net.paper import (
-    BASELINES,
-    COLUMNS,
-    CROSSINGS,
-    DROPOUT,
-    FOUR_LAYERS,
-    IMAGE_SIZE,
-    LAYERS,
-    MIN_IMAGE_SIZE,
-    MIN_IMAGE_SIZES,
-    NETS,
-    NORM_ALPHA,
-    NORM_SIZE,
-    NUM_CLASSES,
-    OWN_CROSSINGS,
-    PAPER_STD,
-    Layer,
-)
+from modelpar.net import paper
 from modelpar.settings import ModelSettings, RecipeSettings, check, refuse_choice
 
 
@@ -38,23 +21,19 @@ class Recipe(RecipeSettings):
         check(self, "recipe.")
 
     @classmethod
-    def named(cls, name: str) -> "Recipe":
-        """Return ``paper``, ``code2012`` or ``clean``; raises SettingsError for another name."""
-        return cls(**config.load_group("recipe", name))
+    def named(cls, recipe: "str | Recipe") -> "Recipe":
+        """Return ``paper``, ``code2012`` or ``clean``; raises SettingsError for another name.
+
+        A recipe is returned as it is.
+        """
+        if isinstance(recipe, Recipe):
+            return recipe
+        return cls(**config.load_group("recipe", recipe))
 
     @property
     def alpha(self) -> float:
         """Alpha as torch counts it, over the whole window: 5e-4 (paper) or 1e-4 (code)."""
-        return NORM_ALPHA * (NORM_SIZE if self.norm_alpha == "per_term" else 1)
-
-
-def _as_typed(value: object) -> str:
-    """Return a switch's value as a command line has it."""
-    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
-
-
-def _same_size(size: int, row: Layer) -> int:
-    return (size + 2 * row.padding - row.kernel) // row.stride + 1
+        return paper.NORM_ALPHA * (paper.NORM_SIZE if self.norm_alpha == "per_term" else 1)
 
 
 @dataclass(frozen=True)
@@ -62,64 +41,61 @@ class Plan:
     """Everything that fixes a net's shape and arithmetic: a recipe, the data's sizes, switches.
 
     ``image_size``: the side of a crop in pixels.  ``crossing_at``: the layers that read both
-    columns; fc8 always sums both.  ``net``: one of ``NETS`` or of ``BASELINES``, which do not take
-    every switch.  ``pool``: ``overlapping`` is 3 x 3 with stride 2 (section 3.4),
-    ``non_overlapping`` 2 x 2 with stride 2 (run 147), ``average`` the mean over 3 x 3 with stride
-    2.  ``norm``: ``response`` is the recipe's, ``first_only`` has none after conv2 (run 167),
-    ``within_channel`` normalizes inside each map, ``batch`` has no scale and shift.  ``dropout``:
-    the share of fc6's and fc7's units that is dropped, ``conv4_dropout``: that of conv4's units
-    (run 177).
+    columns; fc8 always sums both.  ``net``: one of ``paper.NETS``, or of ``paper.BASELINES``,
+    which do not take every switch.  ``pool``: ``overlapping`` is 3 x 3 with stride 2 (section
+    3.4), ``non_overlapping`` 2 x 2 with stride 2 (run 147), ``average`` the mean over 3 x 3 with
+    stride 2.  ``norm``: ``response`` is the recipe's, ``first_only`` has none after conv2 (run
+    167), ``within_channel`` normalizes inside each map, ``batch`` has no scale and shift.
+    ``dropout``: the share of fc6's and fc7's units that is dropped, ``conv4_dropout``: that of
+    conv4's units (run 177).
     """
 
     recipe: Recipe
-    num_classes: int = NUM_CLASSES
-    image_size: int = IMAGE_SIZE
+    num_classes: int = paper.NUM_CLASSES
+    image_size: int = paper.IMAGE_SIZE
     net: str = "two_columns"
     norm: str = "response"
     activation: str = "relu"
     pool: str = "overlapping"
-    dropout: float = DROPOUT
+    dropout: float = paper.DROPOUT
     conv4_dropout: float = 0.0
-    crossing_at: tuple[str, ...] = CROSSINGS
+    crossing_at: tuple[str, ...] = paper.CROSSINGS
 
     def __post_init__(self) -> None:
         switches = {entry.name: getattr(self, entry.name) for entry in fields(ModelSettings)}
         check(ModelSettings(**switches), "model.")
-        least = MIN_IMAGE_SIZES.get(self.net, MIN_IMAGE_SIZE)
+        least = paper.MIN_IMAGE_SIZES.get(self.net, paper.MIN_IMAGE_SIZE)
         if self.image_size < least:
             raise SettingsError(f"model.image_size={self.image_size}: use {least} pixels or more")
-        self._refuse_foreign()
-        if self.conv4_dropout and "conv4" not in self.layers and self.net in NETS:
+        for key, choices in paper.BASELINES.get(self.net, {}).items():
+            if switches[key] not in choices:
+                value, *taken = (_as_typed(choice) for choice in (switches[key], *choices))
+                raise SettingsError(
+                    f"model.{key}={value}: model.net={self.net} takes only {' or '.join(taken)}; "
+                    f"leave model.{key} out"
+                )
+        if self.net in paper.BASELINES:
+            return
+        if self.conv4_dropout and "conv4" not in self.layers:
             raise SettingsError(
                 f"model.conv4_dropout={self.conv4_dropout}: net={self.net} has no conv4"
             )
         crossable = [name for name in self.layers if name not in {"conv1", "fc8"}]
-        for name in self.crossing_at if self.net in NETS else ():
+        for name in self.crossing_at:
             if name not in crossable:
                 refuse_choice("model.crossing_at", name, crossable)
 
-    def _refuse_foreign(self) -> None:
-        """Raise SettingsError for a switch that the net does not have."""
-        for key, choices in BASELINES.get(self.net, {}).items():
-            value = getattr(self, key)
-            if value not in choices:
-                taken = " or ".join(_as_typed(choice) for choice in choices)
-                raise SettingsError(
-                    f"model.{key}={_as_typed(value)}: model.net={self.net} takes only {taken}; "
-                    f"leave model.{key} out"
-                )
-
     @property
-    def layers(self) -> Mapping[str, Layer]:
+    def layers(self) -> Mapping[str, paper.Layer]:
         """The net's layers in order, as one column holds them; torchvision's are not listed."""
         if self.net == "four_layer":
-            return FOUR_LAYERS[self.norm]
-        return NETS.get(self.net, {})
+            return paper.FOUR_LAYERS[self.norm]
+        return paper.NETS.get(self.net, {})
 
     @property
     def columns(self) -> int:
         """How many columns the whole net has."""
-        return 1 if self.net in {"one_column", *BASELINES} else COLUMNS
+        return 1 if self.net in {"one_column", *paper.BASELINES} else paper.COLUMNS
 
     @property
     def decays(self) -> dict[str, float]:
@@ -138,15 +114,15 @@ class Plan:
 
     def std(self, layer: str) -> float:
         """Return the standard deviation of ``layer``'s initial weights."""
-        code = self.recipe.weight_std == "wider_conv3_5"
-        return self.layers[layer].code_std if code else PAPER_STD
+        code = self.net == "four_layer" or self.recipe.weight_std == "wider_conv3_5"
+        return self.layers[layer].code_std if code else paper.PAPER_STD
 
     @property
     def conv1_padding(self) -> tuple[int, int, int, int]:
         """Zero columns left and right, zero rows above and below the image."""
         if self.recipe.conv1_padding == "around":
             return (2, 2, 2, 2)  # torchvision's AlexNet
-        row = LAYERS["conv1"]  # the code rounds the output's side up: 224 -> 55 (layer.py)
+        row = paper.LAYERS["conv1"]  # the code rounds the output's side up: 224 -> 55 (layer.py)
         missing = -(self.image_size - row.kernel) % row.stride
         return (0, missing, 0, missing)
 
@@ -154,17 +130,11 @@ class Plan:
     def sizes(self) -> tuple[int, int, int]:
         """The sides of the maps of pools 1, 2 and 5 in pixels: 27, 13, 6 at 224."""
         left, right, _, _ = self.conv1_padding
-        one = self.pooled(_same_size(self.image_size + left + right, LAYERS["conv1"]))
-        less = (
-            2 if self.pool == "non_overlapping" else 0
-        )  # trap 14: conv2 pads by 1 then, conv5 by 0
+        row = paper.LAYERS["conv1"]
+        one = self.pooled((self.image_size + left + right - row.kernel) // row.stride + 1)
+        less = 2 if self.pool == "non_overlapping" else 0  # of the maps of conv2 and of conv5
         two = self.pooled(one - less)
         return one, two, self.pooled(two - less)
-
-    @property
-    def last_size(self) -> int:
-        """The side of the maps that fc6 reads."""
-        return self.sizes[-1]
 
     def pooled(self, size: int) -> int:
         """Return the side of a map of side ``size`` after pooling, rounded up as the code did."""
@@ -173,29 +143,26 @@ class Plan:
 
     def padding(self, layer: str) -> int:
         """Return a convolution's zero padding; run 147 took one off conv2 and conv5."""
-        return self.layers[layer].padding - (
-            self.pool == "non_overlapping" and layer in {"conv2", "conv5"}
-        )
+        less = self.pool == "non_overlapping" and layer in {"conv2", "conv5"}
+        return self.layers[layer].padding - less
 
     def inputs(self, layer: str) -> int:
         """Return how many maps or units of one column ``layer`` reads (conv1: the image's 3)."""
-        names = list(self.layers)
         if layer == "conv1":
             return 3
+        names = list(self.layers)
         previous = self.layers[names[names.index(layer) - 1]].outputs
-        return previous * (self.last_size**2 if layer == "fc6" else 1)
+        return previous * (self.sizes[-1] ** 2 if layer == "fc6" else 1)
 
-    def outputs(self, layer: str) -> int:
-        """Return the kernels or units of one column; for fc8 all classes."""
-        return self.num_classes if layer == "fc8" else self.layers[layer].outputs
+
+def _as_typed(value: object) -> str:
+    """Return a switch's value as a command line has it."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     """Return the plan as plain values, as manifests and exported files record it."""
-    values = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    values["recipe"] = {field.name: getattr(plan.recipe, field.name) for field in fields(Recipe)}
-    values["crossing_at"] = list(plan.crossing_at)
-    return values
+    return {**asdict(plan), "crossing_at": list(plan.crossing_at)}
 
 
 def plan_of(values: dict[str, Any]) -> Plan:
@@ -209,28 +176,12 @@ def plan_of(values: dict[str, Any]) -> Plan:
         raise SettingsError(f"not a description of a net: {error}") from None
 
 
-def plan_from(
-    recipe: str | Recipe, num_classes: int, image_size: int, switches: dict[str, Any]
-) -> Plan:
-    """Return the plan of a recipe by name; raises SettingsError."""
-    rules = Recipe.named(recipe) if isinstance(recipe, str) else recipe
-    return Plan(rules, num_classes=num_classes, image_size=image_size, **switches)
-
-
-# -- the net on its devices ----------------------------------------------------------------------
-
-
 def plan_for(recipe: Recipe, model: ModelSettings, num_classes: int, image_size: int) -> Plan:
     """Return the net that recipe, switches and data ask for; raises SettingsError."""
-    defaults = BASELINES.get(model.net or "", {})
-    chosen: dict[str, Any] = {key: choices[0] for key, choices in defaults.items()}
-    chosen |= {
-        key: getattr(model, key)
-        for key in ("net", "norm", "activation", "pool", "dropout", "conv4_dropout")
-        if getattr(model, key) is not None
-    }
-    if model.crossing_at is not None:
-        chosen["crossing_at"] = tuple(model.crossing_at)
-    elif model.net and model.net in OWN_CROSSINGS:
-        chosen["crossing_at"] = OWN_CROSSINGS[model.net]
-    return Plan(recipe, num_classes=num_classes, image_size=image_size, **chosen)
+    net = model.net or ""
+    chosen: dict[str, Any] = {"crossing_at": paper.OWN_CROSSINGS.get(net, paper.CROSSINGS)}
+    chosen |= {key: choices[0] for key, choices in paper.BASELINES.get(net, {}).items()}
+    chosen |= {key: value for key, value in vars(model).items() if value is not None}
+    chosen |= {"num_classes": num_classes, "image_size": image_size}
+    chosen["crossing_at"] = tuple(chosen["crossing_at"])
+    return Plan(recipe, **chosen)

@@ -1,6 +1,6 @@
 """Initial weights, and how the whole net's state dict is split over two columns and merged."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,44 +11,12 @@ from modelpar.net.plan import Plan
 from modelpar.seeding import generator
 
 
-def initial_weights(
-    plan: Plan, seed: int | None, names: Iterable[str] | None = None
-) -> dict[str, Tensor]:
-    """Return the whole net's initial parameters, float32 (section 5).
-
-    Weights are normal, biases constant.  They depend only on seed and layer, and columns take
-    slices of them, so one process and two start with the same net.  Without a seed torch's global
-    generator is used.
-    """
-    state: dict[str, Tensor] = {}
-    for name in plan.layers if names is None else names:
-        row = plan.layers[name]
-        inputs = plan.inputs(name)
-        if name == "fc8" or name in plan.crossing_at:
-            inputs *= plan.columns
-        outputs = plan.outputs(name) * (1 if name == "fc8" else plan.columns)
-        shape = (outputs, inputs) + (row.kernel, row.kernel) * (row.kernel > 0)
-        source = None if seed is None else generator(seed, "init", name)
-        weight = torch.empty(shape, dtype=torch.float32, device="cpu")
-        state[f"{name}.weight"] = weight.normal_(0, plan.std(name), generator=source)
-        state[f"{name}.bias"] = torch.full((outputs,), row.bias, device="cpu")
-    return state
-
-
 def split_dim(key: str) -> int | None:
     """Return the dimension along which the columns share a tensor; None: column 0 has it whole.
 
     That is the outputs, except for fc8: it is split by its inputs, and its bias is column 0's.
     """
     return {"fc8.weight": 1, "fc8.bias": None}.get(key, 0)
-
-
-def column_slice(key: str, value: Tensor, column: int) -> Tensor | None:
-    """Return the part of the whole net's ``value`` that ``column`` has; None: it has none."""
-    dim = split_dim(key)
-    if dim is None:
-        return value if column == 0 else None
-    return value.chunk(COLUMNS, dim)[column]
 
 
 def location(key: str, shape: Sequence[int], columns: int, column: int) -> dict[str, list[int]]:
@@ -63,8 +31,14 @@ def location(key: str, shape: Sequence[int], columns: int, column: int) -> dict[
 
 def column_state(state: Mapping[str, Tensor], column: int) -> dict[str, Tensor]:
     """Return one column's state dict, views of the whole net's ``state``."""
-    parts = {key: column_slice(key, value, column) for key, value in state.items()}
-    return {key: part for key, part in parts.items() if part is not None}
+    part: dict[str, Tensor] = {}
+    for key, value in state.items():
+        dim = split_dim(key)
+        if dim is not None:
+            part[key] = value.chunk(COLUMNS, dim)[column]
+        elif column == 0:
+            part[key] = value
+    return part
 
 
 def split(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -81,15 +55,27 @@ def merge(columns: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return whole
 
 
-def load_initial(net: nn.Module, plan: Plan, seed: int | None, column: int | None) -> None:
-    """Set the initial weights of ``net``, or of its ``column``, on torch's default device."""
+def load_initial(net: nn.Module, plan: Plan, seed: int | None, column: int | None = None) -> None:
+    """Set the initial weights of ``net``, or of its ``column``, on torch's default device.
+
+    Weights are normal, biases constant, all in float32 (section 5).  They depend only on seed and
+    layer: each tensor is drawn for the whole net and sliced, so one process and two start with
+    the same net.  Without a seed torch's global generator is used.
+    """
     device = torch.get_default_device()
-    for name in plan.layers:  # one whole layer in memory at a time
-        for key, value in initial_weights(plan, seed, [name]).items():
-            part = value if column is None else column_slice(key, value, column)
-            if part is not None:
-                fresh = part.to(device).clone(memory_format=torch.contiguous_format)
-                setattr(net.get_submodule(name), key.partition(".")[2], nn.Parameter(fresh))
+    columns = 1 if column is None else COLUMNS
+    for key, parameter in list(net.named_parameters()):  # one whole tensor in memory at a time
+        layer, _, kind = key.partition(".")
+        shape = location(key, parameter.shape, columns, column or 0)["whole"]
+        value = torch.empty(shape, dtype=torch.float32, device="cpu")
+        if kind == "bias":
+            value.fill_(plan.layers[layer].bias)
+        else:
+            source = None if seed is None else generator(seed, "init", layer)
+            value.normal_(0, plan.std(layer), generator=source)
+        part = value if column is None else column_state({key: value}, column)[key]
+        fresh = part.to(device).clone(memory_format=torch.contiguous_format)
+        setattr(net.get_submodule(layer), kind, nn.Parameter(fresh))
 
 
 def check_state(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

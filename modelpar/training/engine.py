@@ -16,7 +16,7 @@ from modelpar.images.loader import Batch
 from modelpar.net.alexnet import AlexNet, Blocks, Column
 from modelpar.net.exchange import Link
 from modelpar.net.four_layer import FourLayer, Torchvision, whole_net
-from modelpar.net.layers import DropoutSeed
+from modelpar.net.layers import DropoutSeed, fix_dropout
 from modelpar.net.plan import Plan
 from modelpar.settings import RankSettings, TrainSettings
 from modelpar.training.metrics import ErrorCount, Errors
@@ -111,7 +111,7 @@ class Learner:
         first, images = self.mesh.replica * self.batch_size, self.mesh.replicas * self.batch_size
         rows = slice(first, first + self.batch_size)  # of this replica
         self.net.train()
-        self.net.fix_dropout(DropoutSeed(self.seed, step, rows, images))
+        fix_dropout(self.net, DropoutSeed(self.seed, step, rows, images))
         return (net or self.net)(batch.images)
 
     def finite(self, loss: Tensor) -> bool:

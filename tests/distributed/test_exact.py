@@ -14,7 +14,7 @@ from torch.nn import functional
 from modelpar import AlexNet, merge, split
 from modelpar.distributed import Mesh
 from modelpar.images.loader import Batch
-from modelpar.net.plan import plan_from
+from modelpar.net.plan import Plan, Recipe
 from modelpar.settings import CrossingSettings, TrainSettings
 from modelpar.training.engine import Learner, build
 
@@ -52,7 +52,7 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
     precision = how.pop("precision", "float64")
     keys = ("overlap", "chunks", "dtype")
     crossing = CrossingSettings(**{key: how.pop(key) for key in keys if key in how})
-    plan = plan_from(recipe, CLASSES, SIZE, how)
+    plan = Plan(Recipe.named(recipe), CLASSES, SIZE, **how)
     settings = TrainSettings(
         crossing=crossing,
         epochs=91,
@@ -232,7 +232,7 @@ def test_two_pairs_equal_whole_net_on_the_global_batch(two_pairs: Ranks) -> None
 
 def counts(mesh: Mesh, size: int, classes: int) -> dict[str, Any]:
     """Bytes and swaps of one training step, and the collectives torch saw."""
-    plan = plan_from("code2012", classes, size, {})
+    plan = Plan(Recipe.named("code2012"), classes, size)
     net = build(plan, mesh, TrainSettings(crossing=CrossingSettings(chunks=1)), seed=0)
     images = torch.randn(2, 3, size, size)
     # torch 2.11's CommDebugMode fails if a module runs several times, as the pool does.
@@ -265,7 +265,7 @@ def test_bytes_a_step_are_the_budget_and_nothing_else_crosses(pair: Ranks) -> No
 
 
 def start_weights(mesh: Mesh, recipe: str) -> dict[str, torch.Tensor]:
-    plan = plan_from(recipe, 1000, 64, {})
+    plan = Plan(Recipe.named(recipe), 1000, 64)
     return build(plan, mesh, TrainSettings(), seed=11).state_dict()
 
 

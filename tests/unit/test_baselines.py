@@ -14,7 +14,7 @@ from torch.nn import functional
 from modelpar import AlexNet, Plan, Recipe, config
 from modelpar.errors import SettingsError
 from modelpar.net.four_layer import FourLayer, Local, Torchvision, whole_net
-from modelpar.net.layers import AcrossMaps, DropoutSeed
+from modelpar.net.layers import AcrossMaps, DropoutSeed, fix_dropout
 from modelpar.net.plan import plan_for, plan_of, settings_of
 from modelpar.training.optimizer import MomentumDecay
 
@@ -206,7 +206,7 @@ def test_torchvisions_weights_depend_only_on_the_seed() -> None:
 
 
 def masked(net: Torchvision, draw: DropoutSeed | None, units: torch.Tensor) -> torch.Tensor:
-    net.fix_dropout(draw)
+    fix_dropout(net, draw)
     return net.classifier[0](units)
 
 

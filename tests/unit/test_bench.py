@@ -10,12 +10,12 @@ from modelpar import AlexNet, config, settings
 from modelpar.bench import measure
 from modelpar.bench.steps import CONTENDERS, Contender, Plain, gflop
 from modelpar.errors import SettingsError
-from modelpar.net.plan import plan_from
+from modelpar.net.plan import Plan, Recipe
 
 
 @pytest.mark.parametrize("recipe", ["paper", "code2012", "clean"])
 def test_plain_contender_computes_the_same_logits_as_our_net(recipe: str) -> None:
-    plan = plan_from(recipe, 10, 64, {"dropout": 0.0})
+    plan = Plan(Recipe.named(recipe), 10, 64, dropout=0.0)
     plain, ours = Plain(plan).double(), AlexNet(plan, seed=1).double()
     plain.load_state_dict(ours.state_dict())
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64) * 60
@@ -25,7 +25,7 @@ def test_plain_contender_computes_the_same_logits_as_our_net(recipe: str) -> Non
 def test_gflop_of_a_step_agree_with_the_paper() -> None:
     # 665,784,864 multiplications of the convolutions, 58,621,952 of the rest (section 3.5);
     # forward, weights' and inputs' gradients, but none of conv1's inputs (105,415,200)
-    plan = plan_from("code2012", 1000, 224, {})
+    plan = Plan(Recipe.named("code2012"))
     expected = 2 * (3 * (665_784_864 + 58_621_952) - 105_415_200) / 1e9
     assert gflop(plan, 2) == pytest.approx(2 * expected, rel=1e-6)
     assert gflop(plan, 128) == pytest.approx(529, rel=0.01)

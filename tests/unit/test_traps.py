@@ -13,7 +13,7 @@ from modelpar import AlexNet, Plan, Recipe
 from modelpar.distributed import Mesh
 from modelpar.images.augment import Augmentation, CropFlipColour, Statistics, principal_colours
 from modelpar.net import paper
-from modelpar.net.layers import AcrossMaps, DropoutSeed, WithinMap
+from modelpar.net.layers import AcrossMaps, DropoutSeed, WithinMap, fix_dropout
 from modelpar.training.engine import evaluate
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
@@ -135,7 +135,7 @@ def test_5_conv3_is_dense_and_the_others_grouped() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_6_dropout_masks_in_training_and_halves_in_evaluation(recipe: str) -> None:
     net = AlexNet(plan(recipe), seed=0)
-    drop = net.blocks.drop6
+    drop = net.blocks.dropouts["fc6"]
     units = torch.rand(64, 4096) + 0.5
     drop.train()
     masked = drop(units)
@@ -150,11 +150,11 @@ def test_6_dropout_masks_in_training_and_halves_in_evaluation(recipe: str) -> No
 
 def test_6_a_mask_depends_only_on_seed_step_and_layer() -> None:
     net = AlexNet(plan("code2012"), seed=0).train()
-    six, seven = net.blocks.drop6, net.blocks.drop7
+    six, seven = net.blocks.dropouts["fc6"], net.blocks.dropouts["fc7"]
     ones = torch.ones(8, 4096)
 
     def masks(seed: int, step: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        net.fix_dropout(DropoutSeed(seed, step, rows, 8))
+        fix_dropout(net, DropoutSeed(seed, step, rows, 8))
         return six(ones[rows]), seven(ones[rows])
 
     first = masks(0, 5, slice(0, 8))
