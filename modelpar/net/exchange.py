@@ -28,8 +28,6 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from modelpar.distributed import exchange
 
-Transport = Callable[[Tensor], tuple[Tensor, Callable[[], None]]]
-
 
 @dataclass(eq=False)
 class Link:
@@ -45,7 +43,7 @@ class Link:
     time that this process waited for them; on a GPU, where waits are queued, it misses them.
     """
 
-    transport: Transport
+    transport: Callable[[Tensor], tuple[Tensor, Callable[[], None]]]
     column: int
     _: KW_ONLY
     dtype: torch.dtype | None = None
@@ -168,14 +166,12 @@ class Linear:
         """Return (N, M)."""
         return functional.linear(maps, weight, bias)
 
-    def maps_grad(self, maps: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    def maps_grad(self, _maps: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
         """Return (N, C)."""
-        del maps
         return grad @ weight
 
-    def weight_grad(self, first: Tensor, second: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    def weight_grad(self, first: Tensor, second: Tensor, _weight: Tensor, grad: Tensor) -> Tensor:
         """Return (M, 2 C) by one product: the weights are large, the units small."""
-        del weight
         return grad.t() @ torch.cat([first, second], dim=1)
 
 
@@ -202,9 +198,6 @@ class Convolution(NamedTuple):
         return torch.cat(parts, dim=1)
 
 
-LayerOp = Linear | Convolution
-
-
 class _ReadBoth(Function):
     """A layer that reads both columns' maps; the order of its work hides the exchange.
 
@@ -216,13 +209,12 @@ class _ReadBoth(Function):
     def forward(
         ctx: Any,
         maps: Tensor,
-        token: Tensor,
+        _token: Tensor,
         weight: Tensor,
         bias: Tensor,
         crossing: Crossing,
-        layer: LayerOp,
+        layer: Linear | Convolution,
     ) -> Tensor:
-        del token
         own_weight, peer_weight = split_inputs(weight, crossing.link.column)
         out = layer(maps, own_weight, bias)
         peer = crossing.finish("forward")
@@ -235,7 +227,7 @@ class _ReadBoth(Function):
         (grad,) = grads
         maps, peer, weight = ctx.saved_tensors
         crossing: Crossing = ctx.crossing
-        layer: LayerOp = ctx.layer
+        layer: Linear | Convolution = ctx.layer
         own_weight, peer_weight = split_inputs(weight, crossing.link.column)
         token = None
         if ctx.needs_input_grad[1]:
@@ -248,7 +240,7 @@ class _ReadBoth(Function):
         return maps_grad, token, weight_grad, bias_grad, None, None
 
 
-def read_both(sent: InFlight, weight: Tensor, bias: Tensor, layer: LayerOp) -> Tensor:
+def read_both(sent: InFlight, weight: Tensor, bias: Tensor, layer: Linear | Convolution) -> Tensor:
     """Return a layer of weight (M, 2 C, ...) applied to both columns' maps (N, C, ...).
 
     Adjoint: starts sending the gradient of the peer's maps, see ``send``.

@@ -169,9 +169,8 @@ class WithinMap(ResponseNorm):
 
     def __init__(self) -> None:
         side = paper.WITHIN_SIZE
-        super().__init__(
-            torch.ones(1, 1, side, side), paper.WITHIN_K, paper.WITHIN_ALPHA / side**2
-        )
+        slope = paper.WITHIN_ALPHA / side**2
+        super().__init__(torch.ones(1, 1, side, side), paper.WITHIN_K, slope)
 
 
 def compile_norm(norm: nn.Module, *, rectify: bool) -> Callable[[Tensor], Tensor] | None:

@@ -22,10 +22,7 @@ class Recipe(RecipeSettings):
 
     @classmethod
     def named(cls, recipe: "str | Recipe") -> "Recipe":
-        """Return ``paper``, ``code2012`` or ``clean``; raises SettingsError for another name.
-
-        A recipe is returned as it is.
-        """
+        """Return ``paper``, ``code2012``, ``clean``, or a recipe itself.  Raises SettingsError."""
         if isinstance(recipe, Recipe):
             return recipe
         return cls(**config.load_group("recipe", recipe))

@@ -8,7 +8,6 @@ from modelpar.distributed import Mesh
 from modelpar.net.exchange import (
     Convolution,
     Crossing,
-    LayerOp,
     Linear,
     Link,
     add_logits,
@@ -27,7 +26,7 @@ def _random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=source)
 
 
-CASES: dict[str, tuple[LayerOp, tuple[int, ...], tuple[int, ...]]] = {
+CASES: dict[str, tuple[Linear | Convolution, tuple[int, ...], tuple[int, ...]]] = {
     "linear": (Linear(), (3, 4), (6, 8)),
     "convolution": (Convolution(1, 1), (3, 4, 5, 5), (6, 8, 3, 3)),
     "strided convolution": (Convolution(2, 0), (3, 4, 7, 7), (6, 8, 3, 3)),
