@@ -136,8 +136,8 @@ def _layer(plan: Plan, name: str, column: int | None) -> nn.Module:
     return nn.Conv2d(inputs * groups, outputs, *window, groups=groups, device="meta")
 
 
-class Net(nn.Module):
-    """What ``AlexNet`` and ``Column`` are made of; ``column`` None: all columns."""
+class _Layers(nn.Module):
+    """The layers of ``column`` with their initial weights; None: those of all columns."""
 
     conv1: nn.Conv2d
     conv2: nn.Conv2d
@@ -153,7 +153,7 @@ class Net(nn.Module):
         load_initial(self, plan, seed, column)
 
 
-class AlexNet(Net):
+class AlexNet(_Layers):
     """The whole net on one device; its columns are the groups of its convolutions.
 
     Input (N, 3, S, S), pixels 0-255 less the mean; output (N, classes) logits.
@@ -205,7 +205,7 @@ class AlexNet(Net):
         return torch.cat([functional.linear(*part) for part in parts], dim=1)
 
 
-class Column(Net):
+class Column(_Layers):
     """One device's half of the net: 48, 128, 192, 192, 128 kernels, 2048 and 2048 units.
 
     Its state dict has the whole net's keys with this column's slices; only column 0 has fc8's
