@@ -41,7 +41,7 @@ def compiler_with_zero_gradients(function: Callable[..., Any], **_: object) -> C
 
 
 def broken_compiler(function: Callable[..., Any], **_: object) -> Callable[..., Any]:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError(f"No working C++ compiler for {function.__name__}\nand much advice")
 
     return broken
