@@ -9,10 +9,14 @@ import torch
 from catalogue import write_images
 from ranks import Ranks
 
+from modelpar import device
+
 # Only the processes that GPU tests start see a GPU, by the fixture gpu_env.
 GPUS = torch.cuda.device_count()
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+device.set_up("cpu")  # keeps freed memory, as a rank does: nets train faster
 
 
 def pytest_report_header() -> str:
