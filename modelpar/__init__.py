@@ -2,8 +2,8 @@
 
 import gc
 
-# Importing torch makes a million objects that stay.  Searching them for garbage over and over
-# takes a second of each start, so the collector pauses.
+# Importing torch creates hundreds of thousands of objects, and all of them stay.  Python's garbage
+# collector would search them again and again, which takes a second, so it pauses.
 collects = gc.isenabled()
 gc.disable()
 

@@ -1,7 +1,7 @@
 """Process groups: the 2-D mesh of replicas and columns, and every collective that is used.
 
-No other module calls a collective.  Each checks contiguity and dtype first, since gloo returns
-wrong numbers, without an error, for tensors that are not contiguous.
+No other module calls a collective.  Those that take a tensor check contiguity and dtype first,
+since gloo returns wrong numbers, without an error, for tensors that are not contiguous.
 """
 
 import os

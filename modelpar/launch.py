@@ -69,7 +69,7 @@ def main_single(name: str, work: Callable[[Any], None]) -> NoReturn:
 
 def _exit_after(name: str, run: Callable[[], int | None]) -> NoReturn:
     """Exit with the status of ``run``; let Hydra answer ``--help``, ``--cfg`` and the like."""
-    gc.freeze()  # what was imported stays: no collection, the one at exit too, looks at it again
+    gc.freeze()  # imported objects live until exit, so no collection needs to search them
     if SHOWS & {word.partition("=")[0] for word in sys.argv[1:]} and "RANK" not in os.environ:
         run = partial(config.run_hydra, name, lambda _: None)
     status = errors.status_of(run)

@@ -160,7 +160,7 @@ class Sweep:
         return self.stop.stat().st_size if self.stop.exists() else 0
 
     def end_file(self, job: int) -> Path:
-        """Return where it is recorded how a job ended."""
+        """Return the file that records how a job ended."""
         return self.folder / "log" / "jobs" / f"{job}.json"
 
     def failed(self) -> list[dict[str, Any]]:

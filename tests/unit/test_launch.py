@@ -1,5 +1,6 @@
 """How a rank exits: its line, its status and log/exit.json; and words on a command line."""
 
+import gc
 import json
 import pickle
 import time
@@ -126,3 +127,7 @@ def test_ranks_with_other_settings_are_refused_on_all(pair: Ranks) -> None:
     line = "rank 1 has seed=1, rank 0 has 0; use the same everywhere"
     assert pair.run(same, "seed", 1) == [line] * 2
     assert pair.run(same, "workers", 1) == [""] * 2  # hosts may differ
+
+
+def test_importing_the_package_leaves_the_garbage_collector_enabled() -> None:
+    assert gc.isenabled()
