@@ -75,6 +75,7 @@ def gpu_env() -> dict[str, str]:
     if not GPUS:
         pytest.skip("needs a GPU, and torch finds none here")
     tests = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}:{tests / 'distributed'}"}
+    paths = [*map(str, (tests.parent, tests, tests / "distributed")), os.environ.get("PYTHONPATH")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     del env["CUDA_VISIBLE_DEVICES"]
     return env if VISIBLE_GPUS is None else {**env, "CUDA_VISIBLE_DEVICES": VISIBLE_GPUS}
