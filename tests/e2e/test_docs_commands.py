@@ -43,6 +43,7 @@ LEFT_OUT = {
     r"bash \.ci/run": TESTS,
     r"python tests/faults/inject\.py": "takes minutes; tests/faults/test_faults.py runs it",
     r"docker": "needs Docker",
+    r"launch/gpu_check\.sh": "needs a GPU",
     r"sbatch": "needs Slurm",
     r".*submitit_slurm": "needs Slurm",
     r".*data\.download=true": "downloads images",
