@@ -20,8 +20,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from modelpar.errors import SettingsError, one_line
-from modelpar.settings import REMOVED, SCHEMAS, check, flatten, refuse_choice
+from modelpar.settings import SCHEMAS, check, flatten, refuse_choice
 
+REMOVED: Final = {  # earlier settings, and what to do instead
+    "comm.check": "set TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment",
+}
 # The options of Hydra's groups, and the extra of this package that installs each.
 PLUGINS: Final = {
     "hydra/launcher": {

@@ -19,21 +19,36 @@ M_MMAP_MAX: Final = -4  # malloc.h
 # -- GPUs ----------------------------------------------------------------------------------------
 
 
-def choose_device(device: str, local_processes: int) -> str:
+def choose_device(device: str, local_processes: int, *, share_gpu: bool = False) -> str:
     """Return ``cuda`` or ``cpu`` for the setting ``device``; auto: GPUs if each rank has one.
 
-    ``local_processes`` is the number of ranks on this host.  Raises SettingsError if
-    ``device=cuda`` needs more GPUs than there are.
+    ``local_processes`` is the number of ranks on this host.  With ``share_gpu`` one GPU is enough
+    for all of them.  Raises SettingsError if there are fewer GPUs than the settings need.
     """
     found = torch.cuda.device_count()
+    if share_gpu and (device == "cpu" or not found):
+        why = "device=cpu uses none" if device == "cpu" else "this host has none"
+        raise SettingsError(f"share_gpu=true: needs a GPU, and {why}; use share_gpu=false")
+    enough = share_gpu or found >= local_processes
     if device == "auto":
-        return "cuda" if found >= local_processes else "cpu"
-    if device == "cuda" and found < local_processes:
+        return "cuda" if enough else "cpu"
+    if device == "cuda" and not enough:
         raise SettingsError(
             f"device=cuda: {found} GPUs for {local_processes} processes on this host; "
-            "use columns=1 for one GPU, or device=cpu"
+            "use columns=1 for one GPU, share_gpu=true to share it, or device=cpu"
         )
     return device
+
+
+def unused_gpus(device: str, local_processes: int) -> str:
+    """Return a note if ``device=auto`` finds too few GPUs to use any, or an empty string."""
+    found = torch.cuda.device_count()
+    if device != "auto" or not 0 < found < local_processes:
+        return ""
+    return (
+        f"this host has {found} GPU{'s' * (found > 1)} for {local_processes} processes, so they "
+        "run on CPUs; share_gpu=true lets them share GPUs"
+    )
 
 
 def check_precision(device: str, precision: str) -> None:
@@ -55,7 +70,8 @@ def set_up(kind: str, local_rank: int = 0, *, tf32: bool = False) -> torch.devic
             mallopt(M_MMAP_MAX, 0)
             mallopt(M_TRIM_THRESHOLD, -1)
         return torch.device(kind)
-    device = torch.device(kind, local_rank)  # set_device needs an index
+    # set_device needs an index.  There are fewer GPUs than ranks where ranks share them.
+    device = torch.device(kind, local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True  # shapes never change
     torch.backends.cuda.matmul.allow_tf32 = tf32

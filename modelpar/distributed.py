@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modelpar import environment
 from modelpar.device import set_threads, set_up
+from modelpar.environment import Environment
 from modelpar.errors import LaunchError, PeerLostError, RunError, one_line
 
 PREPARE_TIMEOUT: Final = timedelta(days=1)  # reading every image of ImageNet once takes hours
@@ -41,6 +42,7 @@ class Mesh:
     replica_group: dist.ProcessGroup | None = None  # this column in all replicas
     world: dist.ProcessGroup | None = None  # all ranks, over gloo: short messages between CPUs
     patient: dist.ProcessGroup | None = None  # the same, for a wait that may take hours
+    shares_gpu: bool = False  # with other ranks
 
     @property
     def rank(self) -> int:
@@ -59,6 +61,9 @@ class Mesh:
         shared = f" x {self.replicas} replicas" if self.replicas > 1 else ""
         if self.world_size == 1:
             place = "one GPU" if on_gpu else "one CPU process"
+        elif self.shares_gpu:
+            why = "this shows correctness, not speed"
+            place = f"{self.world_size} processes that share GPUs (NCCL; {why})"
         else:
             place = f"{self.world_size} " + ("GPUs (NCCL)" if on_gpu else "CPU processes (gloo)")
         threads = "" if on_gpu else f", {self.threads} thread{'s' * (self.threads > 1)} each"
@@ -150,6 +155,9 @@ def process_mesh(
         return
     if env.one_host:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no port is open to other hosts
+    shares_gpu = kind == "cuda" and env.local_size > torch.cuda.device_count()
+    if shares_gpu:
+        _name_own_host(env)
     wait = timedelta(seconds=timeout)
     try:
         dist.init_process_group(
@@ -186,9 +194,21 @@ def process_mesh(
             replica_group=replica_group if replicas > 1 else None,
             world=world,
             patient=patient,
+            shares_gpu=shares_gpu,
         )
     finally:
         dist.destroy_process_group()
+
+
+def _name_own_host(env: Environment) -> None:
+    """Make NCCL take this rank for one on a host of its own.
+
+    NCCL refuses two ranks with one GPU of one host ("Duplicate GPU detected", NCCL's init.cc).
+    Ranks on several hosts use sockets, and NCCL uses the interface lo only if it is named.
+    """
+    os.environ["NCCL_HOSTID"] = f"modelpar-{env.rank}"
+    if env.one_host:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
 # -- collectives ----------------------------------------------------------------------------------

@@ -84,10 +84,12 @@ def run_launcher(name: str, prepare: Prepare, words: list[str]) -> int:
     """Check everything in this process, then start the ranks; return the exit status."""
     settings, run_dir = config.read_run(name, words)
     one_gpu = settings.device == "auto" and torch.cuda.device_count() == 1
-    if one_gpu and (settings.columns, settings.replicas) == (2, 1):  # a pair would not use it
+    pair = (settings.columns, settings.replicas) == (2, 1)
+    if one_gpu and pair and not settings.share_gpu:  # the pair would not use it
         words = [*words, "columns=1"]
         settings = config.read(name, words)
-    device.choose_device(settings.device, settings.columns * settings.replicas)
+    ranks = settings.columns * settings.replicas
+    device.choose_device(settings.device, ranks, share_gpu=settings.share_gpu)
     prepare(settings, run_dir)
     return _start_ranks(name, words, settings, run_dir and run_dir.absolute())
 
@@ -196,7 +198,11 @@ def _rank_settings(name: str, words: list[str], env: Environment) -> tuple[Any, 
         )
     settings, run_dir = config.read_run(name, words)
     settings.replicas = env.num_replicas(settings.columns, settings.replicas)
-    settings.device = device.choose_device(settings.device, env.local_size)
+    kind = device.choose_device(settings.device, env.local_size, share_gpu=settings.share_gpu)
+    note = device.unused_gpus(settings.device, env.local_size)
+    if note and kind == "cpu" and env.rank == 0:
+        errors.say(note)
+    settings.device = kind
     device.check_precision(settings.device, settings.precision)
     return settings, run_dir
 

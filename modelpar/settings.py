@@ -24,9 +24,6 @@ RENAMED: Final = {  # earlier values of settings
     "first": "first_only",
     "within": "within_channel",
 }
-REMOVED: Final = {  # earlier settings, and what to do instead
-    "comm.check": "set TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment",
-}
 
 
 def at_least(minimum: float, default: Any = MISSING, *, below: float = math.inf) -> Any:
@@ -222,6 +219,7 @@ class RankSettings(ProcessSettings):
     replicas: int = at_least(1, 1)  # pairs that share the weights and split the batch
     batch_size: int = at_least(1, 128)  # images per pair (section 5)
     views: int = one_of(1, 10, default=1)  # per image of the final evaluation; the paper has 10
+    share_gpu: bool = False  # let several ranks use one GPU: for tests, it is slow
     precision: str = one_of(*PRECISIONS, default="float32")
     tf32: bool = False  # let a GPU round float32 products
     workers: int | None = at_least(0, None)  # loader processes per rank; null: data.workers

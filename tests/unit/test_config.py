@@ -90,6 +90,7 @@ def test_defaults_are_the_contract() -> None:
         "seed": 0,
         "precision": "float32",
         "device": "auto",
+        "share_gpu": False,
         "compile": True,
         "channels_last": True,
         "threads": None,

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from modelpar import device, environment
+from modelpar import device, distributed, environment
 from modelpar.environment import Environment
 from modelpar.errors import LaunchError, SettingsError
 from modelpar.images import loader
@@ -88,10 +89,50 @@ def test_a_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert device.choose_device("auto", 2) == "cpu"
     assert device.choose_device("auto", 1) == "cuda"
-    with pytest.raises(SettingsError, match="1 GPUs for 2 processes"):
+    with pytest.raises(SettingsError, match=r"1 GPUs for 2 processes.*share_gpu=true to share"):
         device.choose_device("cuda", 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device.choose_device("auto", 2) == "cuda"
+
+
+@pytest.mark.parametrize("kind", ["auto", "cuda"])
+def test_one_gpu_is_enough_for_ranks_that_share_it(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device.choose_device(kind, 4, share_gpu=True) == "cuda"
+    with pytest.raises(SettingsError, match="share_gpu=true: needs a GPU, and device=cpu uses"):
+        device.choose_device("cpu", 1, share_gpu=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SettingsError, match="share_gpu=true: needs a GPU, and this host has none"):
+        device.choose_device(kind, 1, share_gpu=True)
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(1, "cuda:0"), (2, "cuda:1")])
+def test_only_ranks_that_share_a_gpu_name_hosts_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, expected: str
+) -> None:
+    joined: list[str] = []
+
+    def join(*_: object, device_id: torch.device, **__: object) -> None:
+        joined.append(str(device_id))
+        raise ValueError("only its arguments matter here")
+
+    for key, value in {**LAUNCHED, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    for name in ("NCCL_HOSTID", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "init_process_group", join)
+    threads = torch.get_num_threads()
+    mesh = distributed.process_mesh(2, "cuda", 60, threads=threads)
+    with pytest.raises(LaunchError, match="rank 1 of 2: cannot join"), mesh:
+        pass
+    assert joined == [expected]
+    shared = ("modelpar-1", "lo") if gpus == 1 else (None, None)
+    assert (os.environ.get("NCCL_HOSTID"), os.environ.get("NCCL_SOCKET_IFNAME")) == shared
 
 
 def test_the_processes_of_a_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

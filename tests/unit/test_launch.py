@@ -13,6 +13,7 @@ from ranks import Ranks
 
 from modelpar import config, launch
 from modelpar.distributed import Mesh
+from modelpar.environment import Environment
 from modelpar.errors import (
     CheckpointError,
     DataError,
@@ -131,3 +132,47 @@ def test_ranks_with_other_settings_are_refused_on_all(pair: Ranks) -> None:
 
 def test_importing_the_package_leaves_the_garbage_collector_enabled() -> None:
     assert gc.isenabled()
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize(
+    ("word", "columns"), [("share_gpu=true", 2), ("share_gpu=false", 1), ("device=cpu", 2)]
+)
+def test_the_launcher_starts_two_columns_on_one_gpu_only_if_they_share_it(
+    monkeypatch: pytest.MonkeyPatch, word: str, columns: int
+) -> None:
+    started: list[int] = []
+
+    def start(name: str, words: list[str], *_: object) -> int:
+        started.append(config.read(name, words).columns)
+        return 0
+
+    monkeypatch.setattr(launch, "_start_ranks", start)
+    assert launch.run_launcher("train", lambda *_: None, [word]) == 0
+    assert started == [columns]
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize(
+    ("rank", "words", "kind", "said"),
+    [
+        (0, [], "cpu", "1 GPU for 2 processes, so they run on CPUs; share_gpu=true lets them"),
+        (1, [], "cpu", ""),
+        (0, ["device=cpu"], "cpu", ""),
+        (0, ["share_gpu=true"], "cuda", ""),
+    ],
+)
+def test_rank_0_reports_that_too_few_gpus_are_not_used(
+    capfd: pytest.CaptureFixture[str], rank: int, words: list[str], kind: str, said: str
+) -> None:
+    env = Environment(rank, 2, rank, 2)
+    settings, _ = launch._rank_settings("train", words, env)
+    assert settings.device == kind
+    line = capfd.readouterr().err
+    assert said in line
+    assert line.count("\n") == bool(said)

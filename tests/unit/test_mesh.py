@@ -20,6 +20,12 @@ def test_one_process_needs_no_group() -> None:
             raise DataError("no images")
 
 
+def test_ranks_that_share_a_gpu_say_that_they_are_slow() -> None:
+    mesh = distributed.Mesh(torch.device("cuda"), columns=2, shares_gpu=True)
+    line = "processes that share GPUs (NCCL; this shows correctness, not speed)"
+    assert mesh.describe() == f"two columns on 2 {line}"
+
+
 def test_generators_are_functions_of_their_keys() -> None:
     def draw(*keys: str | int) -> float:
         return float(torch.rand((), generator=seeding.generator(*keys)))  # type: ignore[arg-type]
