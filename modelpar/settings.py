@@ -241,6 +241,7 @@ class TrainSettings(RankSettings):
     steps: int | None = at_least(1, None)  # ends the run before its epochs do
     seed: int = at_least(0, 0)
     compile: bool = True  # fuse the operations between products with torch.compile
+    cuda_graph: str = one_of("auto", "off", default="auto")  # replay a GPU's step as one graph
     run_dir: str | None = None  # null: a new folder for each run
     resume: str = "auto"  # auto, never, or the path of a run or step to start from
     checkpoint_every: int | None = at_least(0, None)  # steps; null: data.checkpoint_every

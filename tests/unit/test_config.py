@@ -56,6 +56,7 @@ def refused(overrides: list[str]) -> str:
         ("seed=1,2", "add -m to sweep"),
         ("precision=float16", "precision=float16: did you mean bfloat16?"),
         ("device=gpu", "device=gpu"),
+        ("cuda_graph=on", "cuda_graph=on: use one of auto, off"),
         ("crossing.dtype=int8", "crossing.dtype=int8"),
         ("comm.timeout=0", "comm.timeout=0"),
         ("comm.timeout=inf", "comm.timeout=inf"),
@@ -92,6 +93,7 @@ def test_defaults_are_the_contract() -> None:
         "device": "auto",
         "share_gpu": False,
         "compile": True,
+        "cuda_graph": "auto",
         "channels_last": True,
         "threads": None,
         "tf32": False,
@@ -104,6 +106,7 @@ def test_defaults_are_the_contract() -> None:
         assert plain[key] == value
     assert plain["crossing"] == {"dtype": None, "overlap": True, "chunks": 2}
     assert plain["comm"] == {"timeout": 120.0}
+    assert config.read("train", ["cuda_graph=off"]).cuda_graph == "off"  # false in YAML
 
 
 @pytest.mark.parametrize(
