@@ -62,7 +62,7 @@ export -f versions
   part benchmark 120 "$python" -m modelpar.benchmark "out=$scratch/benchmark"
   part training 60 "$python" -m modelpar.train columns=1 device=cuda precision=bfloat16 \
     monitor.progress=false "run_dir=$scratch/run"
-  tail -n 2 "$scratch/run/metrics.jsonl"
+  tail -n 12 "$scratch/run/metrics.jsonl"
 } >> "$report" 2>&1 # no pipe: a process that outlives its part would keep it open
 printf '\n== summary\n%s' "$summary" | tee -a "$report"
 exit "$failed"
