@@ -33,9 +33,10 @@ def choose_device(device: str, local_processes: int, *, share_gpu: bool = False)
     if device == "auto":
         return "cuda" if enough else "cpu"
     if device == "cuda" and not enough:
+        fewer = "columns=1 for one GPU, share_gpu=true to share it, or " if found else ""
         raise SettingsError(
             f"device=cuda: {found} GPUs for {local_processes} processes on this host; "
-            "use columns=1 for one GPU, share_gpu=true to share it, or device=cpu"
+            f"use {fewer}device=cpu"
         )
     return device
 

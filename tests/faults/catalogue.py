@@ -85,7 +85,7 @@ SETTINGS = [
         "made with another precision",
     ),
     ("37 a pickle", ["resume=net.pt"], 4, "may hold a pickle"),
-    ("no GPU", ["device=cuda"], 2, "device=cuda: 0 GPUs for 2 processes"),
+    ("no GPU", ["device=cuda"], 2, "0 GPUs for 2 processes on this host; use device=cpu"),
     ("no GPU to share", ["share_gpu=true"], 2, "needs a GPU, and this host has none"),
 ]
 
