@@ -74,6 +74,7 @@ def set_up(kind: str, local_rank: int = 0, *, tf32: bool = False) -> torch.devic
     # set_device needs an index.  There are fewer GPUs than ranks where ranks share them.
     device = torch.device(kind, local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be recorded
     torch.backends.cudnn.benchmark = True  # shapes never change
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32  # the default of torch rounds convolutions

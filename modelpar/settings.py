@@ -9,12 +9,12 @@ from typing import Any, Final, NoReturn
 
 from omegaconf import MISSING
 
+from modelpar.bench.contenders import CONTENDERS
 from modelpar.errors import SettingsError
 from modelpar.files import check_writable
 from modelpar.net.paper import BASELINES, MOMENTUM, NETS, RATE, WEIGHT_DECAY
 
 PRECISIONS: Final = ("float32", "bfloat16", "float64")
-CONTENDERS: Final = ("plain", "layers", "ddp", "tensor_parallel", "in_turn", "pair")
 RENAMED: Final = {  # earlier values of settings
     "go_on": "continue",
     "apart": "no_crossing",
@@ -157,7 +157,8 @@ class CrossingSettings:
 
     dtype: str | None = one_of(*PRECISIONS, "float16", default=None)  # null: the precision's
     overlap: bool = True  # compute with this column's maps while the peer's are on their way
-    chunks: int = at_least(1, 2)  # parts of the batch; one is sent while the next is computed
+    # Parts of the batch; one is sent while the next is computed.  Null: 1 on a GPU, else 2.
+    chunks: int | None = at_least(1, None)
 
 
 @dataclass
@@ -241,7 +242,7 @@ class TrainSettings(RankSettings):
     steps: int | None = at_least(1, None)  # ends the run before its epochs do
     seed: int = at_least(0, 0)
     compile: bool = True  # fuse the operations between products with torch.compile
-    cuda_graph: str = one_of("auto", "off", default="auto")  # replay a GPU's step as one graph
+    cuda_graph: str = one_of("auto", "on", "off", default="auto")  # record a GPU's step once
     run_dir: str | None = None  # null: a new folder for each run
     resume: str = "auto"  # auto, never, or the path of a run or step to start from
     checkpoint_every: int | None = at_least(0, None)  # steps; null: data.checkpoint_every
@@ -264,13 +265,14 @@ class EvaluateSettings(RankSettings):
 class BenchmarkSettings(ProcessSettings):
     """The settings of ``modelpar.benchmark``."""
 
-    contenders: list[str] = one_of(*CONTENDERS, default=CONTENDERS)
-    precisions: list[str] = one_of(*PRECISIONS, default=PRECISIONS[:2])
-    batch_sizes: list[int] = at_least(1, (128,))  # images per step of all processes together
+    # Null: chosen for the device; batches are of all processes together.
+    contenders: list[str] | None = _declare(None, choices=CONTENDERS, filled=True)
+    precisions: list[str] | None = _declare(None, choices=PRECISIONS, filled=True)
+    batch_sizes: list[int] | None = _declare(None, minimum=1, below=math.inf, filled=True)
     image_size: int = at_least(1, 224)  # side of a crop in pixels
     num_classes: int = at_least(1, 1000)
     rounds: int = at_least(1, 3)  # each contender has one turn in each round
-    steps: int = at_least(1, 2)  # measured steps per turn, after one that is not
+    steps: int | None = at_least(1, None)  # measured steps per turn; null: by the device
     breakdown: bool = False  # write a profiler trace of one step of each rank
     out: str = "benchmark"  # folder of benchmark.json, benchmark.md and trace/
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
@@ -329,8 +331,8 @@ def _check_combination(settings: Any) -> None:
                 "use columns=2 or crossing.dtype=null"
             )
     elif isinstance(settings, BenchmarkSettings):
-        odd = [size for size in settings.batch_sizes if size % 2]
-        if odd and "ddp" in settings.contenders:
+        odd = [size for size in settings.batch_sizes or [] if size % 2]
+        if odd and "ddp" in (settings.contenders or CONTENDERS):
             raise SettingsError(f"batch_sizes={odd[0]}: ddp halves a batch; use even numbers")
         if len(settings.link.hosts) not in ({2} if settings.link.rates else {0, 2}):
             raise SettingsError("link: requires two hosts; use launch/slow_link.sh")

@@ -2,9 +2,9 @@
 
 import platform
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import asdict
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -14,62 +14,171 @@ import torch
 from tqdm import tqdm
 
 from modelpar import tables
-from modelpar.bench.steps import CONTENDERS, Contender, gflop, plan_of
+from modelpar.bench.contenders import CONTENDERS
+from modelpar.bench.floor import floor, gflop
+from modelpar.bench.steps import Contender
 from modelpar.bench.workers import Workers, limit_link
-from modelpar.device import num_cores
+from modelpar.device import choose_device, num_cores
+from modelpar.errors import LaunchError, say
 from modelpar.settings import BenchmarkSettings
 
 # A contender without a precision is one at the same precision.
 RATIOS: Final = ("plain float32", "plain", "ddp", "full rate")
+GPU_RATIOS: Final = ("plain", "plain_compiled")
+TRAINED: Final = 90 * 1_281_167  # images: section 5's 90 cycles, ILSVRC 2012's training images
+# What the tables mean, after the speeds relative to a contender.
+ON_CPU: Final = (
+    ", or to the same one at the full rate of the link. Memory is the peak "
+    "of a process, sent what a process sends per step."
+)
+ON_GPU: Final = (
+    ". The floor is the time of a step whose kernels compute at the peak of matrix products or "
+    "move their bytes as fast as a copy, whichever takes longer. Launches by the processor and "
+    "kernels are those of a step of the last batch. 90 epochs are ImageNet's, which took the "
+    "paper's two GPUs five to six days. A column's images are those of the pair. Memory is the "
+    "peak of what a process allocates on its GPU."
+)
+
+
+def with_defaults(settings: BenchmarkSettings) -> BenchmarkSettings:
+    """Return the settings with the device, and what is left to it; raises SettingsError."""
+    names = settings.contenders or ["plain"]
+    device = choose_device(settings.device, min(CONTENDERS[name].processes for name in names))
+    on_gpu, gpus = device == "cuda", torch.cuda.device_count()
+    names = [
+        name
+        for name, kind in CONTENDERS.items()
+        if device in kind.devices and not (on_gpu and kind.processes > gpus)
+    ]
+    precisions = ["float32", "bfloat16"]
+    if on_gpu:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        precisions = ["bfloat16" if native else "float32"]
+    return replace(
+        settings,
+        device=device,
+        contenders=settings.contenders or names,
+        precisions=settings.precisions or precisions,
+        batch_sizes=settings.batch_sizes or ([128, 256, 512] if on_gpu else [128]),
+        steps=settings.steps or (20 if on_gpu else 2),
+    )
 
 
 def measure(settings: BenchmarkSettings) -> dict[str, Any]:
     """Return what ``benchmark.json`` holds: times in s, sizes in bytes, speeds in GFLOP/s.
 
-    Raises LaunchError if a process fails.
+    Raises LaunchError if no contender can run.
     """
+    settings = with_defaults(settings)
     result: dict[str, Any] = {"machine": machine(), "settings": asdict(settings)}
     result |= {"peaks": [], "rows": []}
-    for batch_size in settings.batch_sizes:
+    on_gpu, sizes = settings.device == "cuda", settings.batch_sizes or []
+    contenders = [
+        Contender(name, precision, sizes[0], settings)
+        for precision, name in product(settings.precisions or [], settings.contenders or [])
+    ]
+    # On a GPU the processes serve all batches: it takes them longer to start than to compile.
+    for group in [sizes] if on_gpu else [[size] for size in sizes]:
         with ExitStack() as stack:
             stack.callback(limit_link, settings.link.hosts, None)
-            workers = [
-                stack.enter_context(
-                    closing(Workers(Contender(name, precision, batch_size, settings)))
-                )
-                for precision, name in product(settings.precisions, settings.contenders)
-            ]
-            peaks, rows = _measure(workers, settings)
-        work = gflop(plan_of(settings), batch_size)
-        for row in rows:
-            row["ratios"] = ratios(row, rows)
-            row["gflops"] = work / row["step_s"]["median"]
-            row["share_of_peak"] = row["gflops"] / peaks[row["precision"]]
-        result["peaks"].append({"batch_size": batch_size, **peaks})
-        result["rows"] += rows
+            starting = (stack.enter_context(closing(Workers(one))) for one in contenders)
+            workers = list(starting) if on_gpu else starting
+            for size in group:
+                workers = _ready(workers, size, on_gpu=on_gpu)
+                with _told():
+                    peaks, rows = _measure(workers, settings)
+                    result["peaks"].append({"batch_size": size, **peaks})
+                    result["rows"] += rows
+            if on_gpu:  # at the end, since a profiler may slow the steps that follow
+                _count_launches(list(workers), result["rows"])
+    if not result["rows"]:
+        raise LaunchError("benchmark: none of the contenders can run")
     return result
+
+
+@contextmanager
+def _told() -> Generator[None]:
+    """Print the line of a contender that fails, and go on without it."""
+    try:
+        yield
+    except LaunchError as error:
+        say(str(error))
+
+
+def _ready(workers: Iterable[Workers], batch_size: int, *, on_gpu: bool) -> list[Workers]:
+    """Return those of ``workers`` that can take their step of a batch.
+
+    On CPUs they start one after another.  On a GPU all make and compile their steps at the same
+    time, but each is alone while it tunes.
+    """
+    ready: list[Workers] = []
+    for some in [list(workers)] if on_gpu else ([one] for one in workers):
+        for one in some:
+            one.prepare(batch_size)
+        tuned: list[Workers] = []
+        for one in _able(some):
+            one.begin("tune")
+            tuned += _able([one])
+        for one in tuned:
+            one.begin("warm_up")
+        for one in _able(tuned):
+            one.tell()
+            ready.append(one)
+    return ready
+
+
+def _able(workers: Iterable[Workers]) -> list[Workers]:
+    """Return those of ``workers`` that finish the part of their start that they have begun."""
+    able: list[Workers] = []
+    for one in workers:
+        with _told():
+            one.started()
+            able.append(one)
+    return able
+
+
+def _count_launches(workers: Sequence[Workers], rows: Sequence[dict[str, Any]]) -> None:
+    """Add to each row how often a step of the contender, of the last batch, starts kernels."""
+    for one in workers:
+        name, precision = one.contender.name, one.contender.precision
+        with _told():
+            counts = one.ask("launches")[0]
+            for row in rows:
+                if (row["contender"], row["precision"]) == (name, precision):
+                    row.update(counts)
 
 
 def _measure(
     workers: Sequence[Workers], settings: BenchmarkSettings
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Return the peak of each precision, and a row for each contender at each link rate."""
-    hosts, peaks = settings.link.hosts, dict.fromkeys(settings.precisions, 0.0)
+    """Return the peak of each precision, and a row for each contender at each link rate.
+
+    The peak is that of all processes of the largest contender at once, or of one GPU, for which
+    there is also ``copy``; see ``workers``.
+    """
+    hosts, on_gpu = settings.link.hosts, settings.device == "cuda"
     cases: list[tuple[Workers, float | None, list[Any]]] = [
         (one, rate, [])
         for rate in (None, *settings.link.rates)
         for one in workers
         if rate is None or one.contender.processes > 1
     ]
+    ordered = sorted(workers, key=lambda one: one.contender.processes)
+    largest = {one.contender.precision: one for one in ordered}
+    peaks: dict[str, float] = {}
     for _ in tqdm(range(settings.rounds), "rounds", leave=False):
-        for precision, best in peaks.items():  # of all processes of the largest contender at once
-            same = [one for one in workers if one.contender.precision == precision]
-            largest = max(same, key=lambda one: one.contender.processes)
-            peaks[precision] = max(best, sum(largest.ask("peak")))
+        for one in largest.values():
+            ranks = one.ask("peak")
+            for name in ranks[0]:
+                found = sum(rank[name] for rank in ranks) / (len(ranks) if on_gpu else 1)
+                peaks[name] = max(peaks.get(name, 0.0), found)
         for one, rate, turns in cases:
             limit_link(hosts, rate)
             turns.append(one.ask("turn", settings.steps))
     rows = [_row(*case) for case in cases]
+    for row, (one, _, _) in zip(rows, cases, strict=True):
+        row["ratios"] = ratios(row, rows)
+        row.update(shares(one.contender, row["step_s"]["median"], peaks))
     limit_link(hosts, None)
     if settings.breakdown:
         for one, row in zip(workers, rows, strict=False):  # the first rows are at the full rate
@@ -89,7 +198,7 @@ def _row(
     senders = 1 if contender.settings.link.hosts else contender.processes
     return {
         "contender": contender.name,
-        "what": CONTENDERS[contender.name],
+        "what": CONTENDERS[contender.name].what,
         "precision": contender.precision,
         "batch_size": contender.batch_size,
         "link_mbit": rate,  # None: unlimited
@@ -103,8 +212,27 @@ def _row(
     }
 
 
+def shares(contender: Contender, seconds: float, peaks: dict[str, float]) -> dict[str, float]:
+    """Return the speed of a step of so many ``seconds`` in GFLOP/s, and its shares of limits.
+
+    On a GPU these are those of the contender's GPUs.
+    """
+    size, share = contender.batch_size, CONTENDERS[contender.name].share
+    peak, plan = peaks[contender.precision], contender.plan
+    speed = share * gflop(plan, size) / seconds
+    if "copy" not in peaks:
+        return {"gflops": speed, "share_of_peak": speed / peak}
+    itemsize = getattr(torch, contender.precision).itemsize
+    least = share * floor(plan, size, itemsize, peak * 1e9, peaks["copy"] * 1e9)
+    return {
+        "gflops": speed,
+        "share_of_peak": speed / (contender.processes * peak),
+        "share_of_floor": least / (contender.processes * seconds),
+    }
+
+
 def ratios(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return how many times as fast a row is as each of ``RATIOS``, round by round."""
+    """Return how many times as fast a row is as the ``RATIOS``, round by round."""
     found: dict[str, dict[str, float]] = {}
     for other in rows:
         pairs = zip(other["rounds_s"], row["rounds_s"], strict=True)
@@ -117,7 +245,7 @@ def ratios(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, dic
         same = same_precision and other["contender"] == row["contender"]
         if same and other["link_mbit"] is None and row["link_mbit"] is not None:
             found["full rate"] = ratio
-    return {name: found[name] for name in RATIOS if name in found}
+    return {name: found[name] for name in (*RATIOS, *GPU_RATIOS) if name in found}
 
 
 def _spread(values: Iterable[float]) -> dict[str, float]:
@@ -145,20 +273,28 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the tables of ``benchmark.json``."""
     machine, settings = result["machine"], result["settings"]
     where = ", ".join([*machine["gpus"], f"{machine['processor']}, {machine['cores']} cores"])
+    on_gpu = any("copy" in peaks for peaks in result["peaks"])
     about = (
         f"{where}; torch {machine['torch']}, Python {machine['python']}; "
         f"{settings['image_size']} pixels, {settings['num_classes']} classes, "
         f"recipe {settings['recipe']['name']}; median over {settings['rounds']} rounds of "
         f"{settings['steps']} steps (fastest-slowest round). Columns with a slash: speed relative "
-        "to that contender, or to the same one at the full rate of the link. Memory is the peak "
-        "of a process, sent what a process sends per step."
+        "to that contender"
     )
+    about += ON_GPU if on_gpu else ON_CPU
     blocks = [about]
     for peaks in result["peaks"]:
-        cells = [_cells(row) for row in result["rows"] if row["batch_size"] == peaks["batch_size"]]
+        rows = [row for row in result["rows"] if row["batch_size"] == peaks["batch_size"]]
+        if not rows:
+            continue
+        cells = [(_gpu_cells if on_gpu else _cells)(row) for row in rows]
         table = tables.markdown(list(cells[0]), (list(row.values()) for row in cells))
-        found = [f"{value:.0f} in {key}" for key, value in peaks.items() if key != "batch_size"]
-        peak = f"Peak of matrix products, GFLOP/s of all processes: {', '.join(found)}."
+        names = [name for name in peaks if name not in {"batch_size", "copy"}]
+        found = ", ".join(f"{peaks[name]:.0f} in {name}" for name in names)
+        peak = f"Peak of matrix products, GFLOP/s of all processes: {found}."
+        if on_gpu:
+            copies = f"copies, GB/s: {peaks['copy']:.0f}"
+            peak = f"Peak of matrix products of a GPU, GFLOP/s: {found}; {copies}."
         blocks += [f"Batch {peaks['batch_size']}", table, peak]
     texts = {row["contender"]: row["what"] for row in result["rows"]}
     blocks.append("\n".join(f"- {name}: {text}" for name, text in texts.items()))
@@ -176,6 +312,24 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "share of peak": f"{row['share_of_peak']:.0%}",
         "memory, MB": f"{row['peak_bytes'] / 1e6:.0f}",
         "sent, MB": f"{row['wire_bytes'] / 1e6:.1f}",
+        "first step, s": f"{row['first_step_s']:.0f}",
+    }
+
+
+def _gpu_cells(row: dict[str, Any]) -> dict[str, str]:
+    speed = row["images_per_s"]["median"]
+    return {
+        "contender": row["contender"],
+        "precision": row["precision"],
+        "step, ms": _range({key: 1e3 * value for key, value in row["step_s"].items()}),
+        "images/s": f"{speed:.0f}",
+        **{f"/ {base}": _range(row["ratios"].get(base)) for base in GPU_RATIOS},
+        "share of peak": f"{row['share_of_peak']:.0%}",
+        "share of floor": f"{row['share_of_floor']:.0%}",
+        "launches": str(row.get("launches", "")),
+        "kernels": str(row.get("kernels", "")),
+        "memory, MB": f"{row['peak_bytes'] / 1e6:.0f}",
+        "90 epochs, h": f"{TRAINED / speed / 3600:.1f}",
         "first step, s": f"{row['first_step_s']:.0f}",
     }
 

@@ -4,34 +4,30 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Final
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
+from modelpar.bench.contenders import CONTENDERS
 from modelpar.distributed import Mesh
 from modelpar.images.loader import Batch
 from modelpar.net import paper
 from modelpar.net.alexnet import AlexNet
+from modelpar.net.exchange import Link
+from modelpar.net.layers import as_weight
 from modelpar.net.paper import COLUMNS, LAYERS
 from modelpar.net.plan import Plan, Recipe, plan_for
 from modelpar.seeding import generator
 from modelpar.settings import BenchmarkSettings, ModelSettings, TrainSettings
 from modelpar.training.engine import Learner, compile_parts
 
-CONTENDERS: Final = {
-    "plain": "one process, torch's own layers, optimizer and allocator",
-    "layers": "one process, our layers",
-    "ddp": "data parallel: DistributedDataParallel, our layers",
-    "tensor_parallel": "torch's tensor parallelism for fc6 and fc7, our layers",
-    "in_turn": "the two columns, crossing.overlap=false crossing.chunks=1",
-    "pair": "the two columns",
-}
-SINGLE: Final = ("plain", "layers")  # the others have two processes
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -46,19 +42,28 @@ class Contender:
     @property
     def processes(self) -> int:
         """The number of processes."""
-        return 1 if self.name in SINGLE else 2
+        return CONTENDERS[self.name].processes
+
+    @property
+    def plan(self) -> Plan:
+        """The net that the step trains; raises SettingsError."""
+        settings = self.settings
+        recipe = Recipe(**asdict(settings.recipe))
+        net = ModelSettings(net="torchvision" if self.name == "torchvision" else None)
+        return plan_for(recipe, net, settings.num_classes, settings.image_size)
 
 
 class Plain(nn.Module):
     """The whole net as a PyTorch user would write it, from torch's own layers.
 
     Input (N, 3, S, S), output (N, classes) logits.  The state dict is that of ``AlexNet``.
-    Dropout is torch's, which scales in training.
+    Dropout is torch's, which scales in training.  ``sliced``: response norms sum shifted slices,
+    which torch.compile makes one kernel of; torch's own function pools over the maps.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, *, sliced: bool = False) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.sliced = plan, sliced
         whole = AlexNet(plan, seed=0)
         for name in LAYERS:
             setattr(self, name, whole.get_submodule(name))
@@ -83,25 +88,29 @@ class Plain(nn.Module):
         return layer("fc8")(x)
 
     def _across(self, x: Tensor) -> Tensor:
-        norm = functional.local_response_norm
+        norm = _sliced_norm if self.sliced else functional.local_response_norm
         beta, alpha, k = paper.NORM_BETA, self.plan.recipe.alpha, paper.NORM_K
         return torch.cat(
             [norm(c, paper.NORM_SIZE, alpha, beta, k) for c in x.chunk(COLUMNS, 1)], 1
         )
 
 
-def plan_of(settings: BenchmarkSettings) -> Plan:
-    """Return the net that all contenders train; raises SettingsError."""
-    recipe = Recipe(**asdict(settings.recipe))
-    return plan_for(recipe, ModelSettings(), settings.num_classes, settings.image_size)
+def _sliced_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    """Return what torch's ``local_response_norm`` does."""
+    squares = functional.pad(x * x, (0, 0, 0, 0, size // 2, size // 2))
+    total = sum(squares[:, first : first + x.shape[1]] for first in range(size))
+    return x * (k + alpha / size * total) ** -beta
 
 
-def make(contender: Contender, mesh: Mesh) -> Callable[[], object]:
-    """Return a function that takes a training step of this process.
+def make(contender: Contender, mesh: Mesh) -> tuple[Step, Step]:
+    """Return functions that take the first training step of this process, and each other one.
 
-    The images are noise with the scale of photographs minus their mean.
+    On a GPU cuDNN chooses its algorithms in the first step, by their speed, so no other process
+    may use the GPU meanwhile.  Where torch.compile takes the whole net, the first step does not
+    use it, so that all such nets can then be compiled at the same time.  The images are noise
+    with the scale of photographs minus their mean.
     """
-    settings, plan = contender.settings, plan_of(contender.settings)
+    settings, plan = contender.settings, contender.plan
     source = generator(settings.seed, "benchmark")
     shape = (contender.batch_size, 3, plan.image_size, plan.image_size)
     images = torch.randn(shape, generator=source) * 64  # about the deviation of photographs
@@ -109,9 +118,12 @@ def make(contender: Contender, mesh: Mesh) -> Callable[[], object]:
     if contender.name == "ddp":
         images, labels = (x.chunk(mesh.replicas)[mesh.replica].clone() for x in (images, labels))
     batch = Batch(images.to(mesh.device), labels.to(mesh.device), waited=0.0)
-    if contender.name in {"plain", "tensor_parallel"}:
-        net = Plain(plan) if contender.name == "plain" else _parallelized(plan, settings, mesh)
-        return _torch_step(net.to(mesh.device), plan, batch, contender.precision)
+    if contender.name == "tensor_parallel":
+        return _torch_step(_parallelized(plan, settings, mesh), contender, batch)
+    if contender.name == "torchvision":
+        return _torch_step(torchvision.models.AlexNet(plan.num_classes), contender, batch)
+    if contender.name.startswith("plain"):
+        return _torch_step(Plain(plan, sliced=contender.name != "plain"), contender, batch)
     crossing = settings.crossing
     if contender.name == "in_turn":
         crossing = replace(crossing, overlap=False, chunks=1)
@@ -123,29 +135,57 @@ def make(contender: Contender, mesh: Mesh) -> Callable[[], object]:
         precision=contender.precision,
         channels_last=settings.channels_last,
         compile=settings.compile,
+        cuda_graph="on",
     )
+    if contender.name == "column":  # this process takes the place of column 0
+        alone = cast("Any", SimpleNamespace(rank=lambda: 0))
+        mesh = replace(mesh, columns=COLUMNS, pair=alone)
     learner = Learner(plan, trained, mesh)
+    if contender.name == "column":
+        cast("Link", learner.link).transport = lambda sent: (sent.clone(), lambda: None)
+    if mesh.device.type == "cuda":  # as the loader's kernel delivers them
+        weight = learner.net.get_parameter("conv1.weight")
+        batch = replace(batch, images=as_weight(batch.images, weight))
     steps = count()
-    return lambda: learner.step(batch, next(steps), learner.schedule.rates(0))
+
+    def step() -> Tensor:
+        return learner.step(batch, next(steps), learner.schedule.rates(0))
+
+    return step, step
 
 
-def _torch_step(net: nn.Module, plan: Plan, batch: Batch, precision: str) -> Callable[[], object]:
-    """Return a step with torch's own optimizer and autocast."""
-    wide = torch.float64 if precision == "float64" else torch.float32
-    images, recipe = batch.images.to(wide), plan.recipe
+def _torch_step(net: nn.Module, contender: Contender, batch: Batch) -> tuple[Step, Step]:
+    """Return steps with torch's own optimizer and autocast, fast ones for most contenders."""
+    settings, recipe = contender.settings, contender.plan.recipe
+    wide = torch.float64 if contender.precision == "float64" else torch.float32
+    images, fast = batch.images.to(wide), contender.name not in {"plain", "tensor_parallel"}
+    net.to(images)
+    if fast:
+        net.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
-        net.to(wide).parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
+        net.parameters(),
+        recipe.lr,
+        recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        fused=fast,
     )
 
-    def take() -> None:
-        rounds = precision == "bfloat16"
+    def take(forward: Callable[[Tensor], Tensor]) -> Tensor:
+        rounds = contender.precision == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=rounds):
-            logits = net(images)
-        functional.cross_entropy(logits.to(wide), batch.labels).backward()
+            logits = forward(images)
+        loss = functional.cross_entropy(logits.to(wide), batch.labels)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach()
 
-    return take
+    first = step = partial(take, net)
+    if fast and settings.compile:
+        mode = "reduce-overhead" if contender.name == "plain_reduce_overhead" else None
+        step = partial(take, torch.compile(net, dynamic=False, mode=mode))
+    return first, step
 
 
 def _parallelized(plan: Plan, settings: BenchmarkSettings, mesh: Mesh) -> nn.Module:
@@ -158,23 +198,9 @@ def _parallelized(plan: Plan, settings: BenchmarkSettings, mesh: Mesh) -> nn.Mod
     if settings.channels_last:
         net.to(memory_format=torch.channels_last)
     if settings.compile:
-        compile_parts(mesh, [net.blocks])
+        compile_parts(mesh, [net])
     # fc6 leaves half of its units on each process, so ours would draw masks of the wrong size.
     net.blocks.dropouts["fc6"] = nn.Dropout(plan.dropout)
     devices = init_device_mesh(mesh.device.type, (mesh.world_size,))
     parallelize_module(net, devices, {"fc6": ColwiseParallel(), "fc7": RowwiseParallel()})
     return net
-
-
-def gflop(plan: Plan, batch_size: int) -> float:
-    """Return the GFLOP of the matrix products in one step of the whole net: 529 at 128 images.
-
-    The forward pass counts three times: once itself, once for the gradient of the weights, once
-    for the gradient of the inputs, which conv1 does not need.  (FlopCounterMode's own count of a
-    backward pass is wrong for grouped convolutions.)
-    """
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net = Plain(plan)
-        net(torch.empty(batch_size, 3, plan.image_size, plan.image_size))
-    first = sum(counter.get_flop_counts()["Plain.conv1"].values())
-    return (3 * counter.get_total_flops() - first) / 1e9

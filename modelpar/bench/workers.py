@@ -1,8 +1,10 @@
 """The processes of one contender: started once, and idle while other contenders are timed."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import socket
@@ -10,24 +12,29 @@ import subprocess
 import time
 import timeit
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import profile
 from tqdm import tqdm
 
-from modelpar.bench.steps import Contender, make
-from modelpar.device import choose_device, num_cores
+from modelpar.bench.steps import Contender, Step, make
+from modelpar.device import check_precision, choose_device, num_cores
 from modelpar.distributed import Mesh, process_mesh
 from modelpar.errors import LaunchError, RunError, one_line
 
 ANSWER_SECONDS: Final = 600.0  # for one answer: a slow link, a cold compile
-PEAK_SIDE: Final = 2048  # rows of the square matrices whose product gives the peak
+PEAK_SIDE: Final = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product gives the peak
 PEAK_PRODUCTS: Final = 14  # the first two are not timed
+COPIED: Final = 1 << 30  # bytes, which no cache of a GPU holds
+UNTIMED: Final = {"cpu": 1, "cuda": 6}  # steps before those that are timed; some record graphs
 CLONE_NEWNET: Final = 0x40000000  # sched.h
 INTERFACE: Final = "wire"  # launch/slow_link.sh
 BURST_SECONDS: Final = 0.002  # what the bucket holds: two kernel ticks at the rate
@@ -45,31 +52,51 @@ class Workers:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # quiet profilers, inherited by workers
-        start = time.perf_counter()
         for rank in range(contender.processes):
             pipe, other = context.Pipe()
-            arguments = (contender, rank, port, other)
+            arguments = (contender, rank, port, other, time.time())
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             other.close()
             self.ranks.append((process, pipe))
-        self.ask("turn", 0)
-        self.start_s = time.perf_counter() - start  # with one step
-        about = f"{contender.name} {contender.precision}, batch {contender.batch_size}"
-        tqdm.write(f"modelpar: {about}: first step after {self.start_s:.1f} s")
+        self.start_s = 0.0  # from the start of the processes until the first step, without waits
+
+    def begin(self, method: str, *arguments: Any) -> None:
+        """Have each rank call ``method`` of ``_Worker``; ``finish`` returns what it returns."""
+        for _, pipe in self.ranks:
+            with suppress(OSError):  # the process has ended
+                pipe.send((method, arguments))
+
+    def finish(self) -> list[Any]:
+        """Return the answer of each rank; raises LaunchError."""
+        return [self._answer(*rank) for rank in self.ranks]
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         """Return what ``method`` of ``_Worker`` returns on each rank; raises LaunchError."""
-        for _, pipe in self.ranks:
-            pipe.send((method, arguments))
-        return [self._answer(*rank) for rank in self.ranks]
+        self.begin(method, *arguments)
+        return self.finish()
+
+    def prepare(self, batch_size: int) -> None:
+        """Begin to make the step for another batch."""
+        self.contender, self.start_s = replace(self.contender, batch_size=batch_size), 0.0
+        self.begin("prepare", self.contender)
+
+    def started(self) -> None:
+        """Wait for a part of the start, and add the time it took; raises LaunchError."""
+        self.start_s += max(self.finish())
+
+    def tell(self) -> None:
+        """Print how long the start took."""
+        contender = self.contender
+        about = f"{contender.name} {contender.precision}, batch {contender.batch_size}"
+        tqdm.write(f"modelpar: {about}: first step after {self.start_s:.1f} s")
 
     def _answer(self, process: Any, pipe: Connection) -> Any:
         succeeded, answer = False, f"no answer within {ANSWER_SECONDS:.0f} s"
         try:
             if pipe.poll(ANSWER_SECONDS):
                 succeeded, answer = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             process.join(5)
             answer = f"a process ended with status {process.exitcode}"
             if process.exitcode == -signal.SIGKILL:
@@ -95,8 +122,11 @@ class Workers:
 # -- inside a process ----------------------------------------------------------------------------
 
 
-def _serve(contender: Contender, rank: int, port: int, pipe: Connection) -> None:
-    """Set the contender up, then call methods of ``_Worker`` until the benchmark ends."""
+def _serve(contender: Contender, rank: int, port: int, pipe: Connection, started: float) -> None:
+    """Join the contender's processes, then call methods of ``_Worker`` until the benchmark ends.
+
+    ``started`` is when the process was started, in s since the epoch.
+    """
     size, settings = contender.processes, contender.settings
     hosts = settings.link.hosts
     try:
@@ -108,14 +138,15 @@ def _serve(contender: Contender, rank: int, port: int, pipe: Connection) -> None
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         threads = settings.threads or max(1, num_cores() // size)
         device = choose_device(settings.device, size)
-        if contender.name == "plain":  # without the allocator's settings of ``process_mesh``
+        check_precision(device, contender.precision)
+        if (contender.name, device) == ("plain", "cpu"):  # with the system's allocator
             torch.set_num_threads(threads)
-            context = nullcontext(Mesh(torch.device("cuda:0" if device == "cuda" else "cpu")))
+            context = nullcontext(Mesh(torch.device(device)))
         else:
             columns = size if contender.name in {"pair", "in_turn"} else 1
             context = process_mesh(columns, device, settings.comm.timeout, threads=threads)
         with context as mesh:
-            worker = _Worker(contender, mesh)
+            worker = _Worker(mesh, started)
             while request := pipe.recv():
                 method, arguments = request
                 answer = getattr(worker, method)(*arguments)
@@ -125,55 +156,124 @@ def _serve(contender: Contender, rank: int, port: int, pipe: Connection) -> None
     except (EOFError, KeyboardInterrupt):
         return  # the benchmark has ended
     except BaseException as error:  # noqa: BLE001 - the benchmark reports it
-        if not isinstance(error, RunError):
+        if not isinstance(error, (RunError, RuntimeError)):  # torch's: no memory, no compiler
             traceback.print_exc()
-        pipe.send((False, one_line(error)))
+        pipe.send((False, one_line(error)[:300]))
 
 
 class _Worker:
     """What one process answers."""
 
-    def __init__(self, contender: Contender, mesh: Mesh) -> None:
-        self.mesh, self.dtype = mesh, getattr(torch, contender.precision)
-        self.take_step = make(contender, mesh)
-        self.synchronize = torch.get_device_module(mesh.device).synchronize
+    contender: Contender
+    steps: tuple[Step, ...]  # the first, and the others
 
-    def _step(self) -> None:
-        self.take_step()
+    def __init__(self, mesh: Mesh, started: float) -> None:
+        self.mesh, self.on_gpu = mesh, mesh.device.type == "cuda"
+        self.synchronize = torch.get_device_module(mesh.device).synchronize
+        self.start_s = time.time() - started
+
+    def prepare(self, contender: Contender) -> float:
+        """Make the step; return the time in s that this took, at first from the process's start.
+
+        The step of an earlier batch is forgotten, with all that torch has compiled for it.
+        """
+        began = time.perf_counter() - self.start_s
+        self.contender, self.start_s, self.peak_bytes = contender, 0.0, 0
+        self.steps = ()
+        if self.on_gpu:
+            torch.compiler.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.steps = make(contender, self.mesh)
+        return time.perf_counter() - began
+
+    def tune(self) -> float:
+        """On a GPU take the first step, alone, see ``make``; return the time in s."""
+        if not self.on_gpu:
+            return 0.0
+        first, step = self.steps
+        seconds = timeit.timeit(first, number=1)
+        if first is not step:  # which is compiled and uses less memory
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return seconds
+
+    def warm_up(self) -> float:
+        """Take the steps that are not timed; return the time in s."""
+        steps = partial(self._take, UNTIMED[self.mesh.device.type])
+        seconds = timeit.timeit(steps, number=1)
+        if self.on_gpu:  # later peaks would include the matrices of ``peak``
+            self.peak_bytes = self.peak_bytes or torch.cuda.max_memory_allocated()
+        return seconds
+
+    def _take(self, number: int = 1) -> None:
+        for _ in range(number):
+            self.steps[-1]()
         self.synchronize()
 
     def turn(self, steps: int) -> dict[str, Any]:
-        """Take a step that is not timed, then ``steps`` that are; return what they cost."""
-        self._step()
+        """Warm up, then take ``steps`` steps; return what each costs.
+
+        On a GPU all steps are taken between two synchronizations, so ``seconds`` has only their
+        mean: a step that waited for the device would hide that steps are launched ahead.
+        """
+        self.warm_up()
         before = bytes_sent()
-        seconds = timeit.repeat(self._step, number=1, repeat=steps)
-        sent = (bytes_sent() - before) // max(1, steps)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if self.mesh.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
+        together = steps if self.on_gpu else 1
+        take = partial(self._take, together)
+        seconds = [s / together for s in timeit.repeat(take, number=1, repeat=steps // together)]
+        sent = (bytes_sent() - before) // steps
+        peak = self.peak_bytes or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"seconds": seconds, "sent": sent, "peak_bytes": peak}
 
-    def peak(self) -> float:
-        """Return this process's best GFLOP/s in a matrix product.
+    def peak(self) -> dict[str, float]:
+        """Return this process's best GFLOP/s in a matrix product, by the name of the precision.
 
-        All processes compute at the same time, so they share the machine as in training.
+        All processes compute at the same time, so they share the machine as in training.  On a
+        GPU also return ``copy``: the GB/s that copies within its memory read and write.
         """
-        side = PEAK_SIDE
-        square = torch.randn(side, side, device=self.mesh.device, dtype=self.dtype)
+        side, precision = PEAK_SIDE[self.mesh.device.type], self.contender.precision
+        square = torch.randn(side, side, device=self.mesh.device, dtype=getattr(torch, precision))
+        found = {precision: 2 * side**3 / self._best(partial(torch.mm, square, square)) / 1e9}
+        if self.on_gpu:
+            bytes_ = torch.empty(COPIED, dtype=torch.uint8, device=self.mesh.device)
+            copy = partial(torch.empty_like(bytes_).copy_, bytes_)
+            found["copy"] = 2 * COPIED / self._best(copy) / 1e9
+        return found
 
-        def product() -> None:
-            torch.mm(square, square)
+    def _best(self, work: Callable[[], object]) -> float:
+        """Return the least time of ``work`` in s."""
+
+        def wait() -> None:
+            work()
             self.synchronize()
 
-        seconds = timeit.repeat(product, number=1, repeat=PEAK_PRODUCTS)
-        return 2 * side**3 / min(seconds[2:]) / 1e9
+        return min(timeit.repeat(wait, number=1, repeat=PEAK_PRODUCTS)[2:])
+
+    def launches(self) -> dict[str, int]:
+        """Return what the processor launches on the GPU in a step, and the kernels that run.
+
+        A CUDA graph is one launch of many kernels.
+        """
+        with profile() as profiler:
+            self._take()
+        events: Any = profiler.events()
+        ran = [one for one in events if one.device_type == DeviceType.CUDA]
+        kernels = [
+            one
+            for one in ran
+            if not one.is_user_annotation and not re.match("Mem(cpy|set)", one.name)
+        ]
+        launched = [one for one in events if re.match("cu(da)?(Graph)?Launch", one.name)]
+        return {"launches": len(launched), "kernels": len(kernels)}
 
     def trace(self, prefix: str) -> str:
         """Write a Chrome trace of one step, for Perfetto or chrome://tracing; return its path."""
         path = Path(f"{prefix}-rank{self.mesh.rank}.json.gz")
         path.parent.mkdir(parents=True, exist_ok=True)
         with profile() as profiler:
-            self._step()
+            self._take()
         profiler.export_chrome_trace(str(path))
         return str(path)
 

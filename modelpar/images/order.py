@@ -48,18 +48,19 @@ class BatchOrder(Sampler[list[int]]):
         first = (batch * self.replicas + self.replica) * self.batch_size
         return slice(first, first + self.batch_size)
 
-    def samples(self) -> Tensor:
+    def samples(self, epoch: int | None = None) -> Tensor:
         """Return the order of the samples in ``epoch``: a permutation of 0..N-1.
 
-        ``shuffle``: ``once`` uses the same permutation in each epoch, ``every_epoch`` a new one,
-        and ``never`` keeps the order of the data set.
+        ``epoch`` None: the present one.  ``shuffle``: ``once`` uses the same permutation in each
+        epoch, ``every_epoch`` a new one, and ``never`` keeps the order of the data set.
 
         Differs: the released code shuffled its files once, when it wrote them, and then always
         read them in that order; here the seed determines the order of ``once``.
         """
         if self.shuffle == "never":
             return torch.arange(self.num_samples)
-        source = generator(self.seed, "order", self.epoch if self.shuffle == "every_epoch" else 0)
+        epoch = self.epoch if epoch is None else epoch
+        source = generator(self.seed, "order", epoch if self.shuffle == "every_epoch" else 0)
         return torch.randperm(self.num_samples, generator=source)
 
     def __iter__(self) -> Iterator[list[int]]:

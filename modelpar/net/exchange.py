@@ -211,7 +211,7 @@ class _ReadBoth(Function):
         maps: Tensor,
         _token: Tensor,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         crossing: Crossing,
         layer: Linear | Convolution,
     ) -> Tensor:
@@ -236,18 +236,22 @@ class _ReadBoth(Function):
         both = (maps, peer) if crossing.link.column == 0 else (peer, maps)
         weight_grad = layer.weight_grad(*both, weight, grad)
         maps_grad = layer.maps_grad(maps, own_weight, grad)
-        bias_grad = grad.sum([0, *range(2, grad.dim())])
+        needed = ctx.needs_input_grad[3]
+        bias_grad = grad.sum([0, *range(2, grad.dim())]) if needed else None
         return maps_grad, token, weight_grad, bias_grad, None, None
 
 
-def read_both(sent: InFlight, weight: Tensor, bias: Tensor, layer: Linear | Convolution) -> Tensor:
+def read_both(
+    sent: InFlight, weight: Tensor, bias: Tensor | None, layer: Linear | Convolution
+) -> Tensor:
     """Return a layer of weight (M, 2 C, ...) applied to both columns' maps (N, C, ...).
 
     Adjoint: starts sending the gradient of the peer's maps, see ``send``.
     """
     maps, token, crossing = sent
-    values = (value.to(maps.dtype) for value in (weight, bias))  # under autocast they are wider
-    return _ReadBoth.apply(maps, token, *values, crossing, layer)
+    weight = weight.to(maps.dtype)  # under autocast weight and bias are wider
+    bias = None if bias is None else bias.to(maps.dtype)
+    return _ReadBoth.apply(maps, token, weight, bias, crossing, layer)
 
 
 def split_inputs(weight: Tensor, column: int) -> tuple[Tensor, Tensor]:

@@ -128,11 +128,14 @@ def _respond(
 
 
 class ResponseNorm(nn.Module):
-    """Response normalization, see ``Window``; ``kernel`` is that of one column or of one map."""
+    """Response normalization, see ``Window``; ``kernel`` is that of one column or of one map.
 
-    def __init__(self, kernel: Tensor, k: float, slope: float) -> None:
+    ``size`` is the number of neighbours, or the side of a window of them.
+    """
+
+    def __init__(self, kernel: Tensor, k: float, slope: float, size: int) -> None:
         super().__init__()
-        self.k, self.slope = k, slope
+        self.k, self.slope, self.size = k, slope, size
         self.register_buffer("kernel", kernel, persistent=False)
 
     def window(self, maps: Tensor) -> Window:
@@ -158,7 +161,7 @@ class AcrossMaps(ResponseNorm):
     ) -> None:
         index = torch.arange(maps)
         near = (index[:, None] - index).abs() <= size // 2
-        super().__init__(near.float()[:, :, None, None], k, alpha / size)
+        super().__init__(near.float()[:, :, None, None], k, alpha / size, size)
 
 
 class WithinMap(ResponseNorm):
@@ -170,18 +173,25 @@ class WithinMap(ResponseNorm):
     def __init__(self) -> None:
         side = paper.WITHIN_SIZE
         slope = paper.WITHIN_ALPHA / side**2
-        super().__init__(torch.ones(1, 1, side, side), paper.WITHIN_K, slope)
+        super().__init__(torch.ones(1, 1, side, side), paper.WITHIN_K, slope, side)
+
+
+def response_norms(norm: nn.Module) -> list[ResponseNorm] | None:
+    """Return the response normalizations of ``norm`` in order; None if it has others."""
+    layers = list(norm) if isinstance(norm, nn.Sequential) else [norm]
+    norms = [layer for layer in layers if isinstance(layer, ResponseNorm)]
+    others = [layer for layer in layers if not isinstance(layer, (ResponseNorm, nn.Identity))]
+    return None if others else norms
 
 
 def compile_norm(norm: nn.Module, *, rectify: bool) -> Callable[[Tensor], Tensor] | None:
     """Return the response normalizations of ``norm``, compiled; None if it has others, or none.
 
-    ``norm`` is a ResponseNorm or a Sequential of these; ``rectify`` puts a ReLU before them.
-    Forward and backward are one compiled function of tensors each.
+    ``rectify`` puts a ReLU before them.  Forward and backward are one compiled function of tensors
+    each.
     """
-    layers = list(norm) if isinstance(norm, nn.Sequential) else [norm]
-    norms = [layer for layer in layers if isinstance(layer, ResponseNorm)]
-    if len(norms) != len(layers):
+    norms = response_norms(norm)
+    if not norms:
         return None
     forward = partial(torch.compile(_normalize, dynamic=False), rectify=rectify)
     backward = partial(torch.compile(_normalize_backward, dynamic=False), rectify=rectify)
@@ -248,38 +258,44 @@ class Dropout(nn.Module):
 
     Never scaled in training.  ``units`` is the width of the whole layer, ``columns`` the slice of
     it that this module receives.  The mask is drawn for the whole layer and sliced, so that a
-    split net drops what the whole net drops.  ``rate`` is the share dropped.  Without a ``seed``
-    the mask comes from torch's global generator.
+    split net drops what the whole net drops.  ``rate`` is the share dropped.  Unless ``draw`` has
+    been called, each forward takes a mask from torch's global generator.
     """
 
     def __init__(self, layer: str, units: int, rate: float, columns: slice = slice(None)) -> None:
         super().__init__()
         self.layer, self.units, self.rate, self.columns = layer, units, rate, columns
-        self.seed: DropoutSeed | None = None
+        self.whole = torch.empty(0, dtype=torch.bool)  # the mask of the whole layer
+        self.kept: Tensor | None = None  # this column's part of it
 
     def forward(self, units: Tensor) -> Tensor:
         """Return ``units`` (N, C) or maps (N, C, H, W), masked or scaled."""
         flat = units.flatten(1)
-        factor = self._mask(flat) if self.training else 1 - self.rate
-        return (flat * factor).view(units.shape)
+        if not self.training:
+            return (flat * (1 - self.rate)).view(units.shape)
+        kept = self.kept
+        if kept is None:
+            kept = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - self.rate)
+        return (flat * kept.to(flat.dtype)).view(units.shape)
 
-    def _mask(self, units: Tensor) -> Tensor:
-        seed = self.seed
-        if seed is None:
-            source, total, rows = None, len(units), slice(None)
-        else:
-            source = generator(seed.seed, "dropout", self.layer, seed.step, device=units.device)
-            total, rows = seed.total, seed.rows
-        whole = torch.empty(total, self.units, dtype=torch.bool, device=units.device)
-        kept = whole.bernoulli_(1 - self.rate, generator=source)
-        return kept[rows, self.columns].to(units.dtype)
+    def draw(self, seed: DropoutSeed, device: torch.device) -> None:
+        """Draw the mask of a step, in the memory of the last one, which a CUDA graph reads."""
+        if self.whole.shape != (seed.total, self.units) or self.whole.device != device:
+            self.whole = torch.empty(seed.total, self.units, dtype=torch.bool, device=device)
+        source = generator(seed.seed, "dropout", self.layer, seed.step, device=device)
+        self.whole.bernoulli_(1 - self.rate, generator=source)
+        self.kept = self.whole[seed.rows, self.columns]
 
 
 def fix_dropout(net: nn.Module, seed: DropoutSeed | None) -> None:
-    """Make the masks of the next forward a function of ``seed``; None: torch's generator."""
+    """Draw the masks of the next forwards from ``seed``; None: from torch's generator in each."""
+    device = next(net.parameters()).device
     for module in net.modules():
         if isinstance(module, Dropout):
-            module.seed = seed
+            if seed is None:
+                module.kept = None
+            else:
+                module.draw(seed, device)
 
 
 # -- what a plan chooses -------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from modelpar import gpu
 from modelpar.device import check_compiled
+from modelpar.gpu.update import update
 from modelpar.net.plan import Recipe
 
 
@@ -43,18 +46,29 @@ class MomentumDecay(Optimizer):
         for name, weight in self.weights().items():
             velocity = torch.zeros_like(weight, memory_format=torch.preserve_format)
             self.state[self.named[name]] = {"velocity": velocity}
-        self.update = _update
+        self.update: Callable[..., None] = _update
+        # One rate per group, where the update reads them: in memory, so that a captured graph
+        # sees new ones.
+        some = next(iter(self.weights().values()))
+        where = (some.dtype, some.device) if some.is_cuda else (torch.float64, "cpu")
+        self.rates = torch.full((len(groups),), recipe.lr, dtype=where[0], device=where[1])
+        self.scalars = self.rates.unbind()
 
     def compile(self) -> None:
-        """Compile the update: one pass over each parameter.
+        """Compile the update: one pass over each parameter, on a GPU in float32 by our kernel.
 
         Raises CompileError, and compiles nothing, if that fails or differs from the eager update.
         """
-        compiled = torch.compile(_update, dynamic=False)
         grad, weight = next(iter(self.named.values())), next(iter(self.weights().values()))
+        if weight.dtype == torch.float32 and gpu.available(weight.device):
+            compiled = _fused_update
+        else:
+            compiled = torch.compile(_update, dynamic=False)
         example = torch.linspace(-1, 1, 8, dtype=weight.dtype)
         examples = [example.to(weight.device), example.flip(0).to(grad)]
-        name, after = "the update of the weights", partial(_updated, rounds=bool(self.masters))
+        rate = torch.full_like(self.scalars[0], 0.1)
+        after = partial(_updated, rate=rate, rounds=bool(self.masters))
+        name = "the update of the weights"
         check_compiled(name, partial(after, compiled), partial(after, _update), *examples)
         self.update = compiled
 
@@ -63,25 +77,54 @@ class MomentumDecay(Optimizer):
         self.update = _update
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
-        """Set the learning rate of each parameter, by name."""
-        for group in self.param_groups:
-            group["lr"] = rates[group["name"]]
+        """Set the learning rate of each parameter, by name.
+
+        On a GPU the next steps in the current stream use them, also those of a CUDA graph that
+        was captured before.  The host does not wait.  Must not be captured itself.
+        """
+        new = [rates[group["name"]] for group in self.param_groups]
+        if new == [group["lr"] for group in self.param_groups]:
+            return
+        for group, rate in zip(self.param_groups, new, strict=True):
+            group["lr"] = rate
+        pinned = self.rates.is_cuda
+        sent = torch.tensor(new, dtype=self.rates.dtype, device="cpu", pin_memory=pinned)
+        # torch does not use the pinned memory again before this copy is done.
+        self.rates.copy_(sent, non_blocking=True)
 
     @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter whose rate is not 0."""
-        active = [group for group in self.param_groups if group["lr"] != 0]
-        weights, updated = [group["params"][0] for group in active], self.weights()
-        self.update(
-            [updated[group["name"]] for group in active],
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, ok: Tensor | None = None
+    ) -> None:
+        """Update every parameter whose rate is not 0, unless the scalar ``ok`` is 0.
+
+        ``ok``, int32 or bool, is on the weights' device, and the host does not read it on a GPU.
+        Copies nothing between host and device, so it can be captured in a CUDA graph.  Unless the
+        kernel does the update, a graph omits the parameters whose rate was 0 at its capture.
+        """
+        fused = self.update is _fused_update
+        active = [
+            (rate, group)
+            for rate, group in zip(self.scalars, self.param_groups, strict=True)
+            if group["lr"] != 0 or (fused and group["params"][0].grad is not None)
+        ]
+        groups = [group for _, group in active]
+        weights, updated = [group["params"][0] for group in groups], self.weights()
+        inputs = (
+            [updated[group["name"]] for group in groups],
             [self.state[weight]["velocity"] for weight in weights],
             [weight.grad for weight in weights],
-            # tensors, so that another rate needs no new compilation
-            [torch.tensor(group["lr"], dtype=torch.float64, device="cpu") for group in active],
-            [group["decay"] for group in active],
-            [group["momentum"] for group in active],
+            [rate for rate, _ in active],
+            [group["decay"] for group in groups],
+            [group["momentum"] for group in groups],
             weights if self.masters else [None] * len(weights),
         )
+        if fused:
+            self.update(*inputs, ok=ok)
+        elif ok is None or (not ok.is_cuda and bool(ok)):
+            self.update(*inputs)
+        elif ok.is_cuda:
+            _update_if(ok, self.update, *inputs)
 
     def velocities(self) -> dict[str, Tensor]:
         """Return each parameter's velocity under the parameter's name."""
@@ -122,12 +165,35 @@ def _update(
             copy.copy_(weight)
 
 
+def _fused_update(*inputs: Sequence[Any], ok: Tensor | None = None) -> None:
+    """Do what ``_update`` does, by one kernel per parameter, and nothing if ``ok`` is 0."""
+    for one in zip(*inputs, strict=True):
+        update(*one, ok=ok)
+
+
+def _update_if(
+    ok: Tensor,
+    update: Callable[..., None],
+    weights: Sequence[Tensor],
+    velocities: Sequence[Tensor],
+    *others: Sequence[Any],
+) -> None:
+    """Do a plain ``update`` on a GPU, and undo it there if ``ok`` is 0."""
+    rounded = [copy for copy in others[-1] if copy is not None]
+    changed = [*weights, *velocities, *rounded]
+    before = [tensor.clone() for tensor in changed]
+    update(weights, velocities, *others)
+    for tensor, old in zip(changed, before, strict=True):
+        tensor.copy_(torch.where(ok != 0, tensor, old))
+
+
 @torch.no_grad()
-def _updated(update: Callable[..., None], weight: Tensor, grad: Tensor, *, rounds: bool) -> Tensor:
+def _updated(
+    update: Callable[..., None], weight: Tensor, grad: Tensor, *, rate: Tensor, rounds: bool
+) -> Tensor:
     """Return a weight and a velocity after one ``update``, and the weight rounded to bfloat16."""
     weight, velocity = weight.clone(), weight.square()
     copy = grad.clone() if rounds else None
-    rate = torch.tensor(0.1, dtype=torch.float64, device="cpu")
     update([weight], [velocity], [grad], [rate], [0.01], [0.9], [copy])
     return torch.cat([weight, velocity, *([] if copy is None else [copy.to(weight)])])
 

@@ -29,7 +29,7 @@ from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, Checkpointer, num_bytes
 from modelpar.training.consistency import StepCheck
-from modelpar.training.engine import Learner, all_finite, evaluate
+from modelpar.training.engine import Learner, all_finite, compile_parts, evaluate
 from modelpar.training.metrics import rank_of_label
 from modelpar.training.monitor import Meter, Monitor, show
 from modelpar.training.nonfinite import first_nonfinite
@@ -81,7 +81,12 @@ class Trainer:
         self.learner = Learner(self.plan, settings, mesh)
         recipe, size = self.plan.recipe, settings.batch_size
         stats, scaled = prepared.statistics, recipe.colour_noise == "added_and_scaled"
-        self.augmentation = Augmentation(stats, self.plan.image_size, scaled=scaled, device=device)
+        dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+        self.augmentation = Augmentation(
+            stats, self.plan.image_size, scaled=scaled, device=device, dtype=dtype
+        )
+        if settings.compile:
+            compile_parts(mesh, [self.augmentation])
         replica = {"replica": mesh.replica, "replicas": mesh.replicas}
         shuffle = recipe.shuffle if images.shuffled else "never"
         self.order = BatchOrder(len(images.train), size, settings.seed, **replica, shuffle=shuffle)

@@ -50,6 +50,7 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
         torch.compiler.reset()  # torch compiles at most eight versions of a function
     channels_last = how.pop("channels_last", True)
     precision = how.pop("precision", "float64")
+    cuda_graph = how.pop("cuda_graph", "auto")
     keys = ("overlap", "chunks", "dtype")
     crossing = CrossingSettings(**{key: how.pop(key) for key in keys if key in how})
     plan = Plan(Recipe.named(recipe), CLASSES, SIZE, **how)
@@ -61,6 +62,7 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
         precision=precision,
         channels_last=channels_last,
         compile=compiled,
+        cuda_graph=cuda_graph,
     )
     return Learner(plan, settings, mesh)
 

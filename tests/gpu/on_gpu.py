@@ -2,6 +2,7 @@
 
 import os
 import sys
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from test_exact import BATCH, RECIPES, STEPS, batches, learner, outcome
 
 from modelpar.distributed import Mesh, process_mesh
 from modelpar.images.augment import Augmentation, Statistics
-from modelpar.images.loader import TrainLoader
+from modelpar.images.loader import TrainLoader, _Resident
 from modelpar.images.order import BatchOrder
-from modelpar.images.samples import InMemory
+from modelpar.images.samples import InMemory, Sample
+from modelpar.training.graph import Graphed
 
 IMAGES = 96
 SIDE = 80  # of a stored image in pixels
@@ -31,6 +33,24 @@ def trajectories() -> dict[str, Any]:
     """Return what this rank has after some steps in float64, by recipe."""
     with process_mesh(int(os.environ.get("WORLD_SIZE", "1")), "cuda", 60) as mesh:
         return {recipe: to_cpu(outcome(mesh, recipe, STEPS, {})) for recipe in RECIPES[:2]}
+
+
+def recorded() -> dict[str, Any]:
+    """Return what this rank has after steps in float32, of which the last are CUDA graphs."""
+    with process_mesh(int(os.environ.get("WORLD_SIZE", "1")), "cuda", 60) as mesh:
+        how = {"precision": "float32", "compile": True, "cuda_graph": "on"}
+        trained = learner(mesh, "code2012", how)
+        losses, sent = [], []
+        for step, batch in enumerate(batches(STEPS, BATCH, mesh.device)):
+            losses.append(float(trained.step(batch, step, trained.schedule.rates(0))))
+            assert trained.finite(torch.tensor(losses[-1]))
+            sent.append(0 if trained.link is None else trained.link.bytes_sent)
+        assert isinstance(trained.run_batch, Graphed)
+        assert isinstance(trained.run_update, Graphed)
+        assert trained.run_batch.graph is not None
+        assert trained.run_update.graph is not None
+        assert sent == [sent[0] * (step + 1) for step in range(STEPS)]
+        return {"losses": losses, "weights": to_cpu(trained.optimizer.weights())}
 
 
 def gradient_errors() -> dict[str, float]:
@@ -56,7 +76,21 @@ def gradient_errors() -> dict[str, float]:
     return errors
 
 
-def loader(device: torch.device, workers: int) -> TrainLoader:
+class FromDisk:
+    """Images that the loader does not know to be in memory."""
+
+    def __init__(self, images: InMemory) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.images[index]
+
+
+def loader(device: torch.device, workers: int | None, *, compiled: bool = False) -> TrainLoader:
+    """Return a loader; ``workers`` None: the images are in memory, and stay on a GPU."""
     source = torch.Generator().manual_seed(5)
     pixels = torch.randint(0, 256, (IMAGES, 3, SIDE, SIDE), dtype=torch.uint8, generator=source)
     statistics = Statistics(
@@ -64,13 +98,18 @@ def loader(device: torch.device, workers: int) -> TrainLoader:
         torch.tensor([60.0, 20.0, 10.0]),
         torch.eye(3),
     )
+    images = InMemory(pixels, list(range(IMAGES)), range(IMAGES))
+    augmentation = Augmentation(statistics, CROP, scaled=True, device=device)
+    if compiled:
+        augmentation.compile()
+        assert augmentation.fused
     return TrainLoader(
-        InMemory(pixels, list(range(IMAGES)), range(IMAGES)),
+        images if workers is None else FromDisk(images),
         BatchOrder(IMAGES, 8, seed=1),
-        Augmentation(statistics, CROP, scaled=True, device=device),
+        augmentation,
         device,
         crops="per_image",
-        workers=workers,
+        workers=workers or 0,
     )
 
 
@@ -78,28 +117,35 @@ def loader_errors() -> dict[str, float]:
     """Return how far each batch of the GPU's loader is from the CPU's, in pixel values.
 
     Many products are queued before each batch, so a copy that is not waited for would be read
-    too early.
+    too early.  The loader itself may not wait, which CUDA would report as an error.
     """
     errors: dict[str, float] = {}
-    for workers in (0, 1):
-        with process_mesh(1, "cuda", 60) as mesh:
-            expected = loader(torch.device("cpu"), workers).epoch(0, 0, 0.1)
-            found = loader(mesh.device, workers).epoch(0, 0, 0.1)
-            load = torch.randn(4096, 4096, device=mesh.device)
+    with process_mesh(1, "cuda", 60) as mesh:
+        load = torch.randn(4096, 4096, device=mesh.device)
+        for workers, compiled in product((0, 1, None), (False, True)):
+            expected = loader(torch.device("cpu"), workers)
+            found = loader(mesh.device, workers, compiled=compiled)
+            assert isinstance(found.source, _Resident) == (workers is None)
             copies = []
-            for batch in found:
-                for _ in range(20):
-                    load = (load @ load).clamp(-1, 1)
-                copies.append((batch.images.clone(), batch.labels.clone()))
-            for number, (batch, copy) in enumerate(zip(expected, copies, strict=True)):
+            torch.cuda.set_sync_debug_mode("error")
+            for epoch in (0, 1):
+                for batch in found.epoch(epoch, 0, 0.1):
+                    for _ in range(20):
+                        load = (load @ load).clamp(-1, 1)
+                    copies.append((batch.images.clone(), batch.labels.clone(), batch.digest))
+            torch.cuda.set_sync_debug_mode("default")
+            batches = chain(*(expected.epoch(epoch, 0, 0.1) for epoch in (0, 1)))
+            for number, (batch, copy) in enumerate(zip(batches, copies, strict=True)):
                 assert torch.equal(batch.labels, copy[1].cpu())
+                assert batch.digest == copy[2]
                 worst = (batch.images - copy[0].cpu()).abs().max()
-                errors[f"{workers} workers, batch {number}"] = float(worst)
+                errors[f"{workers} workers, compiled={compiled}, batch {number}"] = float(worst)
     return errors
 
 
 FUNCTIONS = {
-    function.__name__: function for function in (trajectories, gradient_errors, loader_errors)
+    function.__name__: function
+    for function in (trajectories, recorded, gradient_errors, loader_errors)
 }
 
 if __name__ == "__main__":

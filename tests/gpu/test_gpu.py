@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from ranks import _free_port
-from test_exact import RECIPES, assert_equal_states, relative
+from test_exact import RECIPES, assert_equal_states, difference, relative
+
+from modelpar import merge
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.gpu
@@ -29,18 +31,16 @@ def result(process: subprocess.Popen[str], out: Path) -> Any:
     return torch.load(out, weights_only=True)
 
 
-def test_two_ranks_on_one_gpu_end_with_the_weights_of_one_rank(
-    gpu_env: dict[str, str], tmp_path: Path
-) -> None:
+def on_two_ranks(function: str, env: dict[str, str], folder: Path) -> list[Any]:
     """NCCL refuses two ranks on one GPU, unless they seem to be on two hosts."""
     port = str(_free_port())
-    outs = [tmp_path / f"rank-{rank}.pt" for rank in (0, 1)]
+    outs = [folder / f"{function}-{rank}.pt" for rank in (0, 1)]
     ranks = [
         start(
-            "trajectories",
+            function,
             out,
             {
-                **gpu_env,
+                **env,
                 "RANK": str(rank),
                 "WORLD_SIZE": "2",
                 "LOCAL_RANK": "0",
@@ -55,10 +55,16 @@ def test_two_ranks_on_one_gpu_end_with_the_weights_of_one_rank(
         for rank, out in enumerate(outs)
     ]
     try:
-        columns = [result(process, out) for process, out in zip(ranks, outs, strict=True)]
+        return [result(process, out) for process, out in zip(ranks, outs, strict=True)]
     finally:
         for process in ranks:
             process.kill()
+
+
+def test_two_ranks_on_one_gpu_end_with_the_weights_of_one_rank(
+    gpu_env: dict[str, str], tmp_path: Path
+) -> None:
+    columns = on_two_ranks("trajectories", gpu_env, tmp_path)
     one = tmp_path / "one.pt"
     whole = result(start("trajectories", one, gpu_env), one)
     for recipe in RECIPES[:2]:
@@ -68,6 +74,20 @@ def test_two_ranks_on_one_gpu_end_with_the_weights_of_one_rank(
         for kind in ("gradients", "weights", "velocities"):
             parts = [column[recipe][kind] for column in columns]
             assert_equal_states(parts, whole[recipe][kind])
+
+
+def test_recorded_steps_of_two_ranks_are_those_of_one(
+    gpu_env: dict[str, str], tmp_path: Path
+) -> None:
+    """With our kernels, in CUDA graphs with their exchanges, in float32."""
+    columns = on_two_ranks("recorded", gpu_env, tmp_path)
+    one = tmp_path / "one.pt"
+    whole = result(start("recorded", one, gpu_env), one)
+    for column in columns:
+        assert column["losses"] == pytest.approx(whole["losses"], rel=1e-3)
+    merged = merge([column["weights"] for column in columns])
+    for name, weight in whole["weights"].items():
+        assert difference(merged[name], weight.double()) < 1e-3, name
 
 
 def test_float32_gradients_are_those_of_float64_on_the_cpu(
@@ -84,7 +104,7 @@ def test_loader_on_a_busy_gpu_yields_the_batches_of_the_cpu(
 ) -> None:
     out = tmp_path / "errors.pt"
     errors = result(start("loader_errors", out, gpu_env), out)
-    assert len(errors) == 2 * 12
+    assert len(errors) == 3 * 2 * 2 * 12  # ways to read, to crop, epochs, batches
     assert max(errors.values()) < 1e-3, errors  # of pixel values 0 to 255
 
 

@@ -175,7 +175,7 @@ def test_average_pooling_averages_rectified_values() -> None:
     blocks = AlexNet(plan, 0).eval().blocks
     maps = torch.randn(2, 96, 15, 15, generator=torch.Generator().manual_seed(5))
     expected = blocks.pool(maps.relu())
-    assert torch.equal(blocks.normalize_and_pool("conv1", maps), expected)
+    assert torch.equal(blocks.after("conv1", maps), expected)
 
 
 @pytest.mark.parametrize(

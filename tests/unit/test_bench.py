@@ -1,22 +1,28 @@
 """modelpar.benchmark: its contenders train the same net, and its tables show what it measured."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from modelpar import AlexNet, config, settings
+from modelpar import AlexNet, config
 from modelpar.bench import measure
-from modelpar.bench.steps import CONTENDERS, Contender, Plain, gflop
-from modelpar.errors import SettingsError
+from modelpar.bench.floor import floor, gflop
+from modelpar.bench.steps import Contender, Plain, make
+from modelpar.distributed import Mesh
+from modelpar.errors import LaunchError, SettingsError
 from modelpar.net.plan import Plan, Recipe
 
+SMALL = ["image_size=64", "num_classes=10", "compile=false"]
+ALONE = ("plain", "plain_compiled", "plain_reduce_overhead", "torchvision", "layers", "column")
 
+
+@pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("recipe", ["paper", "code2012", "clean"])
-def test_plain_contender_computes_the_same_logits_as_our_net(recipe: str) -> None:
+def test_plain_contender_computes_the_same_logits_as_our_net(recipe: str, *, sliced: bool) -> None:
     plan = Plan(Recipe.named(recipe), 10, 64, dropout=0.0)
-    plain, ours = Plain(plan).double(), AlexNet(plan, seed=1).double()
+    plain, ours = Plain(plan, sliced=sliced).double(), AlexNet(plan, seed=1).double()
     plain.load_state_dict(ours.state_dict())
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64) * 60
     torch.testing.assert_close(plain(images), ours(images), rtol=1e-11, atol=1e-11)
@@ -31,8 +37,107 @@ def test_gflop_of_a_step_agree_with_the_paper() -> None:
     assert gflop(plan, 128) == pytest.approx(529, rel=0.01)
 
 
-def test_settings_allow_exactly_the_contenders() -> None:
-    assert tuple(CONTENDERS) == settings.CONTENDERS
+def test_floor_is_that_counted_by_hand_for_an_h100() -> None:
+    # 800 TFLOP/s in bfloat16 and 3 TB/s, images/s by batch
+    plan = Plan(Recipe.named("paper"))
+    speeds = {128: 96_000, 256: 120_000, 512: 133_000, 1024: 141_000}
+    assert floor(plan, 128, 2, 800e12, 3e12) == pytest.approx(1.33e-3, rel=0.005)
+    for size, speed in speeds.items():
+        assert size / floor(plan, size, 2, 800e12, 3e12) == pytest.approx(speed, rel=0.01)
+
+
+def test_floor_is_bound_by_products_or_by_bytes() -> None:
+    plan = Plan(Recipe.named("paper"))
+    products = gflop(plan, 128) * 1e9
+    assert floor(plan, 128, 2, 1e12, 1e30) == pytest.approx(products / 1e12)
+    update = 20 * 60_965_224  # bytes
+    assert floor(plan, 2, 2, 1e30, 1e12) > (update + 6 * 58_621_952) / 1e12  # and fc6 to fc8
+    assert floor(plan, 2, 4, 1e30, 1e12) < 2 * floor(plan, 2, 2, 1e30, 1e12)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_contender_of_one_process_trains(name: str) -> None:
+    contender = Contender(name, "float32", 4, config.read("benchmark", SMALL))
+    first, step = cast("Any", make(contender, Mesh(torch.device("cpu"))))
+    losses = [float(first()), float(step()), float(step())]
+    assert torch.tensor(losses).isfinite().all()
+    assert len(set(losses)) == 3
+
+
+def test_column_receives_what_it_sends_and_has_half_the_work() -> None:
+    plan = Plan(Recipe.named("paper"), 10, 64)
+    peaks = {"float32": 1e3, "copy": 1e3}
+    words = [*SMALL, "recipe=paper"]
+    column, layers, pair = (
+        measure.shares(Contender(name, "float32", 4, config.read("benchmark", words)), 0.1, peaks)
+        for name in ("column", "layers", "pair")
+    )
+    assert layers["gflops"] == pytest.approx(10 * gflop(plan, 4))
+    assert column["gflops"] == layers["gflops"] / 2
+    assert column["share_of_peak"] == pair["share_of_peak"] == layers["share_of_peak"] / 2
+    assert column["share_of_floor"] == pair["share_of_floor"] == layers["share_of_floor"] / 2
+    assert layers["share_of_floor"] == pytest.approx(floor(plan, 4, 4, 1e12, 1e12) / 0.1)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "contenders"),
+    [
+        (0, ["plain", "layers", "ddp", "tensor_parallel", "in_turn", "pair"]),
+        (1, [*ALONE]),
+        (2, [*ALONE, "pair"]),
+    ],
+)
+def test_defaults_depend_on_the_device(
+    gpus: int, contenders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    chosen = measure.with_defaults(config.read("benchmark", []))
+    assert chosen.device == ("cuda" if gpus else "cpu")
+    assert chosen.contenders == contenders
+    assert chosen.precisions == (["bfloat16"] if gpus else ["float32", "bfloat16"])
+    assert chosen.batch_sizes == ([128, 256, 512] if gpus else [128])
+    assert chosen.steps == (20 if gpus else 2)
+    words = ["contenders=[pair]", "precisions=[float64]", "batch_sizes=[6]", "steps=9"]
+    given = measure.with_defaults(config.read("benchmark", words))
+    assert given.device == ("cuda" if gpus == 2 else "cpu")  # as a run would
+    assert given.contenders == ["pair"]
+    assert (given.precisions, given.batch_sizes, given.steps) == (["float64"], [6], 9)
+
+
+def test_bfloat16_is_left_out_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert measure.with_defaults(config.read("benchmark", [])).precisions == ["float32"]
+
+
+class Failing:
+    """Processes of a contender; with ``problem`` they cannot make their step."""
+
+    def __init__(self, problem: str = "") -> None:
+        self.problem = problem
+
+    def prepare(self, _batch_size: int) -> None:
+        pass
+
+    def begin(self, *_: Any) -> None:
+        assert not self.problem
+
+    def started(self) -> None:
+        if self.problem:
+            raise LaunchError(self.problem)
+
+    def tell(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_contender_that_cannot_run_is_one_line(
+    capsys: pytest.CaptureFixture[str], *, on_gpu: bool
+) -> None:
+    good: Any = [Failing(), Failing("no\nnet"), Failing()]
+    assert measure._ready(good, 4, on_gpu=on_gpu) == [good[0], good[2]]
+    assert capsys.readouterr().err == "modelpar: no net\n"
 
 
 @pytest.mark.parametrize(

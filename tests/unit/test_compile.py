@@ -151,14 +151,14 @@ def test_a_wrong_compiled_update_leaves_the_net_eager_too(
 def test_only_response_normalizations_are_compiled(
     switches: dict[str, Any], names: set[str]
 ) -> None:
-    blocks = AlexNet(Plan(Recipe.named("code2012"), 10, 64, **switches), seed=0).blocks
-    blocks.compile()
-    assert set(blocks.compiled_norms) == names
+    net = AlexNet(Plan(Recipe.named("code2012"), 10, 64, **switches), seed=0)
+    net.compile()
+    assert set(net.blocks.compiled_norms) == names
 
 
 def test_a_hook_on_an_activation_sees_its_output_in_compiled_training() -> None:
     net = AlexNet(Plan(Recipe.named("paper"), 10, 64), seed=0).train()
-    net.blocks.compile()
+    net.compile()
     seen: list[float] = []
     hook = net.blocks.activations["conv1"].register_forward_hook(
         lambda *values: seen.append(float(values[2].detach().min()))

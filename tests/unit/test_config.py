@@ -56,7 +56,7 @@ def refused(overrides: list[str]) -> str:
         ("seed=1,2", "add -m to sweep"),
         ("precision=float16", "precision=float16: did you mean bfloat16?"),
         ("device=gpu", "device=gpu"),
-        ("cuda_graph=on", "cuda_graph=on: use one of auto, off"),
+        ("cuda_graph=yes", "cuda_graph=yes: use one of auto, on, off"),
         ("crossing.dtype=int8", "crossing.dtype=int8"),
         ("comm.timeout=0", "comm.timeout=0"),
         ("comm.timeout=inf", "comm.timeout=inf"),
@@ -104,7 +104,7 @@ def test_defaults_are_the_contract() -> None:
         "restarts": 0,
     }.items():
         assert plain[key] == value
-    assert plain["crossing"] == {"dtype": None, "overlap": True, "chunks": 2}
+    assert plain["crossing"] == {"dtype": None, "overlap": True, "chunks": None}
     assert plain["comm"] == {"timeout": 120.0}
     assert config.read("train", ["cuda_graph=off"]).cuda_graph == "off"  # false in YAML
 

@@ -124,7 +124,8 @@ def test_only_ranks_that_share_a_gpu_name_hosts_of_their_own(
         monkeypatch.setenv(name, "")  # restored after the test
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for name in ("set_device", "set_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: None)
     monkeypatch.setattr(dist, "init_process_group", join)
     threads = torch.get_num_threads()
     mesh = distributed.process_mesh(2, "cuda", 60, threads=threads)

@@ -18,6 +18,7 @@ from modelpar.images import loader as loaders
 from modelpar.images.augment import Augmentation, CropFlipColour, Statistics
 from modelpar.images.loader import TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
+from modelpar.images.samples import InMemory
 
 CPU = torch.device("cpu")
 
@@ -111,6 +112,55 @@ def test_loaders_do_not_use_the_global_generators(workers: int) -> None:
     list(TestLoader(Numbered(5), 2, CPU, workers=workers))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
+
+
+def of_memory(channels: int, shuffle: str, replica: int) -> TrainLoader:
+    """Return a loader over 50 images in memory, which hold 60 samples."""
+    pixels = torch.randint(
+        0,
+        256,
+        (50, channels, 10, 10),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(4),
+    )
+    images = InMemory(pixels, list(range(100, 150)), [*range(50), *range(10)])
+    order = BatchOrder(60, 4, seed=1, replica=replica, replicas=2, shuffle=shuffle)
+    return TrainLoader(images, order, augmentation(), CPU, crops="per_image")
+
+
+@pytest.mark.parametrize("shuffle", ["once", "every_epoch", "never"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_that_stay_on_the_device_give_the_same_batches(
+    monkeypatch: pytest.MonkeyPatch, channels: int, shuffle: str
+) -> None:
+    monkeypatch.setattr(loaders, "PIXELS_EVERY", 3)
+    for replica in (0, 1):
+        read = of_memory(channels, shuffle, replica)
+        with monkeypatch.context() as patched:
+            patched.setattr(loaders, "_fits", lambda *_: True)
+            resident = of_memory(channels, shuffle, replica)
+        assert type(read.source) is not type(resident.source)
+        for epoch, start in ((0, 0), (1, 0), (2, 4), (1, 0), (5, 3)):
+            pairs = zip(
+                read.epoch(epoch, start, 0.1), resident.epoch(epoch, start, 0.1), strict=True
+            )
+            for expected, found in pairs:
+                assert torch.equal(found.images, expected.images)
+                assert torch.equal(found.labels, expected.labels)
+                assert found.labels.dtype == expected.labels.dtype
+                assert found.digest == expected.digest
+
+
+def test_digest_of_images_on_the_device_shows_another_pixel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loaders, "_fits", lambda *_: True)
+    one, other = (of_memory(3, "once", 0) for _ in range(2))
+    row = int(other.source.order.samples()[0]) % 50
+    other.source.pixels[row, 1, 2, 3] ^= 1  # type: ignore[union-attr]
+    digests = [[batch.digest for batch in each.epoch(0, 0, 0.1)] for each in (one, other)]
+    assert digests[0][0] != digests[1][0]
+    assert digests[0][1:] == digests[1][1:]  # without their pixels
 
 
 def test_warnings_of_pillow_are_hidden_when_a_loader_exists() -> None:
