@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modelpar import AlexNet, Recipe
-from modelpar.gpu.block import Block, Norm, block, plain
+from modelpar.gpu.block import POSITIONS, TILES, Block, Norm, block, plain
 from modelpar.gpu.update import update
 from modelpar.images.augment import Augmentation, CropFlipColour, Statistics
 from modelpar.net.fused import patches
@@ -258,6 +258,30 @@ def block_keeps_nan_and_takes_the_first_of_equals(device: torch.device) -> None:
         assert expected.isnan().any(), name
 
 
+def block_has_the_infinities_and_nan_of_the_plain_one(device: torch.device) -> None:
+    bias = drawn((12,), device, 1)
+    for name, (_, _, _, what) in BLOCKS.items():
+        response = 3 * drawn((3, 12, 6, 6), device)
+        for image, number in enumerate((torch.inf, -torch.inf, torch.nan)):
+            response[image, 3, 2, 2] = response[image, -1, -1, -1] = number
+        found = with_gradients(block, what, response, bias)
+        expected = with_gradients(plain, what, response, bias)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5, equal_nan=True), name
+
+
+def block_within_maps_is_exact_in_several_programs(device: torch.device) -> None:
+    what = Block("first", ACROSS, WITHIN, pool=True)
+    # A maximum that is taken from another place, as of rounded maps, is far above these bounds.
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
+        response = (3 * drawn((1, 8, 18, 18), device)).to(dtype)
+        bias = drawn((8,), device, 1).to(dtype)
+        assert response[0, 0].numel() > 2 * TILES * POSITIONS  # those of two programs
+        exact = with_gradients(plain, what, response.double(), bias.double())
+        found = with_gradients(block, what, response, bias)
+        assert max(differences(found, exact)) < bound, (dtype, differences(found, exact))
+
+
 def net_with_the_kernels_is_the_plain_one(device: torch.device) -> None:
     net = AlexNet.from_recipe("code2012", 10, 64, seed=0).to(device).eval()
     results = []
@@ -289,6 +313,8 @@ EVERYWHERE = (
     patches_are_the_plain_ones,
     block_is_the_plain_one,
     block_keeps_nan_and_takes_the_first_of_equals,
+    block_has_the_infinities_and_nan_of_the_plain_one,
+    block_within_maps_is_exact_in_several_programs,
     net_with_the_kernels_is_the_plain_one,
     update_is_bit_for_bit_the_plain_one,
     update_takes_a_gradient_of_other_strides,
@@ -315,4 +341,6 @@ if __name__ == "__main__":
     if place.type == "cuda":
         place = torch.device("cuda", 0)
         torch.cuda.set_device(place)
+        # As in a training: rounded sums of squares change which value of a pool is largest.
+        torch.backends.cudnn.allow_tf32 = False
     main(place, Path(sys.argv[2]))

@@ -123,10 +123,12 @@ class _Block(Function):
         ctx.what, ctx.shape = what, shape
         last = {"LAST": what.rectify == "last"}
         if what.pool and not what.within:
-            out, places = _pool(maps, bias, shape, **shape.flags, **last)
+            out, places = _pool(maps, bias, maps.dtype, shape, **shape.flags, **last)
             ctx.save_for_backward(maps, bias, places)
             return out
-        across = torch.empty_like(maps)
+        # Rounded to bfloat16, many values are equal, and a pool takes other ones.
+        between = torch.float32 if what.within else maps.dtype
+        across = torch.empty_like(maps, dtype=between)
         block_kernels.pointwise_forward[shape.tiles(POSITIONS)](
             maps, bias, across, shape.positions, *shape.norm, **shape.point, **shape.flags,
             num_warps=WARPS,
@@ -134,10 +136,12 @@ class _Block(Function):
         if not what.within:
             ctx.save_for_backward(maps, bias)
             return across
-        normalized = torch.empty_like(maps)
+        normalized = torch.empty_like(across)
         _within("within_forward", what.within, shape, across, normalized)
         zeros = torch.zeros_like(bias)
-        out, places = _pool(normalized, zeros, shape, FIRST=False, ACROSS=False, **last)
+        out, places = _pool(
+            normalized, zeros, maps.dtype, shape, FIRST=False, ACROSS=False, **last
+        )
         ctx.save_for_backward(maps, bias, places, across, zeros)
         return out
 
@@ -172,9 +176,11 @@ class _Block(Function):
         return maps_grad, _total(sums).to(bias.dtype), None
 
 
-def _pool(maps: Tensor, bias: Tensor, shape: _Shape, **flags: bool) -> tuple[Tensor, Tensor]:
-    """Return the pooled maps, and the places of their windows that they are from."""
-    out = _like(maps, shape.pooled, maps.dtype)
+def _pool(
+    maps: Tensor, bias: Tensor, dtype: torch.dtype, shape: _Shape, **flags: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the pooled maps in ``dtype``, and the places of their windows that they are from."""
+    out = _like(maps, shape.pooled, dtype)
     places = _like(maps, shape.pooled, torch.uint8)
     rows, columns = shape.pooled
     grid = shape.images * -(-rows // FORWARD_ROWS), -(-columns // shape.pool["P"])
