@@ -1,7 +1,7 @@
 """Cases that hold the kernels to their plain versions, on any device.
 
 A script, since Triton reads TRITON_INTERPRET when it is imported: kernel_cases.py DEVICE OUT_FILE
-writes {case: "" or what went wrong}.
+CASE... writes {case: "" or what went wrong}.
 """
 
 import copy
@@ -204,15 +204,15 @@ def crop_is_the_plain_one(device: torch.device) -> None:
 
 
 ACROSS, WITHIN = Norm(2.0, 0.01, 5), Norm(1.0, 0.01, 5)
-BLOCKS = {  # by layer: maps, side in the interpreter, side on a GPU, what follows
-    "conv1 of paper": (48, 9, 55, Block("first", ACROSS, pool=True)),
-    "conv2 of paper": (128, 4, 27, Block("first", ACROSS, pool=True)),
-    "conv1 of code2012": (20, 8, 55, Block("last", ACROSS, pool=True)),
-    "conv2 of code2012": (24, 7, 27, Block("first", ACROSS, WITHIN, pool=True)),
-    "only within maps": (20, 6, 27, Block("last", None, WITHIN, pool=True)),
-    "conv4": (192, 4, 13, Block("first")),
-    "conv5": (128, 5, 13, Block("first", pool=True)),
-    "no pool": (20, 4, 27, Block("first", ACROSS)),
+BLOCKS = {  # by layer: maps and side in the interpreter, the same on a GPU, what follows
+    "conv1 of paper": ((48, 9), (48, 55), Block("first", ACROSS, pool=True)),
+    "conv2 of paper": ((128, 4), (128, 27), Block("first", ACROSS, pool=True)),
+    "conv1 of code2012": ((20, 8), (48, 55), Block("last", ACROSS, pool=True)),
+    "conv2 of code2012": ((24, 7), (128, 27), Block("first", ACROSS, WITHIN, pool=True)),
+    "only within maps": ((20, 6), (48, 55), Block("last", None, WITHIN, pool=True)),
+    "conv4": ((192, 4), (192, 13), Block("first")),
+    "conv5": ((128, 5), (128, 13), Block("first", pool=True)),
+    "no pool": ((20, 4), (128, 27), Block("first", ACROSS)),
 }
 
 
@@ -229,8 +229,8 @@ def with_gradients(function: Any, what: Block, *inputs: Tensor) -> tuple[Tensor,
 
 
 def block_is_the_plain_one(device: torch.device) -> None:
-    for name, (maps, small, real, what) in BLOCKS.items():
-        side = real if device.type == "cuda" else small
+    for name, (small, real, what) in BLOCKS.items():
+        maps, side = real if device.type == "cuda" else small
         response, bias = 3 * drawn((2, maps, side, side), device), drawn((maps,), device, 1)
         exact = with_gradients(plain, what, response.double(), bias.double())
         found = with_gradients(block, what, response, bias)
@@ -244,23 +244,19 @@ def block_is_the_plain_one(device: torch.device) -> None:
             assert all(a < 1.1 * b + 1e-3 for a, b in zip(ours, theirs, strict=True)), name
 
 
-def block_keeps_nan_and_takes_the_first_of_equals(device: torch.device) -> None:
-    for name, (maps, side, _, what) in BLOCKS.items():
+def block_takes_the_first_of_equals(device: torch.device) -> None:
+    for name, ((maps, side), _, what) in BLOCKS.items():
         response, bias = (
             torch.ones(1, maps, side, side, device=device),
             torch.ones(maps).to(device),
         )
         found = with_gradients(block, what, response, bias)
         assert max(differences(found, with_gradients(plain, what, response, bias))) < 1e-6, name
-        response[0, 3, 2, 2] = torch.nan
-        found, expected = block(response, bias, what), plain(response, bias, what)
-        assert torch.equal(found.isnan(), expected.isnan()), name
-        assert expected.isnan().any(), name
 
 
 def block_has_the_infinities_and_nan_of_the_plain_one(device: torch.device) -> None:
     bias = drawn((12,), device, 1)
-    for name, (_, _, _, what) in BLOCKS.items():
+    for name, (_, _, what) in BLOCKS.items():
         response = 3 * drawn((3, 12, 6, 6), device)
         for image, number in enumerate((torch.inf, -torch.inf, torch.nan)):
             response[image, 3, 2, 2] = response[image, -1, -1, -1] = number
@@ -312,7 +308,7 @@ def patches_are_the_plain_ones(device: torch.device) -> None:
 EVERYWHERE = (
     patches_are_the_plain_ones,
     block_is_the_plain_one,
-    block_keeps_nan_and_takes_the_first_of_equals,
+    block_takes_the_first_of_equals,
     block_has_the_infinities_and_nan_of_the_plain_one,
     block_within_maps_is_exact_in_several_programs,
     net_with_the_kernels_is_the_plain_one,
@@ -322,12 +318,19 @@ EVERYWHERE = (
     optimizer_with_the_kernel_equals_the_plain_one,
     crop_is_the_plain_one,
 )
+SLOW = (  # in the interpreter
+    block_has_the_infinities_and_nan_of_the_plain_one,
+    block_within_maps_is_exact_in_several_programs,
+    net_with_the_kernels_is_the_plain_one,
+)
 ON_GPUS = (captured_step_sees_new_rates_and_the_flag, gated_step_in_float64_does_not_wait)
 
 
-def main(device: torch.device, out: Path) -> None:
-    found = dict.fromkeys((case.__name__ for case in EVERYWHERE), "")
-    for case in EVERYWHERE + (ON_GPUS if device.type == "cuda" else ()):
+def main(device: torch.device, out: Path, names: list[str]) -> None:
+    found: dict[str, str] = {}
+    for case in EVERYWHERE + ON_GPUS:
+        if case.__name__ not in names:
+            continue
         try:
             case(device)
             found[case.__name__] = ""
@@ -343,4 +346,4 @@ if __name__ == "__main__":
         torch.cuda.set_device(place)
         # As in a training: rounded sums of squares change which value of a pool is largest.
         torch.backends.cudnn.allow_tf32 = False
-    main(place, Path(sys.argv[2]))
+    main(place, Path(sys.argv[2]), sys.argv[3:])

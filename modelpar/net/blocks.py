@@ -76,8 +76,8 @@ class Blocks(nn.Module):
         self.fused = fused
 
     def _wide_block(self, name: str, response: Tensor, bias: Tensor) -> Tensor:
-        """Return the plain form of a kernel, computed in float32, as the kernel does inside."""
-        return self.after(name, response.float() + bias.float()[:, None, None]).to(response.dtype)
+        """Return the plain form of a kernel, computed in float64: no tf32, no rounded maxima."""
+        return self.after(name, response.double() + bias.double()[:, None, None]).to(response)
 
     def _compile_norms(self, weight: Tensor) -> None:
         compiled: dict[str, Callable[[Tensor], Tensor]] = {}

@@ -105,7 +105,8 @@ class Learner:
     def step(self, batch: Batch, step: int, rates: dict[str, float]) -> Tensor:
         """Train on one batch; return its mean loss over this replica, a scalar.
 
-        ``step`` counts from 0 and fixes the dropout masks.  A collective of the whole mesh.
+        On a GPU the next step may overwrite it.  ``step`` counts from 0 and fixes the dropout
+        masks.  A collective of the whole mesh.
         """
         loss = self.gradients(batch, step)
         self.update(rates)

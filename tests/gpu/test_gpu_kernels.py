@@ -9,6 +9,7 @@ import pytest
 from kernel_cases import EVERYWHERE, ON_GPUS
 
 pytestmark = pytest.mark.gpu
+CASES = [case.__name__ for case in EVERYWHERE + ON_GPUS]
 SCRIPT = Path(__file__).parents[1] / "kernel_cases.py"
 
 
@@ -17,7 +18,7 @@ def problems(gpu_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     """What went wrong in each case on the GPU."""
     out = tmp_path_factory.mktemp("cases") / "problems.json"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "cuda", str(out)],
+        [sys.executable, str(SCRIPT), "cuda", str(out), *CASES],
         env=gpu_env,
         capture_output=True,
         text=True,
@@ -28,6 +29,6 @@ def problems(gpu_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("case", [case.__name__ for case in EVERYWHERE + ON_GPUS])
+@pytest.mark.parametrize("case", CASES)
 def test_on_a_gpu(problems: dict[str, str], case: str) -> None:
     assert not problems[case], problems[case]

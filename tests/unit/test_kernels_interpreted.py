@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from kernel_cases import EVERYWHERE, some_rates
+from kernel_cases import EVERYWHERE, SLOW, some_rates
 from torch import nn
 
 from modelpar import Recipe, gpu
@@ -34,18 +36,26 @@ def run(*words: str, **env: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.fixture(scope="module")
-def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What went wrong in each case in the interpreter."""
+@cache
+def problems(names: tuple[str, ...]) -> dict[str, str]:
+    """What went wrong in each of these cases in the interpreter."""
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "problems.json"
+        run(str(TESTS / "kernel_cases.py"), "cpu", str(out), *names, TRITON_INTERPRET="1")
+        return json.loads(out.read_text())
+
+
+SLOW_CASES = tuple(case.__name__ for case in SLOW)
+CASES = tuple(case.__name__ for case in EVERYWHERE if case not in SLOW)
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)]
+)
+def test_in_the_interpreter(case: str) -> None:
     pytest.importorskip("triton")
-    out = tmp_path_factory.mktemp("cases") / "problems.json"
-    run(str(TESTS / "kernel_cases.py"), "cpu", str(out), TRITON_INTERPRET="1")
-    return json.loads(out.read_text())
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in EVERYWHERE])
-def test_in_the_interpreter(problems: dict[str, str], case: str) -> None:
-    assert not problems[case], problems[case]
+    found = problems(SLOW_CASES if case in SLOW_CASES else CASES)
+    assert not found[case], found[case]
 
 
 def test_package_works_without_triton() -> None:
