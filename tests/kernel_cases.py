@@ -319,6 +319,7 @@ EVERYWHERE = (
     crop_is_the_plain_one,
 )
 SLOW = (  # in the interpreter
+    block_is_the_plain_one,
     block_has_the_infinities_and_nan_of_the_plain_one,
     block_within_maps_is_exact_in_several_programs,
     net_with_the_kernels_is_the_plain_one,

@@ -87,7 +87,7 @@ def gradients(trained: Learner) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("recipe", ["paper", "code2012"])
+@pytest.mark.parametrize("recipe", [pytest.param("paper", marks=pytest.mark.slow), "code2012"])
 def test_each_compiled_gradient_is_the_eager_one(recipe: str) -> None:
     torch.compiler.reset()  # stay under torch's limit of versions for a function
     trained = learner(recipe, compiled=True)
