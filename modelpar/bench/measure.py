@@ -85,7 +85,7 @@ def measure(settings: BenchmarkSettings) -> dict[str, Any]:
             workers = list(starting) if on_gpu else starting
             for size in group:
                 workers = _ready(workers, size, on_gpu=on_gpu)
-                with _told():
+                with _failure_reported():
                     peaks, rows = _measure(workers, settings)
                     result["peaks"].append({"batch_size": size, **peaks})
                     result["rows"] += rows
@@ -97,7 +97,7 @@ def measure(settings: BenchmarkSettings) -> dict[str, Any]:
 
 
 @contextmanager
-def _told() -> Generator[None]:
+def _failure_reported() -> Generator[None]:
     """Print the line of a contender that fails, and go on without it."""
     try:
         yield
@@ -122,7 +122,7 @@ def _ready(workers: Iterable[Workers], batch_size: int, *, on_gpu: bool) -> list
         for one in tuned:
             one.begin("warm_up")
         for one in _able(tuned):
-            one.tell()
+            one.report()
             ready.append(one)
     return ready
 
@@ -131,7 +131,7 @@ def _able(workers: Iterable[Workers]) -> list[Workers]:
     """Return those of ``workers`` that finish the part of their start that they have begun."""
     able: list[Workers] = []
     for one in workers:
-        with _told():
+        with _failure_reported():
             one.started()
             able.append(one)
     return able
@@ -141,7 +141,7 @@ def _count_launches(workers: Sequence[Workers], rows: Sequence[dict[str, Any]]) 
     """Add to each row how often a step of the contender, of the last batch, starts kernels."""
     for one in workers:
         name, precision = one.contender.name, one.contender.precision
-        with _told():
+        with _failure_reported():
             counts = one.ask("launches")[0]
             for row in rows:
                 if (row["contender"], row["precision"]) == (name, precision):

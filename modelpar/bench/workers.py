@@ -85,7 +85,7 @@ class Workers:
         """Wait for a part of the start, and add the time it took; raises LaunchError."""
         self.start_s += max(self.finish())
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Print how long the start took."""
         contender = self.contender
         about = f"{contender.name} {contender.precision}, batch {contender.batch_size}"

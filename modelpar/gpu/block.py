@@ -18,7 +18,8 @@ from modelpar import gpu
 from modelpar.gpu import block_kernels, within_kernels
 from modelpar.net import paper
 
-# The fastest of those that were tried on an H100 at batch 128 with the paper's shapes.
+# The first three were the fastest of those tried on an H100 at batch 128 with the paper's shapes.
+# The others were not compared.
 THREADS: Final = 32  # of a program that pools; each has eight neighbouring maps at one position
 FORWARD_ROWS: Final = 4  # rows of the pooled maps that a program writes
 BACKWARD_PAIRS: Final = 1  # pairs of rows of which a program writes the gradient

@@ -72,6 +72,15 @@ def groups(first, G: tl.constexpr):
 
 
 @jit
+def tile(number, positions, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
+    """Return positions and maps of a tile without a pool, where they are, and which exist."""
+    p = number * P + tl.arange(0, P)
+    c = groups(tl.program_id(1) * G * 8, G)
+    offset = p.to(tl.int64)[:, None, None] * C + c[None, :, :]
+    return p, c, offset, (p < positions)[:, None, None] & (c < C)[None, :, :]
+
+
+@jit
 def _offset(image, h, w, W, c, C: tl.constexpr):
     """Return where the maps c (G, 8) at the columns w (P) of row h are."""
     return image + (h * W + w)[:, None, None] * C + c[None, :, :]
@@ -215,10 +224,7 @@ def pointwise_forward(
     FIRST: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """Write the maps at P positions."""
-    p = tl.program_id(0) * P + tl.arange(0, P)
-    c = groups(tl.program_id(1) * G * 8, G)
-    offset = p.to(tl.int64)[:, None, None] * C + c[None, :, :]
-    mask = (p < positions)[:, None, None] & (c < C)[None, :, :]
+    _p, c, offset, mask = tile(tl.program_id(0), positions, C, G, P)
     offsets = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
     x = load(maps, offsets, offset, mask, FIRST)
     if ACROSS:
@@ -237,10 +243,8 @@ def pointwise_backward(
     c = groups(tl.program_id(1) * G * 8, G)
     offsets = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
     total = tl.zeros([P, G, 8], tl.float32)
-    for tile in range(TILES):
-        p = (tl.program_id(0) * TILES + tile) * P + tl.arange(0, P)
-        offset = p.to(tl.int64)[:, None, None] * C + c[None, :, :]
-        mask = (p < positions)[:, None, None] & (c < C)[None, :, :]
+    for number in range(TILES):
+        _p, _c, offset, mask = tile(tl.program_id(0) * TILES + number, positions, C, G, P)
         x = load(maps, offsets, offset, mask, FIRST)
         grad = tl.load(grads + offset, mask=mask, other=0.0).to(tl.float32)
         grad = input_gradient(x, grad, k, slope, FIRST, ACROSS)

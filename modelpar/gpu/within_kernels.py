@@ -9,7 +9,7 @@ Tiles are those of ``block_kernels``.
 
 from __future__ import annotations  # tl is None without Triton
 
-from modelpar.gpu.block_kernels import groups, input_gradient, load
+from modelpar.gpu.block_kernels import groups, input_gradient, load, tile
 from modelpar.gpu.language import jit, tl
 
 
@@ -37,10 +37,7 @@ def within_forward(
     C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
     """Write the normalized maps at P positions."""
-    p = tl.program_id(0) * P + tl.arange(0, P)
-    c = groups(tl.program_id(1) * G * 8, G)
-    offset = p.to(tl.int64)[:, None, None] * C + c[None, :, :]
-    mask = (p < positions)[:, None, None] & (c < C)[None, :, :]
+    p, c, offset, mask = tile(tl.program_id(0), positions, C, G, P)
     x = tl.load(maps + offset, mask=mask, other=0.0).to(tl.float32)
     root = tl.rsqrt(k + slope * _window_sum(maps, p, c, positions, H, W, C, REACH, True))
     tl.store(out + offset, (x * root * tl.sqrt(root)).to(out.dtype.element_ty), mask=mask)
@@ -52,10 +49,7 @@ def within_uneven(
     C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
     """Write g x s ** -7/4, whose sum over each window is part of the gradient, at P positions."""
-    p = tl.program_id(0) * P + tl.arange(0, P)
-    c = groups(tl.program_id(1) * G * 8, G)
-    offset = p.to(tl.int64)[:, None, None] * C + c[None, :, :]
-    mask = (p < positions)[:, None, None] & (c < C)[None, :, :]
+    p, c, offset, mask = tile(tl.program_id(0), positions, C, G, P)
     x = tl.load(maps + offset, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grads + offset, mask=mask, other=0.0).to(tl.float32)
     root = tl.rsqrt(k + slope * _window_sum(maps, p, c, positions, H, W, C, REACH, True))
@@ -74,10 +68,8 @@ def within_backward(
     c = groups(tl.program_id(1) * G * 8, G)
     offsets = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
     total = tl.zeros([P, G, 8], tl.float32)
-    for tile in range(TILES):
-        p = (tl.program_id(0) * TILES + tile) * P + tl.arange(0, P)
-        offset = p.to(tl.int64)[:, None, None] * C + c[None, :, :]
-        mask = (p < positions)[:, None, None] & (c < C)[None, :, :]
+    for number in range(TILES):
+        p, _c, offset, mask = tile(tl.program_id(0) * TILES + number, positions, C, G, P)
         squares = _window_sum(across, p, c, positions, H, W, C, REACH, True)
         around = _window_sum(uneven, p, c, positions, H, W, C, REACH, False)
         root = tl.rsqrt(within_k + within_slope * squares)

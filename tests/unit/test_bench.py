@@ -127,7 +127,7 @@ class Failing:
         if self.problem:
             raise LaunchError(self.problem)
 
-    def tell(self) -> None:
+    def report(self) -> None:
         pass
 
 
