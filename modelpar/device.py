@@ -59,10 +59,13 @@ def check_precision(device: str, precision: str) -> None:
         raise SettingsError("precision=bfloat16: this GPU does not support it; use float32")
 
 
-def set_up(kind: str, local_rank: int = 0, *, tf32: bool = False) -> torch.device:
+def set_up(
+    kind: str, local_rank: int = 0, *, tf32: bool = False, deterministic: bool = False
+) -> torch.device:
     """Return the device of a rank, configured for speed; ``kind`` is ``cuda`` or ``cpu``.
 
-    ``tf32`` allows a GPU to round the inputs of float32 products.
+    ``tf32`` allows a GPU to round the inputs of float32 products.  ``deterministic`` excludes
+    its kernels that add in an order that changes, and torch warns where it has no other.
     """
     if kind == "cpu":
         # By default glibc returns large buffers to the system at each step.  That cost a third of
@@ -75,7 +78,10 @@ def set_up(kind: str, local_rank: int = 0, *, tf32: bool = False) -> torch.devic
     device = torch.device(kind, local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be recorded
-    torch.backends.cudnn.benchmark = True  # shapes never change
+    torch.backends.cudnn.benchmark = not deterministic  # shapes never change
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32  # the default of torch rounds convolutions
     return device

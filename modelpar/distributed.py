@@ -138,17 +138,23 @@ class Mesh:
 
 @contextmanager
 def process_mesh(
-    columns: int, kind: str, timeout: float, *, threads: int | None = None, tf32: bool = False
+    columns: int,
+    kind: str,
+    timeout: float,
+    *,
+    threads: int | None = None,
+    tf32: bool = False,
+    deterministic: bool = False,
 ) -> Generator[Mesh]:
     """Start the process groups that torchrun's variables describe; destroy them on exit.
 
-    ``kind`` is ``cuda`` or ``cpu``; ``timeout`` in s holds for every collective; for ``threads``
-    and ``tf32`` see ``device``.  A collective of the world.  Raises LaunchError if the groups
-    cannot be started.
+    ``kind`` is ``cuda`` or ``cpu``; ``timeout`` in s holds for every collective; for ``threads``,
+    ``tf32`` and ``deterministic`` see ``device``.  A collective of the world.  Raises LaunchError
+    if the groups cannot be started.
     """
     env = environment.read()
     replicas = env.num_replicas(columns)
-    place = set_up(kind, env.local_rank, tf32=tf32)
+    place = set_up(kind, env.local_rank, tf32=tf32, deterministic=deterministic)
     threads = set_threads(env.local_size, threads)
     if env.world_size == 1:
         yield Mesh(place, threads)

@@ -176,6 +176,7 @@ def run_rank(name: str, prepare: Prepare, work: Work, words: list[str]) -> int:
             settings.comm.timeout,
             threads=settings.threads,
             tf32=settings.tf32,
+            deterministic=settings.deterministic,
         ) as mesh:
             _check_same(settings, mesh)
             starts = mesh.gather_objects((place, env.run_dir_checked))

@@ -1,8 +1,9 @@
-"""The step message: 48 bytes that every rank sends to all others before each update.
+"""The step message: 40 bytes that every rank sends to all others before each step.
 
 The classic silent bug of model parallelism is that two ranks train on different batches: the loss
-falls, and the net is wrong.  Each rank therefore sends a digest of its batch and whether its
-gradients are finite.  If ranks disagree, no weight is updated and all ranks stop at that step.
+falls, and the net is wrong.  Each rank therefore sends a digest of its batch.  If ranks disagree,
+the step is not launched and all ranks stop.  The message is sent between CPUs, so that a GPU
+still works on an earlier step meanwhile.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,6 @@ class StepStatus(NamedTuple):
 
     stop: int  # the signal by which any rank was asked to stop, 0: none
     saves: tuple[int, ...]  # each rank's ``Checkpointer.status``
-    finite: bool = True  # loss and gradients of all ranks are finite
 
 
 class StepCheck:
@@ -38,11 +38,9 @@ class StepCheck:
         step: int,
         batch: Batch,
         weights: Mapping[str, Tensor],
-        *,
-        finite: bool = True,
         saved: int = 0,
     ) -> StepStatus:
-        """Exchange the message of step number ``step``, counted from 1, before its update.
+        """Exchange the message of step number ``step``, counted from 1, before it is launched.
 
         ``weights``: the present ones; ``saved``: the status of this rank's save.  Raises DataError
         if the columns of a replica have different batches, and DivergedError if replicas have
@@ -50,8 +48,8 @@ class StepCheck:
         """
         compares = self.mesh.replicas > 1 and step % WEIGHTS_EVERY == 0
         hashed = digest(weights.values()) if compares else 0
-        flags = (self.request.signal, saved, int(not finite))
-        messages = self.mesh.gather_ints((step, batch.digest, hashed, *flags))
+        own = (step, batch.digest, hashed, self.request.signal, saved)
+        messages = self.mesh.gather_ints(own)
         columns = self.mesh.columns
         for first in range(0, len(messages), columns):
             pair = messages[first : first + columns]
@@ -68,8 +66,8 @@ class StepCheck:
                     f"step {step}: the replicas' weights of column {column} differ "
                     f"({_describe(replicas, 2)}); continue from the last checkpoint"
                 )
-        _, _, _, stops, saves, nonfinite = zip(*messages, strict=True)
-        return StepStatus(max(stops), saves, not any(nonfinite))
+        _, _, _, stops, saves = zip(*messages, strict=True)
+        return StepStatus(max(stops), saves)
 
     def poll(self, saved: int = 0) -> StepStatus:
         """Exchange stop requests and the status of the save between steps."""

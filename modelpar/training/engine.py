@@ -1,7 +1,6 @@
 """The net on its devices, one training step and one evaluation, in one process or many."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -10,8 +9,8 @@ from torch.nn import functional
 from torch.nn.utils import get_total_norm
 
 from modelpar.device import CompileError
-from modelpar.distributed import Mesh, comm_errors
-from modelpar.errors import PeerLostError, say
+from modelpar.distributed import Mesh, all_reduce_sum, comm_errors
+from modelpar.errors import say
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch
 from modelpar.net.alexnet import AlexNet, Column
@@ -91,86 +90,73 @@ class Learner:
         self.compiled = settings.compile and compile_parts(mesh, [*nets, self.optimizer])
         self.replicated = mesh.data_parallel(self.net)
         self.last_logits = torch.empty(0)  # of the last step, (N, classes), with its dropout
-        self.last_finite: Tensor | None = None  # on a GPU: of the last step, see ``finite``
-        self.run_batch: Callable[..., tuple[Tensor, ...]] = self._backward
-        self.run_update: Callable[[], object] = self.optimizer.step
+        self.good = torch.ones((), dtype=torch.int32, device=mesh.device)  # see ``step``
+        self.run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._step
         # The steps of replicas cannot be recorded, because of DistributedDataParallel's hooks.
         # Exchanges in a graph were not tested on two GPUs, so ``auto`` does not record a pair.
         fused = self.compiled and any(net.blocks.fused for net in nets)
         graphs = {"on": True, "auto": mesh.pair is None, "off": False}[settings.cuda_graph]
         if fused and mesh.replicas == 1 and graphs:
-            self.run_batch = Graphed(self._backward, self.link)
-            self.run_update = Graphed(self.optimizer.step)
+            self.run = Graphed(self._step, self.link)
 
     def step(self, batch: Batch, step: int, rates: dict[str, float]) -> Tensor:
         """Train on one batch; return its mean loss over this replica, a scalar.
 
-        On a GPU the next step may overwrite it.  ``step`` counts from 0 and fixes the dropout
-        masks.  A collective of the whole mesh.
+        ``step`` counts from 0 and fixes the dropout masks; ``rates`` are by parameter.  Where the
+        loss or a gradient of any rank is not finite, ``good`` becomes 0 on all ranks, and neither
+        this step nor a later one changes a weight.  On a GPU the host does not wait, and the next
+        step may overwrite the loss.  A collective of the whole mesh.
         """
-        loss = self.gradients(batch, step)
-        self.update(rates)
+        self._draw_masks(step)
+        self.optimizer.set_rates(rates)
+        with comm_errors("gradients"):  # DistributedDataParallel averages them
+            loss, self.last_logits = self.run(batch.images, batch.labels)
+        if not isinstance(self.run, Graphed) or self.run.graph is None:
+            self.optimizer.zero_grad(set_to_none=True)  # a recorded backward keeps its gradients
         return loss
 
     def gradients(self, batch: Batch, step: int) -> Tensor:
         """Do forward and backward; return the mean loss.  Weights do not change."""
         self._draw_masks(step)
-        with comm_errors("gradients"):  # DistributedDataParallel averages them
-            loss, self.last_logits, *finite = self.run_batch(batch.images, batch.labels)
-        self.last_finite = finite[0] if finite else None
+        with comm_errors("gradients"):
+            loss, self.last_logits = self.backward(batch.images, batch.labels)
         return loss
 
-    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Return loss and logits, on a GPU also whether loss and gradients are finite."""
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logits = self.backward(images, labels)
+        self._check_finite(loss)
+        self.optimizer.step(self.good)
+        return loss, logits
+
+    def backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Do forward and backward; return the mean loss and the logits (N, classes)."""
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.replicated(images)
         loss = functional.cross_entropy(_wide(logits), labels)
         loss.backward()
-        found = (loss.detach(), logits.detach())
-        if loss.device.type != "cuda":
-            return found
-        # Decided on the device: the largest absolute value is finite if all values are.
-        largest = get_total_norm(self._gradients(), torch.inf)
-        return (*found, largest.isfinite() & loss.isfinite())
+        return loss.detach(), logits.detach()
 
-    def _gradients(self) -> list[Tensor]:
-        return [weight.grad for weight in self.net.parameters() if weight.grad is not None]
-
-    def logits(self, batch: Batch, step: int) -> Tensor:
-        """Return the logits (N, classes) in training mode, with the dropout masks of ``step``."""
-        self._draw_masks(step)
-        return self.net(batch.images)
+    @torch.no_grad()
+    def _check_finite(self, loss: Tensor) -> None:
+        """Set ``good`` to 0 if the loss or a gradient of any rank is not finite."""
+        gradients = [weight.grad for weight in self.net.parameters() if weight.grad is not None]
+        if loss.is_cuda:  # the largest absolute value is finite if all values are
+            finite = get_total_norm(gradients, torch.inf).isfinite() & loss.isfinite()
+        else:
+            finite = torch.tensor(all_finite([loss, *gradients]), device=loss.device)
+        count = finite.long()
+        if self.link is not None:
+            received, wait = self.link.transport(count)
+            wait()
+            count = count + received
+        all_reduce_sum(count, self.mesh.replica_group)
+        self.good.mul_(count == self.mesh.world_size)
 
     def _draw_masks(self, step: int) -> None:
         first, images = self.mesh.replica * self.batch_size, self.mesh.replicas * self.batch_size
         rows = slice(first, first + self.batch_size)  # of this replica
         self.net.train()
         fix_dropout(self.net, DropoutSeed(self.seed, step, rows, images))
-
-    def finite(self, loss: Tensor) -> bool:
-        """Return whether ``loss`` and every gradient of this process are finite.
-
-        Waits for the device.  Raises PeerLostError if that takes longer than the time limit of a
-        collective: NCCL does not watch exchanges in a CUDA graph.
-        """
-        if self.last_finite is None:
-            return all_finite(self._gradients()) and bool(loss.isfinite().item())
-        done = torch.cuda.Event()
-        done.record()
-        deadline = time.monotonic() + self.mesh.timeout
-        while self.link is not None and not done.query():
-            if time.monotonic() > deadline:
-                raise PeerLostError(
-                    f"gradients: the other column does not respond ({self.mesh.timeout:g} s)"
-                )
-        return bool(self.last_finite)
-
-    def update(self, rates: dict[str, float]) -> None:
-        """Update the weights by their gradients and these learning rates."""
-        self.optimizer.set_rates(rates)
-        self.run_update()
-        if not isinstance(self.run_batch, Graphed) or self.run_batch.graph is None:
-            self.optimizer.zero_grad(set_to_none=True)  # a recorded backward keeps its gradients
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return what a checkpoint holds: the net's updated weights and means, and velocities."""

@@ -9,7 +9,6 @@ from operator import sub
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
@@ -143,33 +142,36 @@ def show(line: str) -> None:
 
 
 class Meter:
-    """Time, waiting and bytes sent since the last row."""
+    """Time, waiting and bytes sent since the last row.
 
-    def __init__(self, link: Link | None, batch_size: int, device: torch.device) -> None:
-        self.link, self.batch_size, self.device = link, batch_size, device
+    What a step adds is counted when it is launched, and a row's time ends when its step has
+    ended, which is later on a GPU.
+    """
+
+    def __init__(self, link: Link | None, batch_size: int) -> None:
+        self.link, self.batch_size = link, batch_size
         self.waited, self.steps = 0.0, 0
         self.pause()
 
     def pause(self) -> None:
         """Start again, after an evaluation or a save that no row should count."""
-        self.before = self._totals()
+        self.before = (time.perf_counter(), *self.counts())
 
     def add(self, batch: Batch) -> None:
         """Count one step."""
         self.waited += batch.waited
         self.steps += 1
 
-    def _totals(self) -> tuple[float, ...]:
-        """Return the time, and what the run has waited, done and sent."""
+    def counts(self) -> tuple[float, ...]:
+        """Return what the run has waited, done and sent."""
         seconds, sent = (self.link.seconds, self.link.bytes_sent) if self.link else (0.0, 0)
-        return time.perf_counter(), self.waited, self.steps, seconds, sent
+        return self.waited, self.steps, seconds, sent
 
-    def take(self) -> dict[str, float]:
-        """Return the means per step since the last row, and start again."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        took, waited, steps, crossed, sent = map(sub, self._totals(), self.before)
-        self.pause()
+    def take(self, counts: Sequence[float]) -> dict[str, float]:
+        """Return the means per step from the last row to a step with these ``counts``."""
+        now = (time.perf_counter(), *counts)
+        took, waited, steps, crossed, sent = map(sub, now, self.before)
+        self.before = now
         return {
             "images_per_s": steps * self.batch_size / took,
             "data_wait_s": waited / steps,

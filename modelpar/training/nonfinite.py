@@ -3,7 +3,6 @@
 from functools import partial
 from operator import itemgetter
 
-import torch
 from torch import Tensor, nn
 
 from modelpar.analysis.activations import activations_of
@@ -11,9 +10,8 @@ from modelpar.images.loader import Batch
 from modelpar.training.engine import Learner
 
 
-@torch.no_grad()
-def first_nonfinite(learner: Learner, batch: Batch, step: int, loss: Tensor) -> str:
-    """Return which layer has the first value that is not finite; its update must not be made.
+def first_nonfinite(learner: Learner, batch: Batch, step: int) -> str:
+    """Return which layer has the first value that is not finite in a step without an update.
 
     Layers are searched in the order of forward over both columns.  If only gradients are not
     finite they are searched in the order of backward.  A collective of the world, the same on
@@ -30,7 +28,8 @@ def first_nonfinite(learner: Learner, batch: Batch, step: int, loss: Tensor) -> 
 
     activations = activations_of(net).items()
     hooks = [module.register_forward_hook(partial(look, layer)) for layer, module in activations]
-    if not _finite(learner.logits(batch, step)):  # all ranks compute it again
+    loss = learner.gradients(batch, step)
+    if not _finite(learner.last_logits):
         outputs.append(list(place_of)[-1])
     for hook in hooks:
         hook.remove()

@@ -34,6 +34,7 @@ from modelpar.training.metrics import rank_of_label
 from modelpar.training.monitor import Meter, Monitor, show
 from modelpar.training.nonfinite import first_nonfinite
 from modelpar.training.prepare import Prepared, agreed_start
+from modelpar.training.readback import Launched, Readback
 from modelpar.training.run_dir import locked, trajectory_changes, write_config
 from modelpar.training.schedule import Plateau
 
@@ -97,7 +98,7 @@ class Trainer:
         self.tests = TestLoader(images.test, size, device, **replica, workers=workers)
         last, every, best = settings.keep_last, settings.keep_every, settings.keep_best
         self.checkpointer = Checkpointer(run_dir, mesh, last=last, every=every, best=best)
-        self.meter = Meter(self.learner.link, size, device)
+        self.meter, self.readback = Meter(self.learner.link, size), Readback(mesh)
         self.monitor: Monitor | None = None  # of rank 0
         self.step = 0
 
@@ -126,6 +127,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end; raises StoppedError if a signal asked to stop, and DivergedError."""
+        self.meter.pause()
         if self.step and self._evaluation_due():
             self._evaluate()
         while self.step < self.total:
@@ -142,15 +144,11 @@ class Trainer:
         epoch, first = divmod(self.step, len(self.order))
         rates = self.learner.schedule.rates(epoch)
         noise = self.learner.schedule.colour_noise(epoch)
-        self.meter.pause()
         every = self.prepared.data.checkpoint_every
         for batch in self.loader.epoch(epoch, first, noise):
             if self.monitor and self.step == 0:
                 self.monitor.batch(batch.images)
-            loss, stop = self._train_step(batch, rates)
-            self.meter.add(batch)
-            if (self.step - 1) % self.settings.log_every == 0:
-                self._log(batch, loss, epoch, rates)
+            stop = self._train_step(batch, epoch, rates)
             if self.step == self.total or (every and self.step % every == 0):
                 self._save()
             if stop:
@@ -160,37 +158,56 @@ class Trainer:
             if self.step == self.total:
                 return
 
-    def _train_step(self, batch: Batch, rates: dict[str, float]) -> tuple[Tensor, int]:
-        """Do one step; return its loss, and the signal that asked any rank to stop (0: none).
+    def _train_step(self, batch: Batch, epoch: int, rates: dict[str, float]) -> int:
+        """Launch one step; return the signal that asked any rank to stop (0: none).
 
-        If ranks disagree or a value is not finite, no weight is updated.
+        If ranks disagree the step is not launched.  On a GPU its values are read later.
         """
-        loss = self.learner.gradients(batch, self.step)
         weights, saved = self.learner.optimizer.weights(), self.checkpointer.status()
-        finite = self.learner.finite(loss)
-        status = self.check.step(self.step + 1, batch, weights, finite=finite, saved=saved)
-        if not status.finite:
-            self._diverged(self.step + 1, first_nonfinite(self.learner, batch, self.step, loss))
-        self.learner.update(rates)
+        status = self.check.step(self.step + 1, batch, weights, saved)
+        loss = self.learner.step(batch, self.step, rates)
+        values = [self.learner.good]
+        if self.step % self.settings.log_every == 0:
+            wrong = (rank_of_label(self.learner.last_logits, batch.labels) > 0).sum()
+            sums = torch.stack([loss.double(), wrong.double()])
+            values += all_reduce_sum(sums, self.mesh.replica_group)
         self.step += 1
+        self.meter.add(batch)
+        launched = Launched(self.step, batch, epoch, rates, self.meter.counts())
+        self.readback.put(torch.stack([value.double() for value in values]), launched)
+        self._read(self.readback.in_flight)
         self._show_kernels(self.checkpointer.advance(status.saves))
-        return loss, status.stop
+        return status.stop
 
-    def _log(self, batch: Batch, loss: Tensor, epoch: int, rates: dict[str, float]) -> None:
-        """Record a step: loss and error of the batch as it was trained on, rates and speed."""
-        mesh, shown = self.mesh, self.learner.schedule.shown
-        wrong = (rank_of_label(self.learner.last_logits, batch.labels) > 0).sum()
-        sums = all_reduce_sum(torch.stack([loss.double(), wrong.double()]), mesh.replica_group)
-        total, mistakes = sums.tolist()
+    def _read(self, in_flight: int = 0) -> None:
+        """Read the values of all steps but the newest ``in_flight``, and record their rows.
+
+        If a value is not finite no weight has been updated since, and the run ends.
+        """
+        for launched, (good, *sums) in self.readback.take(in_flight):
+            if not good:
+                found = first_nonfinite(self.learner, launched.batch, launched.number - 1)
+                self._diverged(launched.number, found)
+            if sums:
+                self._log(launched, *sums)
+
+    def _log(self, launched: Launched, loss: float, wrong: float) -> None:
+        """Record a step: loss and error of the batch as it was trained on, rates and speed.
+
+        ``loss`` and ``wrong`` answers are sums over the replicas.
+        """
+        step, batch, epoch, rates, counts = launched
+        shown, replicas = self.learner.schedule.shown, self.mesh.replicas
         row = {
-            "step": self.step,
+            "step": step,
             "epoch": epoch,
-            "loss": total / mesh.replicas,
-            "top1": 100 * mistakes / (len(batch.labels) * mesh.replicas),
+            "loss": loss / replicas,
+            "top1": 100 * wrong / (len(batch.labels) * replicas),
             "lr": rates[shown[1]],
         }
         if self.monitor:
-            self.monitor.train(row | self.meter.take(), {name: rates[name] for name in shown})
+            named = {name: rates[name] for name in shown}
+            self.monitor.train(row | self.meter.take(counts), named)
 
     def _diverged(self, step: int, what: str) -> NoReturn:
         """Publish a save under way, which is of an earlier step, and raise DivergedError."""
@@ -208,6 +225,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate and record; raises StoppedError, with the step saved, and DivergedError."""
+        self._read()
         net, mesh, ends = self.learner.net, self.mesh, self.step >= self.total
         views = self.settings.views if ends else 1
         stats = None
@@ -241,6 +259,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Start a checkpoint of this step, after an earlier one is published."""
+        self._read()
         self._show_kernels(self.checkpointer.finish())
         state = self.learner.state()
         finite = all_finite(list(state["weights"].values()))

@@ -14,12 +14,13 @@ from modelpar import config
 from modelpar.distributed import Mesh
 from modelpar.errors import DivergedError
 from modelpar.images.augment import Augmentation
-from modelpar.images.loader import Batch, TrainLoader
+from modelpar.images.loader import TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.training import prepare, trainer
 from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.engine import Learner
 from modelpar.training.metrics import read_rows
+from modelpar.training.readback import Readback
 
 QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
 
@@ -201,29 +202,43 @@ def test_bfloat16_trains_like_float32(pair: Ranks, images: Path, tmp_path: Path)
     assert read_part(found, "weights", None)["fc6.weight"].dtype == torch.float32
 
 
-def poisoned(mesh: Mesh, words: list[str], run_dir: str, layer: str, what: str) -> str:
-    """Train; in the third step rank 1 has a value that is not finite in ``layer``."""
-    real = Learner.gradients
+def poisoned(
+    mesh: Mesh, words: list[str], run_dir: str, layer: str, what: str, in_flight: int = 0
+) -> tuple[str, int, dict[str, dict[str, torch.Tensor]]]:
+    """Train; from the third step on rank 1 has a value that is not finite in ``layer``.
 
-    def gradients(self: Learner, batch: Batch, step: int) -> torch.Tensor:
+    Each step is read when ``in_flight`` later ones are launched, as on a GPU.  Returns the error,
+    how many passes were done until then, and the state.
+    """
+    real, learners = Learner.backward, list[Learner]()
+
+    def backward(self: Learner, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        learners.append(self)
+        bad = len(learners) >= 3 and mesh.rank == 1
         weight = self.net.get_submodule(layer).weight
-        if mesh.rank == 1 and step == 2 and what == "weight":
-            with torch.no_grad():
+        with torch.no_grad():
+            if bad and what == "weight":
                 weight[0] = float("inf")
-        if mesh.rank == 1 and step == 2 and what == "maps":
-            with torch.no_grad():
+            if bad and what == "maps":
                 weight[0] = 3e38  # the weight is finite, its output is not
-        loss = real(self, batch, step)
-        if mesh.rank == 1 and step == 2 and what == "gradient":
+        found = real(self, *inputs)
+        if bad and what == "gradient":
             assert weight.grad is not None
             weight.grad[0] = float("nan")
-        return loss
+        return found
 
-    Learner.gradients = gradients  # type: ignore[method-assign]
+    def delayed(mesh: Mesh) -> Readback:
+        readback = Readback(mesh)
+        readback.in_flight = in_flight
+        return readback
+
+    Learner.backward = backward  # type: ignore[method-assign]
+    trainer.Readback = delayed  # type: ignore[misc, assignment]
     try:
-        return diverged(mesh, words, run_dir)
+        error = diverged(mesh, words, run_dir)
     finally:
-        Learner.gradients = real  # type: ignore[method-assign]
+        Learner.backward, trainer.Readback = real, Readback  # type: ignore[method-assign, misc]
+    return error, len(learners), learners[0].state()
 
 
 @pytest.mark.parametrize(
@@ -238,10 +253,30 @@ def test_layer_with_a_nonfinite_value_is_named_on_both_ranks(
     pair: Ranks, images: Path, tmp_path: Path, layer: str, what: str, named: str
 ) -> None:
     words = overrides(images, "epochs=4", "recipe.lr=0.0005", "checkpoint_every=1")
-    one, other = pair.run(poisoned, words, str(tmp_path / "run"), layer, what)
+    (one, *_), (other, *_) = pair.run(poisoned, words, str(tmp_path / "run"), layer, what)
     assert one == other
     assert one.startswith("step 3: the loss is ")
     assert named in one
     found = newest(tmp_path / "run")
     assert found is not None
     assert found.step == 2
+
+
+@pytest.mark.parametrize("in_flight", [0, 2])
+def test_bad_step_that_is_noticed_later_changes_no_weight(
+    pair: Ranks, images: Path, tmp_path: Path, in_flight: int
+) -> None:
+    words = overrides(images, "epochs=4", "recipe.lr=0.0005", "checkpoint_every=0")
+    pair.run(trained, [*words, "steps=2"], str(tmp_path / "two"))
+    ends = pair.run(poisoned, words, str(tmp_path / "run"), "conv2", "gradient", in_flight)
+    before = newest(tmp_path / "two")
+    assert before is not None
+    for column, (error, passes, state) in enumerate(ends):
+        assert error.startswith("step 3: the loss is ")
+        assert "first not finite: the gradient of conv2.weight in column 1" in error
+        assert passes == 3 + in_flight + 1  # the last is the search for the layer
+        for kind, tensors in state.items():
+            saved = read_part(before, kind, column)
+            for key, value in tensors.items():
+                assert torch.equal(value, saved[key]), key
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]

@@ -132,15 +132,15 @@ def test_stop_request_on_one_rank_reaches_all(pair: Ranks, two_pairs: Ranks) -> 
 
 def test_single_process_exchanges_nothing() -> None:
     own = StepCheck(Mesh(torch.device("cpu")), shutdown.Request())
-    assert own.step(1, batch(), {}) == (0, (PENDING,), True)
-    assert own.step(1, batch(), {}, saved=FAILED, finite=False) == (0, (FAILED,), False)
-    assert own.poll(DONE) == (0, (DONE,), True)
+    assert own.step(1, batch(), {}) == (0, (PENDING,))
+    assert own.step(1, batch(), {}, FAILED) == (0, (FAILED,))
+    assert own.poll(DONE) == (0, (DONE,))
 
 
 def saves(mesh: Mesh, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     own = StepCheck(mesh, shutdown.Request())
     saved = FAILED if mesh.rank == rank else DONE
-    return own.step(1, batch(), {}, saved=saved).saves, own.poll(saved).saves
+    return own.step(1, batch(), {}, saved).saves, own.poll(saved).saves
 
 
 def test_status_of_a_save_reaches_all_ranks(pair: Ranks) -> None:

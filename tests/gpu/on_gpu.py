@@ -1,20 +1,28 @@
-"""What the GPU tests run in processes that see the GPU: on_gpu.py FUNCTION RESULT_FILE."""
+"""What the GPU tests run in processes that see the GPU: on_gpu.py RESULT_FILE FUNCTION...
+
+Each function takes the mesh.  In the file is what it returned, or its traceback.
+"""
 
 import os
 import sys
-from itertools import chain, product
+import traceback
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
 import torch
 from test_exact import BATCH, RECIPES, STEPS, batches, learner, outcome
 
+from modelpar import config, shutdown
+from modelpar.device import set_up
 from modelpar.distributed import Mesh, process_mesh
 from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.loader import TrainLoader, _Resident
 from modelpar.images.order import BatchOrder
 from modelpar.images.samples import InMemory, Sample
-from modelpar.training.graph import Graphed
+from modelpar.training import prepare, trainer
+from modelpar.training.consistency import StepCheck
+from modelpar.training.graph import EAGER_CALLS, Graphed
 
 IMAGES = 96
 SIDE = 80  # of a stored image in pixels
@@ -29,50 +37,113 @@ def to_cpu(value: Any) -> Any:
     return value
 
 
-def trajectories() -> dict[str, Any]:
+def trajectories(mesh: Mesh) -> dict[str, Any]:
     """Return what this rank has after some steps in float64, by recipe."""
-    with process_mesh(int(os.environ.get("WORLD_SIZE", "1")), "cuda", 60) as mesh:
-        return {recipe: to_cpu(outcome(mesh, recipe, STEPS, {})) for recipe in RECIPES[:2]}
+    return {recipe: to_cpu(outcome(mesh, recipe, STEPS, {})) for recipe in RECIPES[:2]}
 
 
-def recorded() -> dict[str, Any]:
+def recorded(mesh: Mesh) -> dict[str, Any]:
     """Return what this rank has after steps in float32, of which the last are CUDA graphs."""
-    with process_mesh(int(os.environ.get("WORLD_SIZE", "1")), "cuda", 60) as mesh:
-        how = {"precision": "float32", "compile": True, "cuda_graph": "on"}
+    how = {"precision": "float32", "compile": True, "cuda_graph": "on"}
+    trained = learner(mesh, "code2012", how)
+    losses, sent = [], []
+    for step, batch in enumerate(batches(STEPS, BATCH, mesh.device)):
+        losses.append(float(trained.step(batch, step, trained.schedule.rates(0))))
+        sent.append(0 if trained.link is None else trained.link.bytes_sent)
+    assert isinstance(trained.run, Graphed)
+    assert trained.run.graph is not None
+    assert trained.good
+    assert sent == [sent[0] * (step + 1) for step in range(STEPS)]
+    return {"losses": losses, "weights": to_cpu(trained.optimizer.weights())}
+
+
+def replayed(mesh: Mesh) -> dict[str, Any]:
+    """Return losses and states after 50 steps without and with CUDA graphs, in two precisions."""
+    found: dict[str, Any] = {}
+    set_up("cuda", deterministic=True)  # also for what runs after this
+    for precision, graphs in product(("float32", "bfloat16"), ("off", "on")):
+        how = {"precision": precision, "compile": True, "cuda_graph": graphs}
         trained = learner(mesh, "code2012", how)
-        losses, sent = [], []
-        for step, batch in enumerate(batches(STEPS, BATCH, mesh.device)):
-            losses.append(float(trained.step(batch, step, trained.schedule.rates(0))))
-            assert trained.finite(torch.tensor(losses[-1]))
-            sent.append(0 if trained.link is None else trained.link.bytes_sent)
-        assert isinstance(trained.run_batch, Graphed)
-        assert isinstance(trained.run_update, Graphed)
-        assert trained.run_batch.graph is not None
-        assert trained.run_update.graph is not None
-        assert sent == [sent[0] * (step + 1) for step in range(STEPS)]
-        return {"losses": losses, "weights": to_cpu(trained.optimizer.weights())}
+        losses = [
+            trained.step(batch, step, trained.schedule.rates(0)).clone()
+            for step, batch in enumerate(batches(50, BATCH, mesh.device))
+        ]
+        assert isinstance(trained.run, Graphed) == (graphs == "on")
+        state = {"losses": torch.stack(losses), **trained.state()}
+        found[f"{precision} {graphs}"] = to_cpu(state)
+    return found
 
 
-def gradient_errors() -> dict[str, float]:
+def poisoned(mesh: Mesh) -> dict[str, Any]:
+    """Return when recorded steps turn bad, and the states before and after.
+
+    The images of the last rank are not finite in step 20.
+    """
+    how = {"precision": "float32", "compile": True, "cuda_graph": "on"}
+    trained, good, states = learner(mesh, "code2012", how), list[bool](), list[Any]()
+    for step, batch in enumerate(batches(24, BATCH, mesh.device), 1):
+        if step == 20:
+            states.append(to_cpu(trained.state()))
+            if mesh.rank == mesh.world_size - 1:
+                batch.images[0, 0, 0, 0] = torch.nan
+        trained.step(batch, step - 1, trained.schedule.rates(0))
+        good.append(bool(trained.good))
+    return {"good": good, "states": [*states, to_cpu(trained.state())]}
+
+
+def unwaited(mesh: Mesh) -> dict[str, int]:
+    """Train with CUDA's check that the host never waits, and return how many steps were read.
+
+    It covers the loader, the step message, the step and what is logged of it: all of a training
+    between two evaluations.
+    """
+    found: dict[str, int] = {}
+    for precision, compiled in (("bfloat16", True), ("float64", False)):
+        words = [f"columns={mesh.columns}", f"precision={precision}", f"compile={compiled}"]
+        words += ["data=synthetic", "model.image_size=64", "batch_size=8", "cuda_graph=on"]
+        settings = config.read("train", words)
+        prepared = prepare.prepare(settings)
+        check = StepCheck(mesh, shutdown.Request())
+        trained = trainer.Trainer(settings, prepared, Path("unused"), check)
+        rates, read = trained.learner.schedule.rates(0), list[int]()
+        real = trained.readback.take
+
+        def take(in_flight: int = 0, *, real: Any = real, read: list[int] = read) -> Any:
+            for launched, values in real(in_flight):
+                read.append(launched.number)
+                yield launched, values
+
+        trained.readback.take = take  # type: ignore[method-assign]
+        for step, batch in enumerate(islice(trained.loader.epoch(0, 0, 0.1), 12)):
+            if step == EAGER_CALLS + 2:  # kernels are compiled, and the step is recorded
+                torch.cuda.set_sync_debug_mode("error")
+            trained._train_step(batch, 0, rates)
+        torch.cuda.set_sync_debug_mode("default")
+        assert read == list(range(1, 12))  # the last one is in flight
+        assert isinstance(trained.learner.run, Graphed) == compiled
+        found[precision] = len(read)
+    return found
+
+
+def gradient_errors(mesh: Mesh) -> dict[str, float]:
     """Return the error of each float32 gradient on the GPU, relative to float64 on the CPU."""
     errors: dict[str, float] = {}
     (batch,) = batches(1, BATCH)
-    with process_mesh(1, "cuda", 60) as mesh:
-        for recipe in RECIPES[:2]:
-            # Masks would differ: the generators of a CPU and of a GPU draw other numbers.
-            exact = learner(Mesh(torch.device("cpu")), recipe, {"dropout": 0.0})
-            exact.gradients(batch, 0)
-            for compiled in (False, True):
-                how = {"dropout": 0.0, "precision": "float32", "compile": compiled}
-                trained = learner(mesh, recipe, how)
-                assert trained.compiled == compiled
-                trained.gradients(batches(1, BATCH, mesh.device)[0], 0)
-                for name, weight in exact.net.named_parameters():
-                    found = trained.net.get_parameter(name).grad
-                    assert found is not None
-                    assert weight.grad is not None
-                    error = (found.cpu().double() - weight.grad).norm() / weight.grad.norm()
-                    errors[f"{recipe}, compiled={compiled}, {name}"] = float(error)
+    for recipe in RECIPES[:2]:
+        # Masks would differ: the generators of a CPU and of a GPU draw other numbers.
+        exact = learner(Mesh(torch.device("cpu")), recipe, {"dropout": 0.0})
+        exact.gradients(batch, 0)
+        for compiled in (False, True):
+            how = {"dropout": 0.0, "precision": "float32", "compile": compiled}
+            trained = learner(mesh, recipe, how)
+            assert trained.compiled == compiled
+            trained.gradients(batches(1, BATCH, mesh.device)[0], 0)
+            for name, weight in exact.net.named_parameters():
+                found = trained.net.get_parameter(name).grad
+                assert found is not None
+                assert weight.grad is not None
+                error = (found.cpu().double() - weight.grad).norm() / weight.grad.norm()
+                errors[f"{recipe}, compiled={compiled}, {name}"] = float(error)
     return errors
 
 
@@ -113,40 +184,54 @@ def loader(device: torch.device, workers: int | None, *, compiled: bool = False)
     )
 
 
-def loader_errors() -> dict[str, float]:
+def loader_errors(mesh: Mesh) -> dict[str, float]:
     """Return how far each batch of the GPU's loader is from the CPU's, in pixel values.
 
     Many products are queued before each batch, so a copy that is not waited for would be read
     too early.  The loader itself may not wait, which CUDA would report as an error.
     """
     errors: dict[str, float] = {}
-    with process_mesh(1, "cuda", 60) as mesh:
-        load = torch.randn(4096, 4096, device=mesh.device)
-        for workers, compiled in product((0, 1, None), (False, True)):
-            expected = loader(torch.device("cpu"), workers)
-            found = loader(mesh.device, workers, compiled=compiled)
-            assert isinstance(found.source, _Resident) == (workers is None)
-            copies = []
-            torch.cuda.set_sync_debug_mode("error")
-            for epoch in (0, 1):
-                for batch in found.epoch(epoch, 0, 0.1):
-                    for _ in range(20):
-                        load = (load @ load).clamp(-1, 1)
-                    copies.append((batch.images.clone(), batch.labels.clone(), batch.digest))
-            torch.cuda.set_sync_debug_mode("default")
-            batches = chain(*(expected.epoch(epoch, 0, 0.1) for epoch in (0, 1)))
-            for number, (batch, copy) in enumerate(zip(batches, copies, strict=True)):
-                assert torch.equal(batch.labels, copy[1].cpu())
-                assert batch.digest == copy[2]
-                worst = (batch.images - copy[0].cpu()).abs().max()
-                errors[f"{workers} workers, compiled={compiled}, batch {number}"] = float(worst)
+    load = torch.randn(4096, 4096, device=mesh.device)
+    for workers, compiled in product((0, 1, None), (False, True)):
+        expected = loader(torch.device("cpu"), workers)
+        found = loader(mesh.device, workers, compiled=compiled)
+        assert isinstance(found.source, _Resident) == (workers is None)
+        copies = []
+        torch.cuda.set_sync_debug_mode("error")
+        for epoch in (0, 1):
+            for batch in found.epoch(epoch, 0, 0.1):
+                for _ in range(20):
+                    load = (load @ load).clamp(-1, 1)
+                copies.append((batch.images.clone(), batch.labels.clone(), batch.digest))
+        torch.cuda.set_sync_debug_mode("default")
+        batches = chain(*(expected.epoch(epoch, 0, 0.1) for epoch in (0, 1)))
+        for number, (batch, copy) in enumerate(zip(batches, copies, strict=True)):
+            assert torch.equal(batch.labels, copy[1].cpu())
+            assert batch.digest == copy[2]
+            worst = (batch.images - copy[0].cpu()).abs().max()
+            errors[f"{workers} workers, compiled={compiled}, batch {number}"] = float(worst)
     return errors
 
 
 FUNCTIONS = {
     function.__name__: function
-    for function in (trajectories, recorded, gradient_errors, loader_errors)
+    for function in (
+        trajectories,
+        recorded,
+        replayed,
+        poisoned,
+        unwaited,
+        gradient_errors,
+        loader_errors,
+    )
 }
 
 if __name__ == "__main__":
-    torch.save(FUNCTIONS[sys.argv[1]](), Path(sys.argv[2]))
+    results: dict[str, Any] = {}
+    with process_mesh(int(os.environ.get("WORLD_SIZE", "1")), "cuda", 60) as ranks:
+        for name in sys.argv[2:]:
+            try:
+                results[name] = FUNCTIONS[name](ranks)
+            except Exception:  # noqa: BLE001 - the other functions still run
+                results[name] = traceback.format_exc()
+    torch.save(results, Path(sys.argv[1]))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from processes import children, send, still_alive
 from test_exact import relative
 from torch import Tensor
@@ -74,6 +75,20 @@ def final_weights(run_dir: Path) -> dict[str, Tensor]:
     return read_part(found, "weights", None)
 
 
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
+    start: Start, tmp_path: Path
+) -> None:
+    """With our kernels and CUDA graphs, and ``deterministic=true``."""
+    fast = ("columns=1", "precision=bfloat16", "compile=true", "deterministic=true")
+    for name, steps in (("once", STEPS), ("twice", STEPS // 2 - 1), ("twice", STEPS)):
+        process = start(name, LAUNCHER, *fast, f"steps={steps}")
+        assert process.wait(PATIENCE) == 0, start.printed(name)
+        assert "is not used" not in start.printed(name)  # a graph or a kernel
+    resumed, once = (final_weights(tmp_path / name) for name in ("twice", "once"))
+    for key, value in once.items():
+        assert torch.equal(resumed[key], value), key
+
+
 def test_both_ways_to_start_end_with_the_weights_of_one_process(
     start: Start, tmp_path: Path
 ) -> None:
@@ -93,8 +108,12 @@ def test_both_ways_to_start_end_with_the_weights_of_one_process(
             assert relative(found[key], value) < 1e-12, (name, key)
 
 
-def test_a_killed_rank_is_noticed_within_comm_timeout(start: Start, tmp_path: Path) -> None:
-    words = ("epochs=10000", "data.evaluate_every=10000", f"comm.timeout={TIMEOUT}")
+@pytest.mark.parametrize("how", [[], ["precision=float32", "compile=true", "cuda_graph=on"]])
+def test_a_killed_rank_is_noticed_within_comm_timeout(
+    start: Start, tmp_path: Path, how: list[str]
+) -> None:
+    """Also in a recorded step, which NCCL does not watch."""
+    words = ("epochs=10000", "data.evaluate_every=10000", f"comm.timeout={TIMEOUT}", *how)
     process = start("run", LAUNCHER, "share_gpu=true", *words)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + PATIENCE
     while not (metrics.exists() and metrics.read_text().count("\n") > STEPS):

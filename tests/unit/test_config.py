@@ -97,6 +97,7 @@ def test_defaults_are_the_contract() -> None:
         "channels_last": True,
         "threads": None,
         "tf32": False,
+        "deterministic": False,
         "run_dir": None,
         "resume": "auto",
         "keep_last": 2,
