@@ -155,7 +155,8 @@ class Learner:
     def _draw_masks(self, step: int) -> None:
         first, images = self.mesh.replica * self.batch_size, self.mesh.replicas * self.batch_size
         rows = slice(first, first + self.batch_size)  # of this replica
-        self.net.train()
+        if not self.net.training:
+            self.net.train()
         fix_dropout(self.net, DropoutSeed(self.seed, step, rows, images))
 
     def state(self) -> dict[str, dict[str, Tensor]]:

@@ -45,8 +45,8 @@ def outcome(mesh: Mesh, net: str, steps: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("net", SIZES)
 def test_two_replicas_equal_one_process_on_the_global_batch(two_replicas: Ranks, net: str) -> None:
-    whole = outcome(ALONE, net, 3)
-    parts = two_replicas.run(outcome, net, 3)
+    whole = outcome(ALONE, net, 2)
+    parts = two_replicas.run(outcome, net, 2)
     losses = whole.pop("losses")
     means = [sum(both) / 2 for both in zip(*(part.pop("losses") for part in parts), strict=True)]
     assert means == pytest.approx(losses, rel=1e-12)
