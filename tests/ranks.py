@@ -1,11 +1,16 @@
 """Real processes, held for the whole test run: functions go in, values come out."""
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +30,9 @@ def _free_port() -> int:
 
 
 def _serve(
-    rank: int, size: int, columns: int, port: int, timeout: float, pipe: Connection
+    rank: int, size: int, columns: int, port: int, timeout: float, stacks: Path, pipe: Connection
 ) -> None:
+    faulthandler.register(signal.SIGUSR2, (stacks / str(rank)).open("w"))
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -51,13 +57,14 @@ class Ranks:
 
     def __init__(self, size: int, columns: int = 2, timeout: float = 60.0) -> None:
         port = _free_port()
+        self.folder = tempfile.TemporaryDirectory()
+        stacks = Path(self.folder.name)
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(
-                target=_serve, args=(rank, size, columns, port, timeout, theirs), daemon=True
-            )
+            given = (rank, size, columns, port, timeout, stacks, theirs)
+            process = CONTEXT.Process(target=_serve, args=given, daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -69,12 +76,21 @@ class Ranks:
         results: list[Any] = []
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(TIMEOUT):
-                raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT} s")
+                where = self._stacks()
+                raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT} s\n{where}")
             results.append(pipe.recv())
         for rank, (fine, value) in enumerate(results):
             if not fine:
                 raise AssertionError(f"rank {rank}:\n{value}")
         return [value for _, value in results]
+
+    def _stacks(self) -> str:
+        """Return where each rank is."""
+        for process in self.processes:
+            os.kill(process.pid, signal.SIGUSR2)
+        time.sleep(1)
+        files = sorted(Path(self.folder.name).iterdir())
+        return "\n".join(f"rank {path.name}: {path.read_text()}" for path in files)
 
     def close(self) -> None:
         """End the processes."""

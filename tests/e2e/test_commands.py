@@ -361,6 +361,7 @@ def test_signal_saves_and_the_run_resumes(tmp_path: Path, number: signal.Signals
     assert not (tmp_path / "run" / "log" / "exit.json").exists()  # it was of an earlier end
 
 
+@pytest.mark.slow
 def test_ranks_save_and_exit_when_the_launcher_is_killed(tmp_path: Path) -> None:
     process = started(tmp_path, "steps=500", "monitor.tensorboard=false")
     ranks = children(process.pid)
@@ -406,6 +407,7 @@ def is_rank(number: int) -> bool:
     return "run_dir=" in Path(f"/proc/{number}/cmdline").read_text()
 
 
+@pytest.mark.slow
 def test_run_succeeds_with_closed_output_pipes(tmp_path: Path, images: Path) -> None:
     words = [*SMALL, *TINY, f"data.root={images}"]
     readable, writable = os.pipe()
