@@ -129,7 +129,10 @@ class Learner:
         return loss, logits
 
     def backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Do forward and backward; return the mean loss and the logits (N, classes)."""
+        """Do forward and backward of images (N, 3, S, S) and labels (N,).
+
+        Returns the mean loss, a scalar, and the logits (N, classes).  A collective of the mesh.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.replicated(images)
         loss = functional.cross_entropy(_wide(logits), labels)
