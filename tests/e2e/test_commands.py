@@ -507,10 +507,11 @@ def test_stopped_sweep_saves_and_continues(
     if launcher:
         plugin = "submitit" if launcher == LOCAL else "joblib"
         pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
-    at_once = {"[]": 1, str(AT_ONCE): 2}.get(str(launcher), 3)
+    jobs, at_once = {"[]": (2, 1), str(AT_ONCE): (3, 2)}.get(str(launcher), (2, 2))
     runs = [f"sweep/{job}" for job in range(at_once)]
     words = [*TINY, f"data.root={images}", "batch_size=8", "run_dir=sweep"]
-    grid = ["seed=0,1,2", "recipe.lr=1e-5"]  # no job diverges, however late the signal comes
+    seeds = ",".join(str(seed) for seed in range(jobs))
+    grid = [f"seed={seeds}", "recipe.lr=1e-5"]  # no job diverges, however late the signal comes
     process = started(tmp_path, "-m", *words, *grid, "epochs=1000", *launcher, runs=runs)
     below = children(process.pid)
     (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
@@ -529,9 +530,9 @@ def test_stopped_sweep_saves_and_continues(
     steps = [found.step + 1 for name in runs if (found := newest(tmp_path / name))]
     assert len(steps) == len(runs)
     fine(swept(tmp_path, images, *grid, f"steps={max(steps)}", *launcher))
-    for name in ("0", "1", "2"):
+    for name in map(str, range(jobs)):
         found = [row["step"] for row in rows(tmp_path / "sweep" / name)]
         assert found == list(range(1, max(steps) + 1))
     out = fine(swept(tmp_path, images, *grid, f"steps={max(steps)}"))
-    assert out.count("): finished, top-1 error ") == 3
+    assert out.count("): finished, top-1 error ") == jobs
     assert "two columns on" not in out
