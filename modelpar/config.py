@@ -19,8 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from modelpar.errors import SettingsError, one_line
-from modelpar.settings import SCHEMAS, check, flatten, refuse_choice
+from modelpar.errors import SettingsError, one_line, refuse_choice
+from modelpar.settings import SCHEMAS, check, flatten
 
 REMOVED: Final = {  # earlier settings, and what to do instead
     "comm.check": "set TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment",
@@ -219,7 +219,11 @@ def _register() -> None:
     )
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
-        store.store(name=f"{name}_schema", node=schema)
+        node = OmegaConf.structured(schema)
+        for key, value in flatten(schema()).items():
+            if isinstance(value, dict):  # whose keys are not settings
+                OmegaConf.set_struct(OmegaConf.select(node, key), value=False)
+        store.store(name=f"{name}_schema", node=node)
 
 
 @contextmanager

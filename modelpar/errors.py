@@ -3,9 +3,20 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import ClassVar
+from difflib import get_close_matches
+from typing import ClassVar, Final, NoReturn
+
+RENAMED: Final = {  # earlier values of settings
+    "go_on": "continue",
+    "apart": "no_crossing",
+    "no_conv3": "drop_conv3",
+    "no_conv4": "drop_conv4",
+    "tiled": "non_overlapping",
+    "first": "first_only",
+    "within": "within_channel",
+}
 
 
 class RunError(Exception):
@@ -55,6 +66,16 @@ class StoppedError(RunError):
     """A signal stopped the run, which saved a checkpoint and can be resumed (EX_TEMPFAIL)."""
 
     status = 75
+
+
+def refuse_choice(key: str, value: object, choices: Iterable[object]) -> NoReturn:
+    """Raise SettingsError that names the key, the value, the nearest choice and all of them."""
+    names = [str(choice) for choice in choices]
+    if (renamed := RENAMED.get(str(value))) in names:
+        raise SettingsError(f"{key}={value}: this value is now called {renamed}")
+    near = get_close_matches(str(value), names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise SettingsError(f"{key}={value}: {hint}use one of {', '.join(names)}")
 
 
 def one_line(error: BaseException) -> str:

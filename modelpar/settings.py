@@ -1,29 +1,19 @@
 """All settings with their defaults and the values that are allowed; ``conf/`` holds the groups."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from omegaconf import MISSING
 
 from modelpar.bench.contenders import CONTENDERS
-from modelpar.errors import SettingsError
+from modelpar.errors import SettingsError, refuse_choice
 from modelpar.files import check_writable
-from modelpar.net.paper import BASELINES, MOMENTUM, NETS, RATE, WEIGHT_DECAY
+from modelpar.net.paper import BASELINES, MOMENTUM, NETS, RATE, SCHEDULES, WEIGHT_DECAY
 
 PRECISIONS: Final = ("float32", "bfloat16", "float64")
-RENAMED: Final = {  # earlier values of settings
-    "go_on": "continue",
-    "apart": "no_crossing",
-    "no_conv3": "drop_conv3",
-    "no_conv4": "drop_conv4",
-    "tiled": "non_overlapping",
-    "first": "first_only",
-    "within": "within_channel",
-}
 
 
 def at_least(minimum: float, default: Any = MISSING, *, below: float = math.inf) -> Any:
@@ -64,12 +54,11 @@ def check(settings: Any, prefix: str = "") -> None:
         limits = entry.metadata
         if value == [] and limits.get("filled"):
             raise SettingsError(f"{key}=[]: use one or more values")
-        for one in value if isinstance(value, (list, tuple)) else [value]:
-            if one is None:
-                continue
-            if one not in limits.get("choices", [one]):
+        values = value.values() if isinstance(value, dict) else value
+        for one in values if isinstance(value, (dict, list, tuple)) else [value]:
+            if one is not None and one not in limits.get("choices", [one]):
                 refuse_choice(key, one, limits["choices"])
-            if "minimum" not in limits:
+            if one is None or "minimum" not in limits:
                 continue
             if not math.isfinite(one):
                 raise SettingsError(f"{key}={one}: use a finite number")
@@ -78,16 +67,6 @@ def check(settings: Any, prefix: str = "") -> None:
             if one >= limits["below"]:
                 raise SettingsError(f"{key}={one}: use a number below {limits['below']}")
     _check_combination(settings)
-
-
-def refuse_choice(key: str, value: object, choices: Iterable[object]) -> NoReturn:
-    """Raise SettingsError that names the key, the value, the nearest choice and all of them."""
-    names = [str(choice) for choice in choices]
-    if (renamed := RENAMED.get(str(value))) in names:
-        raise SettingsError(f"{key}={value}: this value is now called {renamed}")
-    near = get_close_matches(str(value), names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise SettingsError(f"{key}={value}: {hint}use one of {', '.join(names)}")
 
 
 @dataclass
@@ -99,7 +78,7 @@ class DataSettings:
     download: bool = False
     image_size: int = at_least(1)  # side of a crop in pixels
     num_classes: int | None = at_least(1, None)  # null: as many as the data has
-    epochs: int = at_least(1)
+    epochs: int | None = at_least(1, None)  # null: as many as the run of recipe.schedule had
     evaluate_every: int = at_least(1, 1)  # epochs
     checkpoint_every: int = at_least(0, 0)  # steps; 0: only at the end
     workers: int = at_least(0, 2)
@@ -121,15 +100,17 @@ class RecipeSettings:
     norm2_input: str = one_of("rectified", "linear")
     norms: str = one_of("across", "across_and_within")
     rates: str = one_of("equal", "double_bias")
-    schedule: str = one_of(
-        "plateau", "run145", "run170", "run167", "constant", "cifar", "every_30"
-    )
+    schedule: str = one_of(*SCHEDULES)
     decay: str = one_of("all", "weights")
     colour_noise: str = one_of("added", "added_and_scaled", "none")
     crops: str = one_of("per_image", "per_32", "central")
     shuffle: str = one_of("every_epoch", "once")
     conv1_padding: str = one_of("around", "bottom_right")
-    lr: float = at_least(0, RATE)  # first learning rate of the weights
+    lr: float = at_least(0, RATE)  # of the weights; what the schedule multiplies
+    bias_drop: str | None = one_of("none", "first", "last", default=None)  # null: the schedule's
+    rates_by_layer: dict[str, float] = field(  # what multiplies a layer's rates
+        default_factory=dict[str, float], metadata={"minimum": 0, "below": math.inf}
+    )
     momentum: float = at_least(0, MOMENTUM)
     weight_decay: float = at_least(0, WEIGHT_DECAY)
 
@@ -152,13 +133,20 @@ class ModelSettings:
 
 
 @dataclass
+class InitSettings:
+    """Trained weights that a new run starts from, in some of its layers."""
+
+    checkpoint: str | None = None  # RUN_DIR | STEP_DIR | FILE.safetensors, of any training
+    layers: list[str] = field(default_factory=list[str])  # conv1 to fc8
+
+
+@dataclass
 class CrossingSettings:
     """How the columns exchange maps."""
 
     dtype: str | None = one_of(*PRECISIONS, "float16", default=None)  # null: the precision's
     overlap: bool = True  # compute with this column's maps while the peer's are on their way
-    # Parts of the batch; one is sent while the next is computed.  Null: 1 on a GPU, else 2.
-    chunks: int | None = at_least(1, None)
+    chunks: int | None = at_least(1, None)  # of a batch, sent in turn; null: 1 on a GPU, else 2
 
 
 @dataclass
@@ -219,7 +207,7 @@ class RankSettings(ProcessSettings):
     columns: int = one_of(1, 2, default=2)  # 2: one process per column; 1: the whole net in one
     replicas: int = at_least(1, 1)  # pairs that share the weights and split the batch
     batch_size: int = at_least(1, 128)  # images per pair (section 5)
-    views: int = one_of(1, 10, default=1)  # per image of the final evaluation; the paper has 10
+    views: int = one_of(1, 9, 10, default=1)  # per image of the final evaluation; paper: 10
     share_gpu: bool = False  # let several ranks use one GPU: for tests, it is slow
     precision: str = one_of(*PRECISIONS, default="float32")
     tf32: bool = False  # let a GPU round float32 products
@@ -245,6 +233,7 @@ class TrainSettings(RankSettings):
     compile: bool = True  # fuse the operations between products with torch.compile
     cuda_graph: str = one_of("auto", "on", "off", default="auto")  # record a GPU's step once
     run_dir: str | None = None  # null: a new folder for each run
+    init: InitSettings = field(default_factory=InitSettings)
     resume: str = "auto"  # auto, never, or the path of a run or step to start from
     checkpoint_every: int | None = at_least(0, None)  # steps; null: data.checkpoint_every
     keep_last: int = at_least(2, 2)  # checkpoints
@@ -327,10 +316,8 @@ def _check_combination(settings: Any) -> None:
     """Raise SettingsError where settings of a command do not fit each other or the disk."""
     if isinstance(settings, RankSettings):
         if settings.columns == 1 and settings.crossing.dtype not in {None, settings.precision}:
-            raise SettingsError(
-                f"crossing.dtype={settings.crossing.dtype}: one column has no crossings; "
-                "use columns=2 or crossing.dtype=null"
-            )
+            wrong = f"crossing.dtype={settings.crossing.dtype}: one column has no crossings"
+            raise SettingsError(f"{wrong}; use columns=2 or crossing.dtype=null")
     elif isinstance(settings, BenchmarkSettings):
         odd = [size for size in settings.batch_sizes or [] if size % 2]
         if odd and "ddp" in (settings.contenders or CONTENDERS):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Final
 
 import torch
@@ -180,6 +181,11 @@ class Augmentation:
         for top, left in ((0, 0), (0, end), (end, 0), (end, end), (middle, middle)):
             for source in (images, images.flip(-1)):
                 yield self._crop(source, top, left)
+
+    def nine_crop(self, images: Tensor) -> Iterator[Tensor]:
+        """Yield nine views (N, 3, S, S), 3 x 3 crops as in the code for CIFAR (convdata.py)."""
+        for top, left in product((0, self.border // 2, self.border), repeat=2):
+            yield self._crop(images, top, left)
 
     def _crop(self, images: Tensor, top: int, left: int) -> Tensor:
         window = images[:, :, top : top + self.size, left : left + self.size]

@@ -14,8 +14,10 @@ class BatchOrder(Sampler[list[int]]):
     """Batch sampler of one replica: the sample numbers of each batch of ``epoch`` from ``start``.
 
     Global batch k holds ``batch_size * replicas`` consecutive positions of the epoch's order,
-    and replica r takes the r-th ``batch_size`` of them.  An incomplete last batch is dropped.
-    Raises SettingsError if the data has less than one global batch.
+    and replica r takes the r-th ``batch_size`` of them.  Raises SettingsError if the data has less
+    than one global batch.
+
+    Differs: an incomplete last batch is dropped.  The code kept it (data.cu).
     """
 
     def __init__(

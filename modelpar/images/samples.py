@@ -65,6 +65,9 @@ class Resized:
     """Images of any size and mode as RGB: shorter side resized, then central square (section 2).
 
     ``source(i)`` returns a PIL image, or the path to one, and its label.
+
+    Differs: the filter is torchvision's bilinear one.  cuda-convnet2 used OpenCV's area filter, or
+    its cubic one to enlarge, and stored JPEG files of quality 95 (make-data, pyext.cpp).
     """
 
     def __init__(self, source: Callable[[int], tuple[Any, int]], length: int, size: int) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.v2.functional import to_image
 
-from modelpar.errors import DataError, SettingsError, one_line
+from modelpar.errors import DataError, SettingsError, one_line, refuse_choice
 from modelpar.images.samples import ImageSet, InMemory, Resized, unreadable
 from modelpar.images.statistics import locked
 from modelpar.seeding import generator
-from modelpar.settings import DataSettings, refuse_choice
+from modelpar.settings import DataSettings
 
 # Differs: the paper stores images of 256 pixels for crops of 224 (section 4.1); other crop sizes
 # keep that ratio.

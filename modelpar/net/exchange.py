@@ -283,5 +283,8 @@ def add_logits(partial_logits: Tensor, link: Link) -> Tensor:
     A collective of the pair.  Its adjoint is the identity: both columns compute the same loss from
     the same sum, so each already has the gradient of its partial logits.  Adding the peer's would
     count the loss twice.
+
+    Differs: in half precision partial logits are rounded, and nothing crosses backward.  Run
+    170-quant rounded the units of fc7 and their gradients.
     """
     return _AddLogits.apply(partial_logits, link)

@@ -319,6 +319,10 @@ def norm(plan: Plan, layer: str, columns: int) -> nn.Module:
 
 
 def pool(kind: str) -> nn.Module:
-    """Return the pooling layer of that kind, see ``Plan``; output sizes are rounded up."""
+    """Return the pooling layer of that kind, see ``Plan``; output sizes are rounded up.
+
+    Differs: where several places of a window have the largest value, one of them gets the
+    gradient.  In the code each did (cuda-convnet2's conv_util.cu).
+    """
     layer = nn.AvgPool2d if kind == "average" else nn.MaxPool2d
     return layer(2 if kind == "non_overlapping" else 3, stride=2, ceil_mode=True)

@@ -7,6 +7,7 @@ Computer History Museum released it; "run N" is the training its ``layer-params-
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -139,60 +140,167 @@ TORCHVISION_STD: Final = (0.229, 0.224, 0.225)  # torchvision's models: of pixel
 MOMENTUM: Final = 0.9  # section 5
 WEIGHT_DECAY: Final = 5e-4  # section 5
 RATE: Final = 0.01  # section 5: first learning rate of the weights
-BIAS_RATIO: Final = 2.0  # run 145: the biases' first rate is .02
+BIAS_RATIO: Final = 2.0  # the code: the biases' first rate is .02
 
 COLOUR_NOISE: Final = 0.1  # section 4.1: standard deviation of the three draws
 RATE_DIVISOR: Final = 10.0  # section 5
 PLATEAU_DROPS: Final = 3  # section 5: the rate was divided three times
 
 
+Changes = Mapping[float, float]  # what multiplies a first value from an epoch on, counted from 0
+
+
 @dataclass(frozen=True)
 class Timetable:
     """Learning rates and colour noise over a published run of ``length`` epochs.
 
-    Each mapping has what multiplies the first rate from an epoch on, counted from 0; before its
-    first epoch that is 1.  ``conv1`` replaces the factor of the first layer's weights, and where
-    it is 0 the first layer's biases stay too.  ``noise_off`` is the epoch from which there is no
-    colour noise; None: run 145's, in proportion.
+    Each mapping has what multiplies a first value from an epoch on, counted from 0; before its
+    first epoch that is 1.  The first values are .01 for ``weights``, .02 for ``biases`` and .1 for
+    ``noise`` (None: run 145's, in proportion).  ``own`` has the parameters that depart from
+    these; its conv1 is a net's first layer, its fc8 the last.  0: the parameter does not change.
     """
 
     length: int
-    weights: Mapping[float, float] = field(default_factory=dict[float, float])
-    biases: Mapping[float, float] = field(default_factory=dict[float, float])
-    conv1: Mapping[float, float] = field(default_factory=dict[float, float])
-    noise_off: int | None = None
+    weights: Changes = field(default_factory=dict[float, float])
+    biases: Changes = field(default_factory=dict[float, float])
+    own: Mapping[str, Changes] = field(default_factory=dict[str, Changes])
+    noise: Changes | None = None
 
+
+def _tenths(*epochs: float) -> Changes:
+    """Return a tenth of the rate at each of ``epochs``."""
+    return {epoch: 10.0**-count for count, epoch in enumerate(epochs, 1)}
+
+
+def _conv1(frozen: int, slow: int | None = None) -> Mapping[str, Changes]:
+    """Return the rates of a conv1 that is frozen, and before that from ``slow`` on has 1e-5.
+
+    Notes name epochs for the weights only.  The rates of the bias are from files: 0 where conv1
+    is frozen, .002 in run 149, which stopped while conv1 was slow.
+    """
+    if slow is None:
+        return {"conv1.weight": {frozen: 0.0}, "conv1.bias": {frozen: 0.0}}
+    return {"conv1.weight": {slow: 1e-3, frozen: 0.0}, "conv1.bias": {slow: 0.1, frozen: 0.0}}
+
+
+def _new(until: int, *layers: str) -> Mapping[str, Changes]:
+    """Return ten times the rate of others for new ``layers`` up to an epoch.
+
+    conv6's bias had .002 in both files.
+    """
+    weights: Changes = {0: 1.0, until: 0.1}
+    return {"conv6.bias": {0: 0.1}, **{f"{layer}.weight": weights for layer in layers}}
+
+
+# The later runs had rules of lr.cu over 95 epochs, which run 169's notes name ("80 epochs instead
+# of 95").  Where no other end was logged it is taken to be that.  Differs: these rules apply to
+# each step.  Here a rate changes at the first whole epoch at or after its change in the code.
+_RULED: Final = 95
+
+
+def _exp(factor: float, first: float = 1.0) -> Changes:
+    """Return a rate that falls evenly to 1 / ``factor`` of its ``first`` (``exp``)."""
+    return {epoch: first * factor ** (-epoch / _RULED) for epoch in range(_RULED)}
+
+
+def _dexp(
+    factor: float, steps: int, first: float = 1.0, length: int = _RULED
+) -> dict[float, float]:
+    """Return a rate that falls to 1 / ``factor`` of its ``first`` in equal steps (``dexp``)."""
+    levels = [first * factor ** (-step / (steps - 1)) for step in range(steps)]
+    return {length * step / steps: level for step, level in enumerate(levels)}
+
+
+def _jdexp(factor: float, steps: int) -> Changes:
+    """Return ``_dexp`` with jumps (``jdexp``).
+
+    In the second half of a step, between .2 and .9 of the run, the rate is the geometric mean of
+    this step and the one before.
+    """
+    changes = _dexp(factor, steps)
+    for (_, before), (start, level) in pairwise(sorted(changes.items())):
+        changes[start + _RULED / steps / 2] = (before * level) ** 0.5
+    changes[0.9 * _RULED] = 1 / factor
+    return dict(sorted(changes.items()))
+
+
+_BIASES: Final = _dexp(10, 2)  # schedB of the runs since 165: .02, in the second half .002
 
 SCHEDULES: Final = MappingProxyType(
     {
         # Section 5's rule is code, see ``training.schedule.Plateau``; about 90 epochs.
         "plateau": Timetable(90),
         "constant": Timetable(90),
-        # The biases' rate stayed at 0.02 throughout.  In the last files of runs 145, 166, 167 and
-        # 170 conv1's rates are both 0; their notes name the epoch for the weights only.
-        "run145": Timetable(
-            91,
-            weights={25: 0.1, 51: 0.01, 79: 0.001},
-            conv1={67: 0.001, 72: 0.0},
-            noise_off=67,
+        # -- by hand: the notes at the end of layer-params-N.cfg, whose epochs are finished ones.
+        # They do not name the rates of the biases.  These are from the files, as they were left
+        # at the end of a run.
+        # Run 145's biases had .02 after its continuation; whether it was less before that, as in
+        # its sibling of 2010, was not logged.
+        "run145": Timetable(91, _tenths(25, 51, 79), {}, _conv1(72, slow=67), {67: 0.0}),
+        # The same run, continued at 1e-3 with colour noise; conv1 stayed frozen.
+        "run145_continued": Timetable(
+            135,
+            {**_tenths(25, 51, 79), 91: 0.1, 107: 0.01, 124: 0.001},
+            own=_conv1(72, slow=67),
+            noise={67: 0.0, 91: 1.0, 124: 0.0},
         ),
-        # ``dexp`` of lr.cu: to 1/250 of the first rate in equal steps, the biases to 1/10.
-        "run170": Timetable(
-            95,
-            weights={95 * step / 4: 250 ** (-step / 3) for step in range(4)},
-            biases={95 / 2: 0.1},
-            conv1={74: 0.0},
-            noise_off=68,
+        # The biases had .002 at the end; when it fell was not logged: here with the last drop.
+        "run145_2010": Timetable(
+            93, _tenths(23, 51, 78), {78: 0.1}, _conv1(72, slow=68), {68: 0.0}
         ),
-        # Runs 166 and 167 go to 1/1000.  Run 166's noise was turned off at 64.  The length of run
-        # 167 was not logged; it is taken to be run 170's.
-        "run167": Timetable(
-            95,
-            weights={95 * step / 4: 1000 ** (-step / 3) for step in range(4)},
-            biases={95 / 2: 0.1},
-            conv1={73: 0.0},
-            noise_off=63,
+        # The third drop was not logged (the file ends at 1e-5): here that of run 145-2010.  The
+        # biases of conv1 and conv2 had .002 at the end: here both from conv1's first drop on.
+        # The notes freeze conv1, but in the file it has 1e-5 and .002: here it is frozen.
+        "run145_half": Timetable(
+            96,
+            _tenths(20, 48, 78),
+            own={**_conv1(72, slow=66), "conv2.bias": {66: 0.1}},
+            noise={66: 0.0},
         ),
+        # No slow conv1, and no note that the colour noise was ever turned off.  The biases had
+        # .02 after the first drop and .002 at the end: here from the last drop on.
+        "run147": Timetable(90, _tenths(23, 51, 79), {79: 0.1}, _conv1(79), {}),
+        "run148": Timetable(97, _tenths(22, 44, 86), {}, _conv1(73, slow=69), {69: 0.0}),
+        "run150": Timetable(92, _tenths(25, 49, 79), {}, _conv1(72, slow=66), {66: 0.0}),
+        # Began with weights of run 146-2011 in all layers but fc8, which had 1e-3 for its first
+        # 300 batches (a fraction of an epoch).  Biases had .02 at the end, conv6's .022; conv1's
+        # is taken to be .02 until conv1 is frozen.
+        "run146_2012": Timetable(
+            54,
+            {0: 0.1, 22: 0.01, 42: 0.001},
+            own={
+                "conv1.weight": {0: 0.01, 5: 0.001, 7: 0.0},
+                "conv1.bias": {7: 0.0},
+                "conv6.bias": {0: 1.1},
+                "fc8.weight": {0: 1.0, 9: 0.1, 22: 0.01, 42: 0.001},
+            },
+            noise={38: 0.0},
+        ),
+        # Began with conv1 to conv5 of a backup of run 145, and was killed after 6.6 epochs.  The
+        # new layers had .01 up to epoch 2.16.  No note that the colour noise was turned off.
+        "run146_2009": Timetable(7, {0: 0.1}, own=_new(2, "conv6", "fc6", "fc7", "fc8"), noise={}),
+        # Began with the convolutions of run 146-2009, and was killed after 8.1 epochs.
+        "run146_2011": Timetable(8, {0: 0.1}, own=_new(6, "fc6", "fc7", "fc8"), noise={}),
+        # -- by the rules of lr.cu.  One rule for weights and biases up to run 163.
+        "run155": Timetable(95, _exp(4000, 2), _exp(4000, 2), _conv1(74), {61: 0.0}),
+        "run156": Timetable(95, _exp(2000, 2), _exp(2000, 2), _conv1(72), {61: 0.0}),
+        "run157": Timetable(95, _exp(8000, 4), _exp(8000, 4), _conv1(73), {62: 0.0}),
+        "run158": Timetable(95, _exp(20000, 4), _exp(20000, 4), _conv1(77), {63: 0.0}),
+        "run166": Timetable(95, _dexp(1000, 4), _BIASES, _conv1(73), {64: 0.0}),
+        "run167": Timetable(95, _dexp(1000, 4), _BIASES, _conv1(73), {63: 0.0}),
+        "run169": Timetable(95, _dexp(500, 4), _BIASES, _conv1(73), {60: 0.0}),
+        "run170": Timetable(95, _dexp(250, 4), _BIASES, _conv1(74), {68: 0.0}),
+        # Batches of 256 at twice the rates; killed after 84 epochs, which the figure is of.
+        "run170_256": Timetable(84, _dexp(250, 4, 2), _dexp(10, 2, 2), _conv1(73), {61: 0.0}),
+        "run171": Timetable(95, _dexp(500, 5), _BIASES, _conv1(72), {60: 0.0}),
+        "run174": Timetable(86, _jdexp(500, 4), _BIASES, _conv1(74), {62: 0.0}),  # killed at 86
+        "run177": Timetable(95, _dexp(250, 4), _BIASES, _conv1(73), {60: 0.0}),
+        # cuda-convnet2's net for two GPUs, layers-imagenet-2gpu-model.cfg, with the command of its
+        # wiki (MultiGPU): 90 epochs, always with colour noise, conv1 never frozen.
+        "cuda_convnet2": Timetable(
+            90, _dexp(250, 4, 2, length=90), _dexp(25, 2, 2, length=90), noise={}
+        ),
+        # -- other nets
         # layer-params-cifar10-11pct.cfg: 350, 150, 10 and 10 epochs; the biases' rate stayed.
         "cifar": Timetable(520, weights={500: 0.1, 510: 0.01}),
         # torchvision's references/classification: lr-step-size 30

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from modelpar import config
-from modelpar.errors import SettingsError
+from modelpar.errors import SettingsError, refuse_choice
 from modelpar.net import paper
-from modelpar.settings import ModelSettings, RecipeSettings, check, refuse_choice
+from modelpar.settings import ModelSettings, RecipeSettings, check
 
 
 @dataclass
@@ -19,6 +19,15 @@ class Recipe(RecipeSettings):
 
     def __post_init__(self) -> None:
         check(self, "recipe.")
+        if self.bias_drop is not None and self.rates == "equal":
+            raise SettingsError(
+                f"recipe.bias_drop={self.bias_drop}: requires recipe.rates=double_bias"
+            )
+        if self.bias_drop is not None and not paper.SCHEDULES[self.schedule].weights:
+            raise SettingsError(
+                f"recipe.bias_drop={self.bias_drop}: recipe.schedule={self.schedule} has no fixed "
+                "drops; use another schedule"
+            )
 
     @classmethod
     def named(cls, recipe: "str | Recipe") -> "Recipe":

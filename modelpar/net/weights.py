@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from modelpar.errors import CheckpointError
+from modelpar.errors import CheckpointError, refuse_choice
 from modelpar.net.paper import COLUMNS
 from modelpar.net.plan import Plan
 from modelpar.seeding import generator
@@ -80,7 +80,35 @@ def load_initial(net: nn.Module, plan: Plan, seed: int | None, column: int | Non
 
 def check_state(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Raise CheckpointError, with the first tensor of ``state`` that does not fit ``net``."""
-    expected = net.state_dict()
+    _check_tensors(
+        net.state_dict(), state, source, "use the classes and image size of its training"
+    )
+
+
+def of_layers(
+    net: nn.Module, state: Mapping[str, Tensor], layers: Sequence[str], source: str
+) -> dict[str, Tensor]:
+    """Return the weights and biases of ``layers`` in ``state``, which fit those of ``net``.
+
+    Raises SettingsError for a layer that ``net`` does not have, and CheckpointError.
+    """
+    keys = {name: name.rpartition(".")[0] for name, _ in net.named_parameters()}
+    own = list(dict.fromkeys(keys.values()))
+    chosen: dict[str, Tensor] = {}
+    for layer in layers:
+        if layer not in own:
+            refuse_choice("init.layers", layer, own)
+        names = [name for name, its in keys.items() if its == layer]
+        found = {name: value for name, value in state.items() if name.startswith(f"{layer}.")}
+        expected = {name: net.get_parameter(name) for name in names}
+        _check_tensors(expected, found, source, f"leave {layer} out of init.layers")
+        chosen |= found
+    return chosen
+
+
+def _check_tensors(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, fix: str
+) -> None:
     for key in sorted(expected.keys() | state.keys()):
         if key not in state:
             raise CheckpointError(f"{source}: {key} is missing")
@@ -89,5 +117,5 @@ def check_state(net: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
         if expected[key].shape != state[key].shape:
             raise CheckpointError(
                 f"{source}: {key} has shape {tuple(state[key].shape)}, this net's has "
-                f"{tuple(expected[key].shape)}; use the classes and image size of its training"
+                f"{tuple(expected[key].shape)}; {fix}"
             )

@@ -19,7 +19,7 @@ NOTE: Final = (
     "Published errors are for the images that they name. If ours are for other images, compare "
     "only the sign of a difference with the published one."
 )
-NET: Final = ("recipe.", "model.", "crossing.")  # what experiments are about
+NET: Final = ("recipe.", "model.", "crossing.", "init.")  # what experiments are about
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from modelpar.errors import DataError, SettingsError, one_line
+from modelpar.net.paper import SCHEDULES
 from modelpar.training.metrics import METRICS
 from modelpar.training.run_dir import CONFIG
 
@@ -29,6 +30,7 @@ def identity(settings: Mapping[str, Any]) -> dict[str, str]:
     data = settings["data"]
     chosen = {key: settings[key] for key in IDENTIFYING if key in settings}
     chosen["epochs"] = settings.get("epochs") or data.get("epochs")
+    chosen["init"] = {"layers": settings.get("init", {}).get("layers", [])}
     chosen["crossing"] = {"dtype": settings.get("crossing", {}).get("dtype")}
     chosen["data"] = {key: data[key] for key in ("name", "image_size", "num_classes")}
     if data["name"] == "imagefolder":  # its folder decides which images these are
@@ -87,9 +89,11 @@ def run_of(folder: Path, settings: dict[str, Any], rows: Sequence[Mapping[str, A
     tests = [row for row in rows if row["kind"] == "test"]
     finished = False
     if steps and rows[-1]["kind"] == "test":
-        views, epochs = settings.get("views", 1), settings.get("epochs")
+        views, length = settings.get("views", 1), settings.get("epochs")
+        length = length or settings["data"]["epochs"]
+        length = length or SCHEDULES[settings["recipe"]["schedule"]].length
         ended = rows[-1]["step"] >= (settings.get("steps") or math.inf)
-        ended = ended or steps[-1]["epoch"] + 1 >= (epochs or settings["data"]["epochs"])
+        ended = ended or steps[-1]["epoch"] + 1 >= length
         finished = ended and rows[-1].get("views", views) == views  # old rows: no views
     return Run(
         folder,

@@ -278,7 +278,7 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path}: {what}; {advice}")
 
 
-def find(path: str) -> Checkpoint | Path:
+def find(path: str, setting: str = "checkpoint") -> Checkpoint | Path:
     """Resolve RUN_DIR (its newest step), STEP_DIR or FILE.safetensors; raises CheckpointError."""
     named = Path(path).expanduser()
     if named.is_file() and named.suffix == ".safetensors":
@@ -290,9 +290,7 @@ def find(path: str) -> Checkpoint | Path:
         problem = "may hold a pickle, which can run any code, and is never read"
     elif found := newest(named):
         return found
-    raise CheckpointError(
-        f"checkpoint={path}: {problem}; use a run, a step or a .safetensors file"
-    )
+    raise CheckpointError(f"{setting}={path}: {problem}; use a run, a step or a .safetensors file")
 
 
 def read_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -313,11 +311,15 @@ def read_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> dict[
         raise CheckpointError(f"{path}: not a safetensors file ({one_line(error)})") from None
 
 
-def read_part(source: Checkpoint, kind: str, column: int | None) -> dict[str, Tensor]:
+def read_part(source: Checkpoint | Path, kind: str, column: int | None) -> dict[str, Tensor]:
     """Return a column's tensors, or the whole net's for None, whichever way they were saved.
 
+    ``kind`` is ``weights`` or ``velocities``.  An exported file, a Path, holds only weights.
     Every file that is read is checked against the manifest.  Raises CheckpointError.
     """
+    if isinstance(source, Path):
+        whole = read_tensors(source)
+        return whole if column is None else column_state(whole, column)
     saved = int(source.manifest["columns"])
     parts: list[dict[str, Tensor]] = []
     for owner in range(saved) if column is None or saved == 1 else [column]:

@@ -22,7 +22,7 @@ from modelpar.settings import RankSettings, TrainSettings
 from modelpar.training.graph import Graphed
 from modelpar.training.metrics import ErrorCount, Errors
 from modelpar.training.optimizer import MomentumDecay
-from modelpar.training.schedule import Schedule
+from modelpar.training.schedule import Schedule, run_length
 
 Net = AlexNet | Column | FourLayer | Torchvision
 
@@ -83,7 +83,7 @@ class Learner:
         self.net = build(plan, mesh, settings, settings.seed)
         self.link = self.net.link if isinstance(self.net, Column) else None  # to the other column
         names = [name for name, _ in self.net.named_parameters()]  # of this column
-        self.schedule = Schedule(plan.recipe, settings.epochs or settings.data.epochs, names)
+        self.schedule = Schedule(plan.recipe, run_length(settings), names)
         dtype = getattr(torch, settings.precision)
         self.optimizer = MomentumDecay(self.net, plan.recipe, dtype, plan.decays)
         nets = [self.net] if isinstance(self.net, (AlexNet, Column)) else []
@@ -199,13 +199,15 @@ def evaluate(
 ) -> Errors:
     """Return the exact errors over ``batches`` of stored images; each replica has its share.
 
-    ``views`` 1: the central crop; 10: the mean probabilities of the ten views (section 4.1).
+    ``views`` 1: the central crop; 10 and 9: the mean probabilities of the ten views (section 4.1)
+    or of the nine that the code had for CIFAR.
     A collective of the whole mesh.
     """
     net.eval()
     count = ErrorCount()
+    several = {9: augmentation.nine_crop, 10: augmentation.ten_crop}
     for stored, labels in batches:
-        crops = [augmentation.center_crop(stored)] if views == 1 else augmentation.ten_crop(stored)
+        crops = [augmentation.center_crop(stored)] if views == 1 else several[views](stored)
         each = [functional.log_softmax(_wide(net(images)), dim=1) for images in crops]
         count.add(torch.stack(each).logsumexp(0) - math.log(len(each)), labels)
     return count.result(mesh.replica_group, mesh.device)

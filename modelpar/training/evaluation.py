@@ -24,10 +24,10 @@ from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
 from modelpar.net.four_layer import whole_net
 from modelpar.net.plan import Plan, plan_of, settings_of
-from modelpar.net.weights import check_state, column_state
+from modelpar.net.weights import check_state
 from modelpar.settings import DataSettings, EvaluateSettings
 from modelpar.training import checkpoint
-from modelpar.training.checkpoint import Checkpoint, read_tensors
+from modelpar.training.checkpoint import Checkpoint
 from modelpar.training.engine import Net, build, evaluate
 from modelpar.training.metrics import Errors
 
@@ -49,10 +49,7 @@ class TrainedNet:
 
     def weights(self, column: int | None) -> dict[str, Tensor]:
         """Return a column's weights, or the whole net's for None; raises CheckpointError."""
-        if isinstance(self.source, Checkpoint):
-            return checkpoint.read_part(self.source, "weights", column)
-        whole = read_tensors(self.source)
-        return whole if column is None else column_state(whole, column)
+        return checkpoint.read_part(self.source, "weights", column)
 
 
 def find(path: str) -> TrainedNet:

@@ -1,5 +1,6 @@
 """What a training needs before its first step: images, plan, and where it continues."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -14,13 +15,14 @@ from modelpar.images.order import BatchOrder
 from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
-from modelpar.net.plan import Plan, Recipe, plan_for, settings_of
+from modelpar.net.plan import Plan, Recipe, plan_for, plan_of, settings_of
 from modelpar.seeding import digest
-from modelpar.settings import DataSettings, TrainSettings
+from modelpar.settings import DataSettings, InitSettings, TrainSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint
 from modelpar.training.metrics import top1_errors
 from modelpar.training.run_dir import check_compatible
+from modelpar.training.schedule import run_length
 
 LOG_BYTES: Final = 10**6  # that a run writes besides its checkpoints
 
@@ -69,7 +71,7 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
     images = open_set(data, cache, settings.seed, settings.batch_size * replicas)
     plan = replace(plan, num_classes=len(images.classes))
     order = BatchOrder(len(images.train), settings.batch_size, settings.seed, replicas=replicas)
-    steps = (settings.epochs or data.epochs) * len(order)
+    steps = run_length(settings) * len(order)
     steps = min(steps, settings.steps or steps)
     env, batch_bytes = environment.read(), settings.batch_size * 3 * images.stored_size**2
     processes = env.local_size if env.world_size > 1 else settings.columns * replicas
@@ -83,8 +85,20 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
     }
     stats = statistics(images, cache, data.workers)
     prepared = Prepared(data, images, stats, plan, steps, identity)
-    resume_point(settings, prepared, run_dir)
+    if resume_point(settings, prepared, run_dir) is None and run_dir is not None:
+        _check_init(settings.init)
     return prepared
+
+
+def _check_init(init: InitSettings) -> None:
+    """Raise an error if there is nothing where ``init`` says that a new run starts from."""
+    if init.checkpoint is not None:
+        checkpoint.find(init.checkpoint, "init.checkpoint")
+    given = {"checkpoint": init.checkpoint or "", "layers": ",".join(init.layers)}
+    fixes = {"checkpoint": "RUN_DIR", "layers": "[LAYER,LAYER]"}
+    for key, value in given.items():
+        if not value and any(given.values()):
+            raise SettingsError(f"init.{key}: missing; add init.{key}={fixes[key]}")
 
 
 def resume_point(
@@ -96,13 +110,15 @@ def resume_point(
     """
     found = checkpoint.newest(run_dir) if run_dir is not None else None
     if found is None and settings.resume not in {"auto", "never"}:
-        found = checkpoint.find(settings.resume)
+        found = checkpoint.find(settings.resume, "resume")
     if isinstance(found, Path):
         raise CheckpointError(f"resume={settings.resume}: holds only weights; use a run or a step")
     if found is None:
         return None
-    ours = prepared.identity
-    different = next((key for key in ours if found.manifest.get(key) != ours[key]), None)
+    ours, theirs = prepared.identity, dict(found.manifest)
+    with suppress(KeyError, SettingsError):  # the plan of an older version lacks newer settings
+        theirs["plan"] = settings_of(plan_of(theirs["plan"]))
+    different = next((key for key in ours if theirs.get(key) != ours[key]), None)
     if different == "fingerprint":
         raise DataError(
             f"data={settings.data.name}: not the images that {found.folder} was trained on; "

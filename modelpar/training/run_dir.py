@@ -20,7 +20,7 @@ from modelpar.settings import TrainSettings, flatten
 
 CONFIG: Final = "config.yaml"
 # These settings make two starts the same run; the others may change.
-FIXED: Final = ("data.name", "data.image_size", "recipe", "model", "seed", "precision")
+FIXED: Final = ("data.name", "data.image_size", "recipe", "model", "init", "seed", "precision")
 # These may change, but alter the trajectory: a resumed run names them.
 ALLOWED: Final = ("epochs", "data.epochs", "data.evaluate_every", "crossing.dtype", "tf32")
 HARMLESS: Final = frozenset({"log"})  # left by Hydra and by starts that failed
@@ -77,9 +77,13 @@ def trajectory_changes(run_dir: Path, settings: TrainSettings) -> list[str]:
 def _changes(
     before: Any, settings: TrainSettings, groups: tuple[str, ...]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield key, old and new value of each setting of ``groups`` that has changed."""
+    """Yield key, old and new value of each setting of ``groups`` that has changed.
+
+    A setting that an older version did not have had its default.
+    """
+    defaults = flatten(type(settings)())
     for key, new in flatten(settings).items():
-        old: Any = OmegaConf.select(before, key)
+        old: Any = OmegaConf.select(before, key, default=defaults[key])
         if old != new and any(f"{key}.".startswith(f"{group}.") for group in groups):
             was, now = ("null" if value is None else value for value in (old, new))
             yield key, was, now

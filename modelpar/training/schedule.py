@@ -1,11 +1,13 @@
 """Learning rates and colour noise over the epochs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from modelpar.errors import refuse_choice
 from modelpar.net import paper
 from modelpar.net.plan import Recipe
+from modelpar.settings import TrainSettings
 
 # Differs: section 5 has no number for "stopped improving".  Here it is five epochs without a new
 # best error, measured on the test images and not on validation images.
@@ -35,17 +37,37 @@ class Plateau:
 NAMES: Final = tuple(f"{layer}.{kind}" for layer in paper.LAYERS for kind in ("weight", "bias"))
 
 
+def run_length(settings: TrainSettings) -> int:
+    """Return the epochs of a whole run: those that are set, or those of the schedule's own run."""
+    table = paper.SCHEDULES[settings.recipe.schedule]
+    return settings.epochs or settings.data.epochs or table.length
+
+
 class Schedule:
     """The learning rates of a recipe over ``epochs`` epochs, by ``paper.SCHEDULES``.
 
     Differs: the paper and its code know one length of training.  Here the published epochs are
     moved in proportion, so that a short training passes through the same stages.
+
+    Raises SettingsError where ``recipe.rates_by_layer`` names a layer that no name in ``names``
+    has.
     """
 
     def __init__(self, recipe: Recipe, epochs: int, names: Sequence[str] = NAMES) -> None:
         self.recipe, self.epochs, self.table = recipe, epochs, paper.SCHEDULES[recipe.schedule]
         self.names = names  # of the net's parameters, in the order of its layers
         self.plateau = Plateau()
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+        for layer in recipe.rates_by_layer:
+            if layer not in layers:
+                refuse_choice("recipe.rates_by_layer", layer, layers)
+        self.published = {layers[0]: "conv1", layers[-1]: "fc8"}  # the names in a timetable
+        self.biases = self.table.biases
+        if recipe.bias_drop is not None:
+            first = self.biases.get(0, 1.0)
+            drops = [start for start in self.table.weights if start > 0]
+            at = {"none": [], "first": drops[:1], "last": drops[-1:]}[recipe.bias_drop]
+            self.biases = {0: first, **dict.fromkeys(at, first / paper.RATE_DIVISOR)}
 
     @property
     def shown(self) -> tuple[str, str, str]:
@@ -58,23 +80,23 @@ class Schedule:
 
         ``epoch`` counts from 0.  A parameter with a rate of 0 is not updated at all.
         """
-        recipe, table = self.recipe, self.table
-        weight = self._factor(table.weights, epoch)
+        recipe = self.recipe
+        factors = {"weight": self._factor(self.table.weights, epoch)}
         if recipe.schedule == "plateau":
-            weight = paper.RATE_DIVISOR**-self.plateau.drops
-        bias = weight
+            factors["weight"] = paper.RATE_DIVISOR**-self.plateau.drops
         if recipe.rates == "double_bias":  # the code's biases had a timetable of their own
-            bias = paper.BIAS_RATIO * self._factor(table.biases, epoch)
-        rates = {
-            name: recipe.lr * (weight if name.endswith(".weight") else bias) for name in self.names
-        }
-        first = self.shown[0]
-        rates[first] = recipe.lr * self._factor(table.conv1, epoch, weight)
-        if rates[first] == 0:
-            rates[first.replace(".weight", ".bias")] = 0.0
+            factors["bias"] = self._factor(self.biases, epoch)
+        rates: dict[str, float] = {}
+        for name in self.names:
+            layer, _, kind = name.rpartition(".")
+            kind = kind if kind in factors else "weight"
+            own = self.table.own.get(f"{self.published.get(layer, layer)}.{kind}", {})
+            rate = recipe.lr * self._factor(own, epoch, factors[kind])
+            ratio = paper.BIAS_RATIO if kind == "bias" else 1.0
+            rates[name] = rate * ratio * recipe.rates_by_layer.get(layer, 1.0)
         return rates
 
-    def _factor(self, changes: Mapping[float, float], epoch: int, before: float = 1.0) -> float:
+    def _factor(self, changes: paper.Changes, epoch: int, before: float = 1.0) -> float:
         """Return the factor of the last of ``changes`` that ``epoch`` has reached."""
         for start, factor in changes.items():
             if epoch * self.table.length >= start * self.epochs:
@@ -88,7 +110,11 @@ class Schedule:
         """
         if self.recipe.colour_noise == "none":
             return 0.0
-        table = self.table if self.table.noise_off is not None else paper.SCHEDULES["run145"]
-        over = epoch * table.length >= (table.noise_off or 0) * self.epochs
-        scaled = self.recipe.colour_noise == "added_and_scaled"
-        return 0.0 if scaled and over else paper.COLOUR_NOISE
+        if self.recipe.colour_noise == "added":
+            return paper.COLOUR_NOISE
+        changes = self.table.noise
+        if changes is None:
+            of_145 = paper.SCHEDULES["run145"]
+            scale = self.table.length / of_145.length
+            changes = {start * scale: factor for start, factor in (of_145.noise or {}).items()}
+        return paper.COLOUR_NOISE * self._factor(changes, epoch)

@@ -24,7 +24,7 @@ from modelpar.files import check_space
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.net.weights import check_state
+from modelpar.net.weights import check_state, of_layers
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, Checkpointer, num_bytes
@@ -56,6 +56,8 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
         trainer = Trainer(settings, prepared, run_dir, StepCheck(mesh, request))
         if start is not None:
             trainer.resume(start)
+        elif settings.init.checkpoint is not None:
+            trainer.load_layers(settings.init.checkpoint, settings.init.layers)
         if mesh.rank == 0:
             for change in trajectory_changes(run_dir, settings):
                 show(f"modelpar: {run_dir} continues with {change}, which alters its trajectory")
@@ -114,6 +116,19 @@ class Trainer:
         self.step = start.step
         if start.folder.parent == self.checkpointer.folder:  # it need not be saved again
             self.checkpointer.last_step = start.step
+
+    def load_layers(self, path: str, layers: list[str]) -> None:
+        """Take the weights of ``layers`` from another training, once all ranks have read theirs.
+
+        Raises CheckpointError or SettingsError on all ranks.
+        """
+        column = self.mesh.column if self.mesh.pair is not None else None
+        with self.mesh.all_or_none():
+            source = checkpoint.find(path, "init.checkpoint")
+            found = checkpoint.read_part(source, "weights", column)
+            found = of_layers(self.learner.net, found, layers, f"init.checkpoint={path}")
+        state = self.learner.state()
+        self.learner.load({**state["weights"], **found}, state["velocities"])
 
     def open_monitor(self) -> None:
         """Check the free space and open what the run shows, on rank 0."""

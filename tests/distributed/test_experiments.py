@@ -5,11 +5,13 @@ import math
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from ranks import Ranks
 
-from modelpar import config
+from modelpar import AlexNet, config
 from modelpar.distributed import Mesh
+from modelpar.net import paper
 from modelpar.training import prepare, trainer
 from modelpar.training.checkpoint import newest
 
@@ -20,6 +22,20 @@ QUICK = {
 }
 
 
+# Those whose runs began with trained weights, here of a net with ten classes.
+STARTED = {name for name in NAMES if config.load_group("experiment", name).get("init")}
+
+
+@pytest.fixture(scope="module")
+def trained_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file with the weights of the net with six convolutions, for 10 classes."""
+    file = tmp_path_factory.mktemp("before") / "net.safetensors"
+    crossings = paper.OWN_CROSSINGS["conv6"]
+    net = AlexNet.from_recipe("code2012", 10, 64, seed=5, net="conv6", crossing_at=crossings)
+    safetensors.torch.save_file(net.state_dict(), file)
+    return file
+
+
 def words_of(name: str) -> list[str]:
     small = ["data=synthetic", "batch_size=4", "steps=2", "compile=false"]
     if not name.startswith("cifar"):  # they are small
@@ -27,8 +43,8 @@ def words_of(name: str) -> list[str]:
     return [f"experiment={name}", *small, "monitor.progress=false", "monitor.tensorboard=false"]
 
 
-def trained(mesh: Mesh, name: str, run_dir: str) -> None:
-    settings = config.read("train", words_of(name))
+def trained(mesh: Mesh, name: str, run_dir: str, *words: str) -> None:
+    settings = config.read("train", [*words_of(name), *words])
     trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
@@ -36,13 +52,16 @@ def trained(mesh: Mesh, name: str, run_dir: str) -> None:
     "name",
     [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES],
 )
-def test_each_experiment_trains_two_steps(pair: Ranks, tmp_path: Path, name: str) -> None:
+def test_each_experiment_trains_two_steps(
+    pair: Ranks, tmp_path: Path, trained_before: Path, name: str
+) -> None:
     run_dir = tmp_path / "run"
+    words = [f"init.checkpoint={trained_before}"] if name in STARTED else []
     columns = config.read("train", words_of(name)).columns
     if columns == 1:
         trained(Mesh(torch.device("cpu")), name, str(run_dir))
     else:
-        pair.run(trained, name, str(run_dir))
+        pair.run(trained, name, str(run_dir), *words)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [(row["kind"], row["step"]) for row in rows] == [
         ("train", 1),

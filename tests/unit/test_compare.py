@@ -15,6 +15,7 @@ from modelpar.distributed import Mesh
 from modelpar.errors import DataError, SettingsError
 from modelpar.studies import comparison, plots, runs
 from modelpar.training import run_dir
+from modelpar.training.schedule import run_length
 
 
 def stored(folder: Path, top1: float, *words: str, steps: int = 4) -> Path:
@@ -111,10 +112,24 @@ def test_experiment_that_changes_views_is_compared_with_a_control_of_ten_views(
 ) -> None:
     stored(place / "d", 13.0, "experiment=one_view")
     stored(place / "e", 13.0, "experiment=no_lrn", "views=1")
-    _, one_view, other = cells(place, "a", "d", "e")
+    stored(place / "f", 10.0, "experiment=two_columns_2010")
+    _, one_view, other, _ = cells(place, "a", "d", "e", "f")
     assert one_view["difference, top-1"] == "+3.00"
     assert one_view["published difference, top-1"] == "+1.50"
     assert not other["difference, top-1"]
+
+
+def test_runs_of_imagenet_have_the_lengths_of_their_own_schedules(place: Path) -> None:
+    words = ("data=imagenet", "data.root=images", "steps=null")
+    for name, epochs in (("two_columns", 91), ("no_lrn", 97)):
+        settings = config.read("train", [f"experiment={name}", *words])
+        assert run_length(settings) == epochs
+        for last, folder in ((epochs - 1, "d"), (epochs - 2, "e")):
+            run = stored(place / folder / name, 10.0, f"experiment={name}", *words)
+            rows = (run / "metrics.jsonl").read_text().replace('"epoch": 0', f'"epoch": {last}')
+            (run / "metrics.jsonl").write_text(rows.replace('"views": 1', '"views": 10'))
+    assert [row["difference, top-1"] for row in cells(place, "d")] == ["+0.00", ""]
+    assert [row["seeds"] for row in cells(place, "e")] == ["0", "0"]
 
 
 def test_each_image_folder_and_number_of_classes_is_a_data_set(place: Path) -> None:

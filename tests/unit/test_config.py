@@ -114,7 +114,7 @@ def test_defaults_are_the_contract() -> None:
     ("words", "expected"),
     [
         ([], "checkpoint: missing; add checkpoint=..."),
-        (["checkpoint=x", "views=5"], "views=5: use one of 1, 10"),
+        (["checkpoint=x", "views=5"], "views=5: use one of 1, 9, 10"),
         (["checkpoint=x", "data=imagenete"], "data=imagenete: did you mean imagenet"),
         (["checkpoint=x", "batch_size=0"], "batch_size=0"),
     ],

@@ -1,10 +1,13 @@
 """The published rates over the epochs, and how they scale with the length."""
 
+import math
 from dataclasses import asdict, replace
 
 import pytest
 
-from modelpar import Recipe
+from modelpar import Recipe, config
+from modelpar.errors import SettingsError
+from modelpar.net import paper
 from modelpar.training.schedule import Plateau, Schedule
 
 
@@ -12,40 +15,173 @@ def rates(recipe: str, epoch: int, epochs: int) -> dict[str, float]:
     return Schedule(Recipe.named(recipe), epochs).rates(epoch)
 
 
+# By hand: the notes at the end of layer-params-N.cfg, as epoch and rate; what the notes do not say
+# is from the rates in the file.  Length, weights, conv1's weight, biases, epochs of the noise.
+LOGGED = {
+    "run145": (91, "0 1e-2 25 1e-3 51 1e-4 79 1e-5", "67 1e-5 72 0", "0 .02", "67 off"),
+    "run145_continued": (
+        135,
+        "0 1e-2 25 1e-3 51 1e-4 79 1e-5 91 1e-3 107 1e-4 124 1e-5",
+        "67 1e-5 72 0",
+        "0 .02",
+        "67 off 91 on 124 off",
+    ),
+    "run145_2010": (
+        93,
+        "0 1e-2 23 1e-3 51 1e-4 78 1e-5",
+        "68 1e-5 72 0",
+        "0 .02 78 .002",
+        "68 off",
+    ),
+    "run145_half": (96, "0 1e-2 20 1e-3 48 1e-4 78 1e-5", "66 1e-5 72 0", "0 .02", "66 off"),
+    "run147": (90, "0 1e-2 23 1e-3 51 1e-4 79 1e-5", "79 0", "0 .02 79 .002", ""),
+    "run148": (97, "0 1e-2 22 1e-3 44 1e-4 86 1e-5", "69 1e-5 73 0", "0 .02", "69 off"),
+    "run150": (92, "0 1e-2 25 1e-3 49 1e-4 79 1e-5", "66 1e-5 72 0", "0 .02", "66 off"),
+    "run146_2012": (54, "0 1e-3 22 1e-4 42 1e-5", "0 1e-4 5 1e-5 7 0", "0 .02", "38 off"),
+    "run146_2009": (7, "0 1e-3", "", "0 .02", ""),
+    "run146_2011": (8, "0 1e-3", "", "0 .02", ""),
+}
+# By the rules of lr.cu: schedW and schedB with their first rates, conv1 frozen, noise off.
+RULED = {
+    "run155": (95, ("exp", 0.02, 4000, 0), ("exp", 0.04, 4000, 0), 74, 61),
+    "run156": (95, ("exp", 0.02, 2000, 0), ("exp", 0.04, 2000, 0), 72, 61),
+    "run157": (95, ("exp", 0.04, 8000, 0), ("exp", 0.08, 8000, 0), 73, 62),
+    "run158": (95, ("exp", 0.04, 20000, 0), ("exp", 0.08, 20000, 0), 77, 63),
+    "run166": (95, ("dexp", 0.01, 1000, 4), ("dexp", 0.02, 10, 2), 73, 64),
+    "run167": (95, ("dexp", 0.01, 1000, 4), ("dexp", 0.02, 10, 2), 73, 63),
+    "run169": (95, ("dexp", 0.01, 500, 4), ("dexp", 0.02, 10, 2), 73, 60),
+    "run170": (95, ("dexp", 0.01, 250, 4), ("dexp", 0.02, 10, 2), 74, 68),
+    "run170_256": (84, ("dexp", 0.02, 250, 4), ("dexp", 0.04, 10, 2), 73, 61),
+    "run171": (95, ("dexp", 0.01, 500, 5), ("dexp", 0.02, 10, 2), 72, 60),
+    "run174": (86, ("jdexp", 0.01, 500, 4), ("dexp", 0.02, 10, 2), 74, 62),
+    "run177": (95, ("dexp", 0.01, 250, 4), ("dexp", 0.02, 10, 2), 73, 60),
+    "cuda_convnet2": (90, ("dexp", 0.02, 250, 4), ("dexp", 0.04, 25, 2), 999, 999),
+}
+NET = [f"{layer}.{kind}" for layer in paper.NETS["conv6"] for kind in ("weight", "bias")]
+
+
+def of_run(name: str) -> tuple[Schedule, range]:
+    recipe = replace(Recipe.named("code2012"), schedule=name)
+    length = paper.SCHEDULES[name].length
+    return Schedule(recipe, length, NET), range(length)
+
+
+def last(changes: str, epoch: int) -> str | None:
+    words = changes.split()
+    reached = [what for at, what in zip(words[::2], words[1::2], strict=True) if int(at) <= epoch]
+    return reached[-1] if reached else None
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_a_run_by_hand_has_the_rates_of_its_notes(name: str) -> None:
+    length, weights, conv1, biases, noise = LOGGED[name]
+    schedule, epochs = of_run(name)
+    assert len(epochs) == length
+    for epoch in epochs:
+        found, usual = schedule.rates(epoch), float(last(weights, epoch) or 0)
+        first = float(last(conv1, epoch) or usual)
+        assert found["conv3.weight"] == pytest.approx(usual), epoch
+        assert found["conv1.weight"] == pytest.approx(first), epoch
+        assert found["fc7.bias"] == pytest.approx(float(last(biases, epoch) or 0)), epoch
+        assert (found["conv1.bias"] == 0) == (first == 0), epoch
+        assert (schedule.colour_noise(epoch) == 0) == (last(noise, epoch) == "off"), epoch
+
+
+def rule(kind: str, first: float, factor: float, steps: int, progress: float) -> float:
+    """Return what ``getRate`` of lr.cu does, just after ``progress``."""
+    progress += 1e-9
+    if kind == "exp":
+        return first ** (1 + progress * (math.log(first / factor) / math.log(first) - 1))
+    rates = [first * factor ** (-step / (steps - 1)) for step in range(steps)]
+    index = next(i for i in range(steps) if progress <= (i + 1) / steps)
+    jumps = index > 0 and 0.2 < progress < 0.9 and progress > (index + 0.5) / steps
+    if kind == "jdexp" and jumps:
+        return math.sqrt(rates[index] * rates[index - 1])
+    return rates[index]
+
+
+@pytest.mark.parametrize("name", RULED)
+def test_a_run_by_a_rule_has_the_rates_of_lr_cu(name: str) -> None:
+    length, weights, biases, frozen, quiet = RULED[name]
+    schedule, epochs = of_run(name)
+    assert len(epochs) == length
+    planned = 90 if name == "cuda_convnet2" else 95
+    for epoch in epochs:
+        found, progress = schedule.rates(epoch), epoch / planned
+        usual = rule(*weights, progress)
+        assert found["conv3.weight"] == pytest.approx(usual, rel=1e-5), epoch
+        assert found["fc7.bias"] == pytest.approx(rule(*biases, progress), rel=1e-5), epoch
+        assert found["conv1.weight"] == pytest.approx(usual if epoch < frozen else 0, rel=1e-5)
+        assert (found["conv1.bias"] == 0) == (epoch >= frozen)
+        assert (schedule.colour_noise(epoch) == 0) == (epoch >= quiet), epoch
+
+
+def test_every_published_run_is_compared_with_its_log() -> None:
+    runs = {name for name in paper.SCHEDULES if name.startswith(("run", "cuda"))}
+    assert runs == LOGGED.keys() | RULED.keys()
+
+
+def test_layers_with_rates_of_their_own() -> None:
+    schedule, _ = of_run("run145")
+    slow = [schedule.rates(epoch)["conv1.bias"] for epoch in (66, 67, 71, 72)]
+    assert slow == pytest.approx([0.02, 0.002, 0.002, 0])  # run 149 while conv1 was slow
+    schedule, _ = of_run("run145_half")  # its file: .002 in conv1 and conv2, .02 elsewhere
+    assert schedule.rates(95)["conv2.bias"] == pytest.approx(0.002)
+    schedule, _ = of_run("run146_2012")
+    fc8 = [schedule.rates(epoch)["fc8.weight"] for epoch in (0, 8, 9, 22, 42)]
+    assert fc8 == pytest.approx([1e-2, 1e-2, 1e-3, 1e-4, 1e-5])
+    assert schedule.rates(0)["conv6.bias"] == pytest.approx(0.022)
+    for name, end, layers in (("2009", 2, ("conv6", "fc7", "fc8")), ("2011", 6, ("fc6", "fc8"))):
+        schedule, _ = of_run(f"run146_{name}")
+        for layer in layers:
+            found = [schedule.rates(epoch)[f"{layer}.weight"] for epoch in (0, end - 1, end)]
+            assert found == pytest.approx([1e-2, 1e-2, 1e-3])
+        assert schedule.rates(0)["conv6.bias"] == pytest.approx(0.002)
+
+
 @pytest.mark.parametrize(
-    ("epoch", "weight", "conv1"),
+    ("drop", "falls"), [("none", {}), ("first", {25: 0.002}), ("last", {79: 0.002})]
+)
+def test_the_rate_of_biases_falls_with_a_drop_of_the_weights(
+    drop: str, falls: dict[int, float]
+) -> None:
+    schedule = changed("code2012", 91, bias_drop=drop)
+    rate, found = 0.02, []
+    for epoch in range(91):
+        rate = falls.get(epoch, rate)
+        found.append(schedule.rates(epoch)["fc7.bias"] == pytest.approx(rate))
+    assert all(found)
+    doubled = changed("code2012", 90, schedule="cuda_convnet2", bias_drop=drop)
+    assert doubled.rates(0)["fc7.bias"] == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "switches", "why"),
     [
-        (0, 1e-2, 1e-2),
-        (24, 1e-2, 1e-2),
-        (25, 1e-3, 1e-3),
-        (51, 1e-4, 1e-4),
-        (66, 1e-4, 1e-4),
-        (67, 1e-4, 1e-5),
-        (72, 1e-4, 0.0),
-        (79, 1e-5, 0.0),
-        (90, 1e-5, 0.0),
+        ("paper", {}, "recipe.bias_drop=first: requires recipe.rates=double_bias"),
+        ("code2012", {"schedule": "constant"}, "recipe.schedule=constant has no fixed drops"),
     ],
 )
-def test_run_145(epoch: int, weight: float, conv1: float) -> None:
-    found = rates("code2012", epoch, 91)
-    assert found["fc8.weight"] == pytest.approx(weight)
-    assert found["conv1.weight"] == pytest.approx(conv1)
-    assert found["fc8.bias"] == pytest.approx(0.02)  # never divided
-    assert found["conv1.bias"] == pytest.approx(0.02 if epoch < 72 else 0.0)
+def test_a_drop_of_biases_that_cannot_be_is_refused(
+    recipe: str, switches: dict[str, str], why: str
+) -> None:
+    with pytest.raises(SettingsError, match=why):
+        changed(recipe, 90, bias_drop="first", **switches)
 
 
-def test_run_167_falls_further_than_run_170() -> None:
-    further = changed("clean", 95, schedule="run167")
-    assert further.rates(94)["fc8.weight"] == pytest.approx(1e-5)
-    assert further.rates(94)["fc8.bias"] == pytest.approx(2e-3)
-    assert rates("clean", 94, 95)["fc8.weight"] == pytest.approx(4e-5)
-    assert [further.rates(epoch)["conv1.weight"] > 0 for epoch in (72, 73)] == [True, False]
-    assert [further.colour_noise(epoch) for epoch in (62, 63)] == [0.1, 0.0]
-
-
-def test_colour_noise_of_run_145_ends_at_67() -> None:
-    schedule = Schedule(Recipe.named("code2012"), 91)
-    assert [schedule.colour_noise(epoch) for epoch in (0, 66, 67, 90)] == [0.1, 0.1, 0.0, 0.0]
+def test_rates_by_layer_multiply_and_name_layers_of_the_net() -> None:
+    factors = {"fc8": 10.0, "conv1": 0.0}
+    recipe = replace(Recipe.named("code2012"), rates_by_layer=factors)
+    found, usual = Schedule(recipe, 91).rates(30), rates("code2012", 30, 91)
+    for name, rate in usual.items():
+        factor = factors.get(name.partition(".")[0], 1.0)
+        assert found[name] == pytest.approx(factor * rate)
+    with pytest.raises(SettingsError, match=r"recipe.rates_by_layer=fc9: did you mean fc8\?"):
+        Schedule(replace(recipe, rates_by_layer={"fc9": 1.0}), 91)
+    read = config.read("train", ["recipe.rates_by_layer={fc8: 10, conv1: 0}"])
+    assert read.recipe.rates_by_layer == factors
+    with pytest.raises(SettingsError, match=r"recipe.rates_by_layer=-1.0: use 0 or more"):
+        config.read("train", ["recipe.rates_by_layer={fc8: -1}"])
 
 
 def changed(recipe: str, epochs: int, **switches: str) -> Schedule:
@@ -63,21 +199,6 @@ def test_colour_noise_ends_in_the_code_and_stays_in_the_paper() -> None:
     for schedule in ("constant", "cifar", "every_30"):
         found = changed("code2012", 91, schedule=schedule)
         assert [found.colour_noise(epoch) for epoch in (66, 67)] == [0.1, 0.0]
-
-
-def test_run_170() -> None:
-    found = [rates("clean", epoch, 100) for epoch in (0, 24, 25, 49, 50, 74, 75, 99)]
-    assert [one["fc6.weight"] for one in found] == pytest.approx(
-        [1e-2, 1e-2, 1.587e-3, 1.587e-3, 2.52e-4, 2.52e-4, 4e-5, 4e-5], rel=1e-3
-    )
-    assert [one["fc6.bias"] for one in found] == pytest.approx([0.02] * 4 + [0.002] * 4)
-
-
-def test_run_170_late_changes() -> None:
-    schedule = Schedule(Recipe.named("clean"), 95)
-    assert [schedule.colour_noise(epoch) for epoch in (67, 68)] == [0.1, 0.0]
-    assert schedule.rates(73)["conv1.weight"] > 0
-    assert schedule.rates(74)["conv1.weight"] == schedule.rates(74)["conv1.bias"] == 0
 
 
 def test_a_constant_rate_stays() -> None:

@@ -297,6 +297,21 @@ def test_12_ten_views_average_probabilities() -> None:
     assert errors.loss != pytest.approx(-float(answers.mean(0).log_softmax(0)[0]), rel=1e-2)
 
 
+def test_12_nine_views_are_a_grid_without_mirror_images() -> None:
+    mean = torch.rand(3, 8, 8)
+    lens = Augmentation(
+        Statistics(mean, torch.ones(3), torch.eye(3)), 4, scaled=True, device="cpu"
+    )
+    image = torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 8, 8)
+    places = [(top, left) for top in (0, 2, 4) for left in (0, 2, 4)]
+    for view, (top, left) in zip(lens.nine_crop(image), places, strict=True):
+        assert torch.equal(view, image[:, :, top : top + 4, left : left + 4] - mean[:, 2:6, 2:6])
+    net = _Constant()
+    errors = evaluate(net, Mesh(torch.device("cpu")), [(image, torch.tensor([0]))], lens, views=9)  # type: ignore[arg-type]
+    answers = torch.cat([net(view) for view in lens.nine_crop(image)])
+    assert errors.loss == pytest.approx(-float(answers.softmax(1).mean(0)[0].log()), rel=1e-5)
+
+
 def test_13_the_one_column_control_keeps_the_pairs_width() -> None:
     net = AlexNet.from_recipe("code2012", net="one_column", seed=0)
     assert net.conv5.weight.shape == (256, 192, 3, 3)
