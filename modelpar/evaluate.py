@@ -17,8 +17,7 @@ def evaluate(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh, _run_di
     views = "the central view" if settings.views == 1 else f"{settings.views} views"
     if mesh.rank == 0:
         print(  # noqa: T201
-            f"top-1 error {errors.top1:.4f} %, top-5 error {errors.top5:.4f} %, "
-            f"loss {errors.loss:.6f}, {errors.samples} images, {views}",
+            f"{errors.text}, {errors.samples} images, {views}",
             flush=True,
         )
 

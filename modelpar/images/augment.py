@@ -173,11 +173,13 @@ class Augmentation:
 
     def center_crop(self, images: Tensor) -> Tensor:
         """Return the central crop minus the mean: (N, 3, T, T) uint8 -> (N, 3, S, S)."""
-        return self._crop(images, self.border // 2, self.border // 2)
+        middle = (images.shape[-1] - self.size) // 2
+        return self._crop(images, middle, middle)
 
     def ten_crop(self, images: Tensor) -> Iterator[Tensor]:
         """Yield ten views (N, 3, S, S): four corners, the centre, and their mirror images."""
-        end, middle = self.border, self.border // 2
+        end = images.shape[-1] - self.size  # test images of photos are smaller than its cells
+        middle = end // 2
         for top, left in ((0, 0), (0, end), (end, 0), (end, end), (middle, middle)):
             for source in (images, images.flip(-1)):
                 yield self._crop(source, top, left)

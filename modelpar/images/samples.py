@@ -30,7 +30,8 @@ class ImageSet:
     """A data set: training and test images at their stored size, and the names of the classes.
 
     ``fingerprint`` is a hash of the pixels if the images are in memory, otherwise of their names
-    and sizes.  ``shuffled``: whether training may shuffle them.
+    and sizes.  ``shuffled``: whether training may shuffle them.  ``test_groups``: for each test
+    image a number that it shares with those it depends on; None: all are independent.
     """
 
     name: str
@@ -40,6 +41,12 @@ class ImageSet:
     stored_size: int
     fingerprint: str
     shuffled: bool = True
+    test_groups: Sequence[int] | None = None
+
+    @property
+    def groups(self) -> Sequence[int]:
+        """The number of each test image's group: of images that depend on each other."""
+        return range(len(self.test)) if self.test_groups is None else self.test_groups
 
 
 @dataclass(frozen=True)

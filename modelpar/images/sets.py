@@ -40,7 +40,8 @@ CELL: Final = 96  # pixels: the stored size; a crop of 64 is always inside one c
 FLAT: Final = 8.0  # cells whose grey standard deviation is below this are dropped (sky, black)
 TEST_SHARE: Final = 5  # one cell in five is held out
 TRAIN_PER_CLASS: Final = 160  # an epoch is then 17 batches of 128
-TEST_PER_CLASS: Final = 20
+TEST_PER_CLASS: Final = 72  # one of 1008 images is 0.1 %, and a test takes about a second
+WINDOW: Final = 80  # pixels of a test image: ten views of 64 pixels differ in it
 
 
 def _cells(photograph: Tensor) -> Tensor:
@@ -50,20 +51,33 @@ def _cells(photograph: Tensor) -> Tensor:
     return cells[cells.float().mean(1).flatten(1).std(1) >= FLAT].contiguous()
 
 
+def _windows(cell: Tensor, count: int, side: int, *keys: str | int) -> Tensor:
+    """Cut a cell (3, 96, 96) into ``count`` windows (count, 3, side, side), always the same.
+
+    They are at different places that are drawn at random, if there are that many places.
+    """
+    room = CELL - side + 1
+    places = torch.randperm(room**2, generator=generator(0, "photos", "windows", *keys)).tolist()
+    corners = (divmod(place, room) for place in islice(cycle(places), count))
+    return torch.stack([cell[:, top : top + side, left : left + side] for top, left in corners])
+
+
 def photos(settings: DataSettings, cache: Path) -> ImageSet:
     """Crops of 14 photographs of the scikit-image wheel; the class is the photograph.
 
     Each photograph is cut into the cells of a grid, and a fifth of its cells is held out, so no
-    test pixel is ever trained on.  Classes are balanced by repeating the cells of small
-    photographs.
+    test pixel is ever trained on.  All classes have equal weight: the training cells of small
+    photographs are repeated, and their test cells are cut into more windows.
     """
-    del settings, cache
+    del cache
     from skimage import data  # noqa: PLC0415 - takes half a second, and only this set needs it
 
     cells: list[Tensor] = []
     labels: list[int] = []
     train: list[int] = []
-    test: list[int] = []
+    windows: list[Tensor] = []
+    groups: list[int] = []
+    side = max(WINDOW, settings.image_size)
     for label, name in enumerate(PHOTOGRAPHS):
         try:
             pixels: Any = getattr(data, name)()
@@ -79,12 +93,25 @@ def photos(settings: DataSettings, cache: Path) -> ImageSet:
         held_out = max(2, len(found) // TEST_SHARE)
         cells.append(found)
         labels += [label] * len(found)
-        test += islice(cycle(rows[:held_out]), TEST_PER_CLASS)
         train += islice(cycle(rows[held_out:]), TRAIN_PER_CLASS)
-    images = torch.cat(cells)
-    train_set, test_set = (InMemory(images, labels, rows) for rows in (train, test))
-    fingerprint = _digest(images.numpy().tobytes(), repr((train, test)).encode())
-    return ImageSet("photos", train_set, test_set, PHOTOGRAPHS, CELL, fingerprint)
+        for number, place in enumerate(order[:held_out]):
+            count = len(range(number, TEST_PER_CLASS, held_out))  # equal shares, but for one
+            windows.append(_windows(found[place], count, side, name, number))
+            groups += [rows[number]] * count
+    images, test = torch.cat(cells), torch.cat(windows)
+    test_labels = [labels[cell] for cell in groups]
+    fingerprint = _digest(
+        *(part.numpy().tobytes() for part in (images, test)), repr(train).encode()
+    )
+    return ImageSet(
+        "photos",
+        InMemory(images, labels, train),
+        InMemory(test, test_labels, range(len(test))),
+        PHOTOGRAPHS,
+        CELL,
+        fingerprint,
+        test_groups=groups,
+    )
 
 
 # -- data sets in folders ------------------------------------------------------------------------

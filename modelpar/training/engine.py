@@ -195,16 +195,18 @@ def evaluate(
     mesh: Mesh,
     batches: Iterable[tuple[Tensor, Tensor]],
     augmentation: Augmentation,
+    groups: Sequence[int],
     views: int = 1,
 ) -> Errors:
     """Return the exact errors over ``batches`` of stored images; each replica has its share.
 
+    ``groups`` are those of all test images, see ``ImageSet``.
     ``views`` 1: the central crop; 10 and 9: the mean probabilities of the ten views (section 4.1)
     or of the nine that the code had for CIFAR.
     A collective of the whole mesh.
     """
     net.eval()
-    count = ErrorCount()
+    count = ErrorCount(groups, mesh.replica, mesh.replicas)
     several = {9: augmentation.nine_crop, 10: augmentation.ten_crop}
     for stored, labels in batches:
         crops = [augmentation.center_crop(stored)] if views == 1 else several[views](stored)

@@ -125,7 +125,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, prepared: Prepared, mesh: Me
     batches = TestLoader(images, size, device, **replica, workers=prepared.workers)
     image_size = prepared.trained.plan.image_size
     augmentation = Augmentation(prepared.statistics, image_size, scaled=False, device=device)
-    return evaluate(net, mesh, batches, augmentation, settings.views)
+    return evaluate(net, mesh, batches, augmentation, prepared.images.groups, settings.views)
 
 
 def export(path: str, out: Path) -> str:

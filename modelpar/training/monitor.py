@@ -72,12 +72,14 @@ class Monitor:
 
     def test(self, step: int, errors: Errors, num_classes: int, views: int = 1) -> None:
         """Record and print an evaluation with ``views`` views: errors in %, loss in nats."""
-        row = {"step": step, "loss": errors.loss, "top1": errors.top1, "top5": errors.top5}
+        keys = ("loss", "top1", "top5", "standard_error")
+        row = {"step": step, **{key: getattr(errors, key) for key in keys}}
         self.file.write(json.dumps({"kind": "test", **row, "views": views}) + "\n")
         chance = 100 - 100 / num_classes
         show(
-            f"step {step}: test top-1 error {errors.top1:.2f} % (chance {chance:.2f} %), "
-            f"top-5 {errors.top5:.2f} %, loss {errors.loss:.4f}, {errors.samples} images"
+            f"step {step}: test top-1 error {errors.top1:.2f} % (standard error "
+            f"{errors.standard_error:.2f} %, chance {chance:.2f} %), top-5 {errors.top5:.2f} %, "
+            f"loss {errors.loss:.4f}, {errors.samples} images"
         )
         self._scalars({f"test/{key}": row[key] for key in ("loss", "top1", "top5")}, step)
 

@@ -248,7 +248,8 @@ class Trainer:
             per_batch = -(-STATS_IMAGES // len(self.tests))
             stats = ActivationStats(net, self.plan.columns, mesh, per_batch)
         with stats or nullcontext():
-            errors = evaluate(net, mesh, self._test_batches(), self.augmentation, views)
+            batches, groups = self._test_batches(), self.prepared.images.groups
+            errors = evaluate(net, mesh, batches, self.augmentation, groups, views)
         if not math.isfinite(errors.loss):
             self._diverged(self.step, f"the test loss is {errors.loss}")
         if not ends:

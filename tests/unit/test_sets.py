@@ -42,23 +42,41 @@ def folder(root: Path, classes: Sequence[str] = ("ant", "bee")) -> Path:
 # -- photos ---------------------------------------------------------------------------------------
 
 
-def test_photos_train_and_test_cells_are_disjoint(tmp_path: Path) -> None:
-    found = open_set(settings("photos"), tmp_path)
+def window_of(window: torch.Tensor, cell: torch.Tensor) -> tuple[slice, ...]:
+    """Where ``window`` is in ``cell``; fails if it is nowhere."""
+    side = window.shape[-1]
+    places = cell[0].unfold(0, side, 1).unfold(1, side, 1)
+    found = (places == window[0]).flatten(2).all(2).nonzero().tolist()
+    return slice(None), *(slice(first, first + side) for first in found[0])
+
+
+@pytest.mark.parametrize(("image_size", "side"), [(64, 80), (96, 96)])
+def test_test_images_of_photos_are_windows_of_cells_that_are_not_trained_on(
+    tmp_path: Path, image_size: int, side: int
+) -> None:
+    found = open_set(settings("photos", image_size=image_size), tmp_path)
     train, test = found.train, found.test
     assert isinstance(train, sets.InMemory)
     assert isinstance(test, sets.InMemory)
-    assert not set(train.rows) & set(test.rows)
+    assert not set(train.rows) & set(found.groups)
+    assert len(set(train.rows) | set(found.groups)) == len(train.images) == 419
+    assert test.images.shape == (14 * 72, 3, side, side)
+    for index, cell in enumerate(found.groups):
+        window, label = test[index]
+        assert label == train.labels[cell]
+        assert torch.equal(window, train.images[cell][window_of(window, train.images[cell])])
+    different = {window.numpy().tobytes() for window in test.images}
+    assert len(different) == (14 * 72 if side < 96 else len(set(found.groups)))
     assert len(found.classes) == 14
-    for part, each in ((train, 160), (test, 20)):
+    for part, each in ((train, 160), (test, 72)):
         counts = torch.bincount(torch.tensor([part.labels[row] for row in part.rows]))
         assert counts.tolist() == [each] * 14  # balanced
     image, label = train[0]
     assert image.shape == (3, 96, 96)
     assert image.dtype == torch.uint8
     assert label == 0
-    cells = {bytes(train.images[row].numpy().tobytes()) for row in set(train.rows)}
-    held_out = {bytes(test.images[row].numpy().tobytes()) for row in set(test.rows)}
-    assert not cells & held_out  # no test pixel is trained on
+    shares = torch.bincount(torch.tensor(found.groups))[sorted(set(found.groups))]
+    assert (len(shares), int(shares.min()), int(shares.max())) == (82, 4, 36)  # windows of a cell
 
 
 # -- folders of images ----------------------------------------------------------------------------

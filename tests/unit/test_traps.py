@@ -290,7 +290,9 @@ def test_12_ten_views_average_probabilities() -> None:
         mirrored = image.flip(-1)[0, :, top : top + 6, left : left + 6] - window
         assert torch.equal(views[2 * place + 1][0], mirrored)
     net = _Constant()
-    errors = evaluate(net, Mesh(torch.device("cpu")), [(image, torch.tensor([0]))], lens, views=10)  # type: ignore[arg-type]
+    errors = evaluate(
+        net, Mesh(torch.device("cpu")), [(image, torch.tensor([0]))], lens, [0], views=10
+    )  # type: ignore[arg-type]
     answers = torch.cat([net(view) for view in views])
     probability = answers.softmax(1).mean(0)[0]
     assert errors.loss == pytest.approx(-float(probability.log()), rel=1e-6)
