@@ -20,10 +20,9 @@ def comma_separated(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def mean_std(values: Sequence[float], *, signed: bool = False) -> str:
+def mean_std(values: Sequence[float]) -> str:
     """Return mean and sample standard deviation; nothing for no values."""
     if not values:
         return ""
-    sign = "+" if signed else ""
     spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.2f}{spread}"
+    return f"{mean(values):.2f}{spread}"

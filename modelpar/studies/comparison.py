@@ -1,8 +1,10 @@
 """Compare runs: a table per data set of mean errors over seeds, controls and published errors."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from statistics import mean, stdev
 from typing import Any, Final
 
 from modelpar import config, tables
@@ -12,13 +14,14 @@ from modelpar.tables import mean_std
 
 HEAD: Final = (
     "experiment", "seeds", "steps", "views", "top-1 error, %", "top-5 error, %",
-    "against", "difference, top-1", "published difference, top-1", "published",
+    "against", "difference, top-1", "95 % interval", "published difference, top-1", "published",
 )  # fmt: skip
 NOTE: Final = (
     "Each data set has its own table, since errors on different images cannot be compared. "
     "Published errors are for the images that they name. If ours are for other images, compare "
     "only the sign of a difference with the published one."
 )
+CONFIDENCE: Final = 0.95
 NET: Final = ("recipe.", "model.", "crossing.", "init.")  # what experiments are about
 
 
@@ -115,6 +118,28 @@ def difference(of: Group, groups: Sequence[Group]) -> list[float]:
     return [error - theirs[seed] for seed, error in of.errors(1).items() if seed in theirs]
 
 
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return the confidence interval of the mean of at least two paired differences.
+
+    That is mean ± t s / sqrt(n) for n seeds, where s is their sample standard deviation and t the
+    quantile of Student's distribution with n - 1 degrees of freedom.  It is exact if the
+    differences are independent and normally distributed.
+    """
+    from scipy.special import stdtrit  # noqa: PLC0415 - takes most of a second
+
+    seeds = len(differences)
+    quantile = float(stdtrit(seeds - 1, (1 + CONFIDENCE) / 2))
+    half = quantile * stdev(differences) / math.sqrt(seeds)
+    return mean(differences) - half, mean(differences) + half
+
+
+def _interval_text(differences: Sequence[float]) -> str:
+    if len(differences) < 2:  # noqa: PLR2004 - an interval needs a standard deviation
+        return "none for one seed" if differences else ""
+    low, high = interval(differences)
+    return f"{low:+.2f} to {high:+.2f}{', includes zero' if low <= 0 <= high else ''}"
+
+
 def published(run: Run) -> tuple[str, str]:
     """Return the published top-1 error minus its control's, and the published error in words.
 
@@ -142,7 +167,7 @@ def published(run: Run) -> tuple[str, str]:
 def rows(groups: Sequence[Group]) -> Iterator[list[str]]:
     """Yield the rows of one data set's table."""
     for one in groups:
-        settings = one.runs[0].settings
+        settings, differences = one.runs[0].settings, difference(one, groups)
         lengths = sorted({run.losses[-1][0] for run in one.runs if run.losses})
         yield [
             one.label,
@@ -152,7 +177,8 @@ def rows(groups: Sequence[Group]) -> Iterator[list[str]]:
             mean_std(list(one.errors(1).values())),
             mean_std(list(one.errors(2).values())),
             settings.get("control") or "",
-            mean_std(difference(one, groups), signed=True),
+            f"{mean(differences):+.2f}" if differences else "",
+            _interval_text(differences),
             *published(one.runs[0]),
         ]
 
@@ -172,7 +198,7 @@ def markdown(sets: dict[str, list[Group]]) -> str:
     """Return all tables as Markdown."""
     blocks: list[str] = []
     for data, groups in sets.items():
-        title = f"**{data}** (mean ± standard deviation over seeds)"
+        title = f"**{data}** (mean ± standard deviation over seeds; {CONFIDENCE:.0%} intervals)"
         blocks += [title, tables.markdown(HEAD, rows(groups))]
     return "\n\n".join([*blocks, *notes(sets)])
 

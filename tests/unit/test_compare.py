@@ -59,11 +59,46 @@ def test_row_has_mean_and_deviation_over_seeds_and_difference_by_seed(place: Pat
     assert control["top-1 error, %"] == "11.00 ± 1.41"
     assert ours["top-1 error, %"] == "13.50 ± 0.71"
     assert ours["against"] == "two_columns"
-    assert ours["difference, top-1"] == "+2.50 ± 0.71"  # 3 and 2: by seed
+    assert ours["difference, top-1"] == "+2.50"  # 3 and 2: by seed
+    assert ours["95 % interval"] == "-3.85 to +8.85, includes zero"  # 2.5 ± 12.706 / 2
+    assert not control["95 % interval"]
     assert ours["published difference, top-1"] == "+1.37"  # 42.034 - 40.664
     assert ours["published"] == "42.034 / 19.362 on ILSVRC-2012 validation, 10 views (run 148)"
     assert not control["against"]
     assert control["views"] == "10"
+
+
+# The quantiles t(0.975) of 1, 2, 4 and 9 degrees of freedom are those of the NIST/SEMATECH
+# e-Handbook of Statistical Methods, section 1.3.6.7.2.
+@pytest.mark.parametrize(
+    ("values", "half"),
+    [
+        ([1.0, 3.0], 12.706 * 2**0.5 / 2**0.5),
+        ([1.0, 2.0, 3.0], 4.303 * 1 / 3**0.5),
+        ([-2.0, -1.0, 0.0, 1.0, 2.0], 2.776 * 2.5**0.5 / 5**0.5),
+        ([0.0, 1.0] * 5, 2.262 * (2.5 / 9) ** 0.5 / 10**0.5),
+    ],
+)
+def test_interval_is_that_of_students_t(values: list[float], half: float) -> None:
+    low, high = comparison.interval(values)
+    mean = sum(values) / len(values)
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=1e-3)
+
+
+def test_only_an_interval_with_zero_in_it_is_marked_in_all_outputs(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, error in enumerate((13.0, 15.1)):  # 3 and 3.1 more than the control
+        stored(place / f"d/{seed}", error, "experiment=no_overlap", f"seed={seed}")
+    stored(place / "e", 7.0, "experiment=tanh", "seed=1")
+    monkeypatch.setattr(sys, "argv", ["modelpar-compare", "runs=[a,b,d,e]"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    files = [(place / "compare" / name).read_text() for name in ("compare.csv", "compare.html")]
+    for text in (capsys.readouterr().out, *files):
+        assert text.count("includes zero") == 1
+        for cell in ("-3.85 to +8.85, includes zero", "+2.41 to +3.69", "none for one seed"):
+            assert cell in text
 
 
 def test_each_data_set_has_its_own_table(place: Path) -> None:
