@@ -77,7 +77,7 @@ def photos(settings: DataSettings, cache: Path) -> ImageSet:
     train: list[int] = []
     windows: list[Tensor] = []
     groups: list[int] = []
-    side = max(WINDOW, settings.image_size)
+    side = min(CELL, max(WINDOW, settings.image_size))  # larger ones are refused later
     for label, name in enumerate(PHOTOGRAPHS):
         try:
             pixels: Any = getattr(data, name)()

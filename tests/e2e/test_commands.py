@@ -182,7 +182,7 @@ def test_evaluate_on_two_processes_equals_on_one(
     ]
     lines = [out.splitlines()[-1] for out in outputs]
     assert lines[0] == lines[1] == lines[2]
-    assert "280 images" in lines[0]
+    assert "1008 images" in lines[0]
     assert not list(tmp_path.iterdir())  # an evaluation writes nothing
     if views == 1:
         single = fine(ours(tmp_path, f"checkpoint={trained}", main="evaluate")).splitlines()[-1]
