@@ -186,7 +186,8 @@ class Augmentation:
 
     def nine_crop(self, images: Tensor) -> Iterator[Tensor]:
         """Yield nine views (N, 3, S, S), 3 x 3 crops as in the code for CIFAR (convdata.py)."""
-        for top, left in product((0, self.border // 2, self.border), repeat=2):
+        end = images.shape[-1] - self.size
+        for top, left in product((0, end // 2, end), repeat=2):
             yield self._crop(images, top, left)
 
     def _crop(self, images: Tensor, top: int, left: int) -> Tensor:
