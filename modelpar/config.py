@@ -2,10 +2,10 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -13,34 +13,14 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from modelpar.errors import SettingsError, one_line, refuse_choice
-from modelpar.settings import SCHEMAS, check, flatten
-
-REMOVED: Final = {  # earlier settings, and what to do instead
-    "comm.check": "set TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment",
-}
-# The options of Hydra's groups, and the extra of this package that installs each.
-PLUGINS: Final = {
-    "hydra/launcher": {
-        "basic": "",
-        "joblib": "joblib",
-        "submitit_local": "slurm",
-        "submitit_slurm": "slurm",
-    },
-    "hydra/sweeper": {"basic": "", "optuna": "optuna"},
-}
-
-
-def conf_dir() -> Path:
-    """Return the folder of the yaml files: in the wheel, or next to the package in a checkout."""
-    package = Path(__file__).resolve().parent
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+from modelpar.files import local_path
+from modelpar.overrides import conf_dir, parsed, path_keys, quote_it, values_of, with_search_path
+from modelpar.settings import SCHEMAS, check, flatten, walk
 
 
 @cache
@@ -67,8 +47,16 @@ def read_run(main: str, words: Sequence[str]) -> tuple[Any, Path | None]:
     The directory is None for a command without runs.  Raises SettingsError.
     """
     composed = compose_settings(main, words)
-    run_dir = Path(str(composed.hydra.run.dir)) if "run_dir" in composed else None
+    with _one_line_errors():
+        run_dir = folder_of(composed, "run") if "run_dir" in composed else None
     return typed(composed), run_dir
+
+
+def folder_of(composed: DictConfig, mode: str) -> Path:
+    """Return the absolute output folder of a ``run`` or a ``sweep``; raises SettingsError."""
+    given = composed.get("run_dir") is not None
+    key = "run_dir" if given else f"hydra.{mode}.dir"
+    return local_path(key, str(composed.hydra[mode].dir))
 
 
 def compose_settings(main: str, words: Sequence[str]) -> DictConfig:
@@ -76,12 +64,13 @@ def compose_settings(main: str, words: Sequence[str]) -> DictConfig:
 
     Raises SettingsError for unknown keys and groups, values of another type, and sweeps.
     """
-    with _hydra_started():
-        for override in _parsed(main, words):
+    with hydra_started():
+        for override in parsed(main, words):
             if override.is_sweep_override():
-                raise SettingsError(
-                    f"{override.input_line}: several values; add -m to sweep over them"
-                )
+                fix = "add -m to sweep over them"
+                if (key := override.key_or_group) in path_keys(main):
+                    fix += f", or {quote_it(key, str(override.input_line).partition('=')[2])}"
+                raise SettingsError(f"{override.input_line}: several values; {fix}")
         composed = compose(main, list(words), return_hydra_config=True)
     if search := composed.hydra.runtime.choices.get("search"):
         raise SettingsError(
@@ -93,7 +82,8 @@ def compose_settings(main: str, words: Sequence[str]) -> DictConfig:
 def typed(composed: DictConfig) -> Any:
     """Return composed settings as the dataclass of their command, resolved and checked.
 
-    Raises SettingsError for a value that is missing or not allowed.
+    Paths are absolute, see ``files.local_path``; those of a list, which may be globs, are not,
+    since tables show them.  Raises SettingsError for a value that is missing or not allowed.
     """
     with _one_line_errors():
         own = composed.copy()
@@ -102,28 +92,39 @@ def typed(composed: DictConfig) -> Any:
         for key in sorted(OmegaConf.missing_keys(own)):
             raise SettingsError(f"{key}: missing; add {key}=...")
         settings = OmegaConf.to_object(own)
+    for key, entry, value in list(walk(settings)):
+        if value is None or value in entry.metadata.get("path", (value,)):
+            continue
+        *groups, name = key.split(".")
+        owner = reduce(getattr, groups, settings)
+        if isinstance(value, list):
+            paths = [(each, str(local_path(key, each))) for each in cast("list[str]", value)]
+            setattr(owner, name, [path if text[0] == "~" else text for text, path in paths])
+        else:
+            setattr(owner, name, str(local_path(key, value)))
     check(settings)
     return settings
 
 
-def check_sweep(main: str, words: Sequence[str]) -> tuple[list[Any], DictConfig, set[str]]:
-    """Return the settings of jobs of a sweep, Hydra's own settings, and the keys that vary.
+def check_sweep(main: str, words: Sequence[str]) -> tuple[list[Any], DictConfig, Path, set[str]]:
+    """Return the settings of a sweep's jobs, Hydra's own, its folder, and the keys that vary.
 
     The jobs have each value once, together with the first values of the other keys.  Raises
     SettingsError for the first value that is not allowed.
     """
-    with _hydra_started():
-        overrides = _parsed(main, words)
-        firsts = [_values(each)[0] for each in overrides]
-        hydra = compose(main, firsts, return_hydra_config=True).hydra
+    with hydra_started():
+        overrides = parsed(main, words)
+        firsts = [values_of(each)[0] for each in overrides]
+        composed = compose(main, firsts, return_hydra_config=True)
+        hydra, folder = composed.hydra, folder_of(composed, "sweep")
         params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
-        overrides = [*_parsed(main, params), *overrides]
+        overrides = [*parsed(main, params), *overrides]
         for override in overrides:
             if override.is_interval_sweep() and hydra.runtime.choices["hydra/sweeper"] == "basic":
                 raise SettingsError(f"{override.input_line}: requires hydra/sweeper=optuna")
-        lists = [_values(each) for each in overrides]
+        lists = [values_of(each) for each in overrides]
         varied = {values[0].partition("=")[0] for values in lists if len(values) > 1}
-        if "run_dir" in varied:
+        if varied & {"run_dir", "hydra.sweep.dir"}:
             raise SettingsError("run_dir: several values; use one, each job has a folder in it")
         firsts = [values[0] for values in lists]
         jobs = [typed(compose(main, firsts))]
@@ -131,82 +132,23 @@ def check_sweep(main: str, words: Sequence[str]) -> tuple[list[Any], DictConfig,
             for value in values[1:]:
                 words = [*firsts[:place], value, *firsts[place + 1 :]]
                 jobs.append(typed(compose(main, words)))
-    return jobs, hydra, varied
+    return jobs, hydra, folder, varied
 
 
 def run_hydra(main: str, task: Callable[[DictConfig], Any]) -> None:
     """Let Hydra read the command line and call ``task`` for each job; raises SettingsError."""
     _register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print a page and exit
     with _one_line_errors():
         hydra.main(config_path=str(conf_dir()), config_name=main, version_base="1.3")(task)()
 
 
-# -- overrides ------------------------------------------------------------------------------------
-
-
-def _parsed(main: str, words: Sequence[str]) -> list[Override]:
-    """Return the overrides of a command line; raises SettingsError for unknown keys and groups."""
-    loader = GlobalHydra.instance().config_loader()
-    overrides: list[Override] = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if word.startswith("-"):
-            raise SettingsError(f"use key=value, --cfg job or --help, not {word}")
-        try:
-            (override,) = OverridesParser.create(loader).parse_overrides([word])
-        except HydraException:
-            fix = f"quote it, '{key}=\"{value}\"'" if equals else "use KEY=VALUE"
-            raise SettingsError(f"{word}: not a setting and its value; {fix}") from None
-        key = override.key_or_group
-        if options := loader.get_group_options(key):
-            for option in _values(override):
-                _check_option(key, option.partition("=")[2], options)
-        elif not override.is_hydra_override():
-            _check_key(main, key)
-            if override.is_delete():
-                raise SettingsError(f"{word}: use {key}=VALUE")
-        overrides.append(override)
-    return overrides
-
-
-def _values(override: Override) -> list[str]:
-    """Return the override once for each of its values; an interval has two, its ends."""
-    key, value = override.get_key_element(), override.value()
-    if override.is_discrete_sweep():
-        values = [f"{key}={each}" for each in override.sweep_string_iterator()]
-    elif isinstance(value, IntervalSweep):
-        values = [f"{key}={value.start}", f"{key}={value.end}"]
-    else:
-        values = [str(override.input_line)]
-    if not values:
-        raise SettingsError(f"{override.input_line}: matches nothing; use other values")
-    return values
-
-
-def _check_option(group: str, name: str, options: Sequence[str]) -> None:
-    """Raise SettingsError if ``name`` is not one of the group's options."""
-    if name in options:
-        return
-    plugins = PLUGINS.get(group, {})
-    if extra := plugins.get(name):
-        raise SettingsError(f"{group}={name}: not installed; pip install 'modelpar[{extra}]'")
-    refuse_choice(group, name, plugins or sorted(options))
-
-
-def _check_key(main: str, key: str) -> None:
-    """Raise SettingsError, with the nearest key, if ``main`` has no setting ``key``."""
-    known = list(flatten(SCHEMAS[main]()))
-    groups = {name.rpartition(".")[0] for name in known}
-    if key in known or key in groups:
-        return
-    if replacement := REMOVED.get(key):
-        raise SettingsError(f"{key}: was removed; {replacement}")
-    by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
-    near = get_close_matches(key, known, n=1) or [
-        by_last[name] for name in get_close_matches(key.rpartition(".")[2], by_last, n=1)
-    ]
-    hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
-    raise SettingsError(f"{key}: no such setting; {hint}")
+def show(main: str) -> None:
+    """Let Hydra answer ``--help``, ``--cfg`` and the like; raises SettingsError."""
+    words = sys.argv[1:] = with_search_path(sys.argv[1:])
+    with hydra_started():
+        parsed(main, [word for word in words if "=" in word and not word.startswith("-")])
+    run_hydra(main, lambda _: None)
 
 
 # -- Hydra ----------------------------------------------------------------------------------------
@@ -227,7 +169,7 @@ def _register() -> None:
 
 
 @contextmanager
-def _hydra_started() -> Generator[None]:
+def hydra_started() -> Generator[None]:
     """Let Hydra compose ``conf/`` with the schemas; raises SettingsError for its errors."""
     GlobalHydra.instance().clear()
     _register()
@@ -283,9 +225,3 @@ def without_secrets(settings: Any) -> Any:
         if SECRET.search(name) and len(value) >= SHORT and value in settings:
             settings = settings.replace(value, f"${{oc.env:{name}}}")
     return settings
-
-
-def quoted(key: str, value: object) -> str:
-    """Return ``KEY='VALUE'``, which Hydra reads as this text, whatever characters it has."""
-    text = re.sub(r"(\\+)(?='|$)", lambda found: found[1] * 2, str(value)).replace("'", r"\'")
-    return f"{key}='{text}'"

@@ -1,6 +1,7 @@
 """Files that are whole or absent, and the checks before a run writes any."""
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Final
 
 from modelpar.errors import CheckpointError, SettingsError
 
+ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # s3://, and its form without a /
 SPARE: Final = 1.1  # free space that is required, as a multiple of what will be written
 
 
@@ -22,6 +24,23 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def local_path(key: str, text: str) -> Path:
+    """Return the path that a setting names, absolute and with ``~`` expanded.
+
+    Raises SettingsError for an empty text, an address such as ``s3://...``, and an unknown home.
+    """
+    if not text.strip():
+        raise SettingsError(
+            f"{key}: empty, as from an unset variable; use a path, or leave {key} out"
+        )
+    if ADDRESS.match(text):
+        raise SettingsError(f"{key}={text}: is an address; use a path of this machine")
+    expanded = os.path.expanduser(text)  # noqa: PTH111 - Path would drop ./ before a ~
+    if expanded.startswith("~"):
+        raise SettingsError(f"{key}={text}: no such home folder; use an absolute path")
+    return Path(expanded).absolute()
 
 
 def write_texts(out: str, texts: Mapping[str, str]) -> None:

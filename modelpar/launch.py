@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import modelpar
-from modelpar import config, device, environment, errors, shutdown, sweep
+from modelpar import config, device, environment, errors, overrides, shutdown, sweep
 from modelpar.distributed import Mesh, process_mesh
 from modelpar.environment import Environment
 from modelpar.errors import CheckpointError, LaunchError, PeerLostError, StoppedError
@@ -37,7 +37,7 @@ from modelpar.files import atomic_write
 from modelpar.images import loader
 from modelpar.settings import flatten
 
-SHOWS: Final = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}
+SHOWS: Final = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
 EXIT: Final = "log/exit.json"  # in the directory of a run that failed
 SAVE_SECONDS: Final = 120  # that the agent leaves the ranks to finish a step and save
 FIRST_ERROR_SECONDS: Final = 5.0  # that other ranks leave local rank 0 to report the same error
@@ -58,20 +58,23 @@ def main(name: str, prepare: Prepare, work: Work) -> NoReturn:
     if "RANK" in os.environ:
         _exit_after(name, lambda: run_rank(name, prepare, work, words))
     if sweep.FLAGS & set(words):
-        _exit_after(name, lambda: sweep.run(name, words))
-    _exit_after(name, lambda: run_launcher(name, prepare, words))
+        _exit_after(name, lambda: sweep.run(name, overrides.with_search_path(words)))
+    _exit_after(name, lambda: run_launcher(name, prepare, overrides.with_search_path(words)))
 
 
 def main_single(name: str, work: Callable[[Any], None]) -> NoReturn:
     """Run a command that needs one process only; exit with its status."""
-    _exit_after(name, lambda: work(config.read(name, sys.argv[1:])))
+    _exit_after(name, lambda: work(config.read(name, overrides.with_search_path(sys.argv[1:]))))
 
 
 def _exit_after(name: str, run: Callable[[], int | None]) -> NoReturn:
     """Exit with the status of ``run``; let Hydra answer ``--help``, ``--cfg`` and the like."""
     gc.freeze()  # imported objects live until exit, so no collection needs to search them
-    if SHOWS & {word.partition("=")[0] for word in sys.argv[1:]} and "RANK" not in os.environ:
-        run = partial(config.run_hydra, name, lambda _: None)
+    flags = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("-")}
+    if "--version" in flags:
+        run = partial(print, "modelpar", modelpar.__version__)
+    elif flags & SHOWS and "RANK" not in os.environ:
+        run = partial(config.show, name)
     status = errors.status_of(run)
     errors.flush_output()
     sys.exit(status)
@@ -102,7 +105,7 @@ def _start_ranks(name: str, words: list[str], settings: Any, run_dir: Path | Non
     os.environ[environment.LAUNCHER] = str(os.getpid())
     if run_dir is not None:
         words = [word for word in words if not word.startswith(("run_dir=", "hydra.run.dir="))]
-        words.append(config.quoted("run_dir", run_dir))
+        words.append(overrides.quoted("run_dir", run_dir))
     arguments = environment.python_arguments(name, words)
     status, restarts = 0, getattr(settings, "restarts", 0)
     # A rank that is blocked in a collective runs no signal handler: a second signal kills it.
@@ -184,6 +187,8 @@ def run_rank(name: str, prepare: Prepare, work: Work, words: list[str]) -> int:
             checked = any(flag for _, flag in starts)
             with mesh.all_or_none(patient=True):
                 prepared = prepare(settings, None if checked else place)
+            if mesh.rank == 0 and prepared.images.skipped:
+                errors.say(prepared.images.skipped)
             run_dir = place
             return _work(partial(work, settings, prepared, mesh, run_dir), settings, mesh, run_dir)
     except BaseException as error:  # noqa: BLE001 - every error has its exit status
@@ -192,6 +197,7 @@ def run_rank(name: str, prepare: Prepare, work: Work, words: list[str]) -> int:
 
 def _rank_settings(name: str, words: list[str], env: Environment) -> tuple[Any, Path | None]:
     """Return settings fitted to the world that torchrun started, and a run directory."""
+    words = overrides.with_search_path(words)
     if any(word.startswith("-") for word in words):
         shown = " ".join(f"'{word}'" if "," in word else word for word in words)
         raise errors.SettingsError(

@@ -26,10 +26,15 @@ def one_of(*choices: object, default: Any = MISSING) -> Any:
     return _declare(default, choices=choices)
 
 
+def path(default: Any = MISSING, *words: str) -> Any:
+    """Declare a path of this machine, see ``config.typed``; ``words`` have their own meaning."""
+    return _declare(default, path=words)
+
+
 def _declare(default: Any, **metadata: Any) -> Any:
     if isinstance(default, tuple):
-        metadata["filled"] = bool(default)
-        return field(default_factory=lambda: list(default), metadata=metadata)
+        metadata |= {"filled": bool(default)}
+        return field(default_factory=lambda: [*default], metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -74,7 +79,7 @@ class DataSettings:
     """The images, and what depends on them; ``conf/data/*.yaml``."""
 
     name: str = MISSING
-    root: str | None = None  # folder of the images; photos and synthetic need none
+    root: str | None = path(None)  # folder of the images; photos and synthetic need none
     download: bool = False
     image_size: int = at_least(1)  # side of a crop in pixels
     num_classes: int | None = at_least(1, None)  # null: as many as the data has
@@ -136,7 +141,7 @@ class ModelSettings:
 class InitSettings:
     """Trained weights that a new run starts from, in some of its layers."""
 
-    checkpoint: str | None = None  # RUN_DIR | STEP_DIR | FILE.safetensors, of any training
+    checkpoint: str | None = path(None)  # RUN_DIR | STEP_DIR | FILE.safetensors, of any training
     layers: list[str] = field(default_factory=list[str])  # conv1 to fc8
 
 
@@ -214,7 +219,7 @@ class RankSettings(ProcessSettings):
     deterministic: bool = False  # let a GPU use only kernels that always compute the same bits
     workers: int | None = at_least(0, None)  # loader processes per rank; null: data.workers
     on_failure: str = one_of("continue", "stop", default="continue")  # of a job of a sweep
-    cache_dir: str | None = None  # null: modelpar in the XDG cache
+    cache_dir: str | None = path(None)  # null: modelpar in the XDG cache
 
 
 @dataclass
@@ -232,9 +237,9 @@ class TrainSettings(RankSettings):
     seed: int = at_least(0, 0)
     compile: bool = True  # fuse the operations between products with torch.compile
     cuda_graph: str = one_of("auto", "on", "off", default="auto")  # record a GPU's step once
-    run_dir: str | None = None  # null: a new folder for each run
+    run_dir: str | None = path(None)  # null: a new folder for each run
     init: InitSettings = field(default_factory=InitSettings)
-    resume: str = "auto"  # auto, never, or the path of a run or step to start from
+    resume: str = path("auto", "auto", "never")  # or the path of a run or step to start from
     checkpoint_every: int | None = at_least(0, None)  # steps; null: data.checkpoint_every
     keep_last: int = at_least(2, 2)  # checkpoints
     keep_every: int = at_least(0, 0)  # keep the checkpoints of multiples of this step; 0: none
@@ -247,7 +252,7 @@ class TrainSettings(RankSettings):
 class EvaluateSettings(RankSettings):
     """The settings of ``modelpar.evaluate``."""
 
-    checkpoint: str = MISSING  # RUN_DIR | STEP_DIR | FILE.safetensors
+    checkpoint: str = path()  # RUN_DIR | STEP_DIR | FILE.safetensors
     data: DataSettings = field(default_factory=_run_data)
 
 
@@ -264,7 +269,7 @@ class BenchmarkSettings(ProcessSettings):
     rounds: int = at_least(1, 3)  # each contender has one turn in each round
     steps: int | None = at_least(1, None)  # measured steps per turn; null: by the device
     breakdown: bool = False  # write a profiler trace of one step of each rank
-    out: str = "benchmark"  # folder of benchmark.json, benchmark.md and trace/
+    out: str = path("benchmark")  # folder of benchmark.json, benchmark.md and trace/
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     link: LinkSettings = field(default_factory=LinkSettings)
     seed: int = at_least(0, 0)
@@ -275,31 +280,31 @@ class BenchmarkSettings(ProcessSettings):
 class ExportSettings:
     """The settings of ``modelpar.export``."""
 
-    checkpoint: str = MISSING
-    out: str = MISSING
+    checkpoint: str = path()
+    out: str = path()
 
 
 @dataclass
 class CompareSettings:
     """The settings of ``modelpar.compare``."""
 
-    runs: list[str] = _declare(MISSING, filled=True)  # run directories, sweeps, globs
-    out: str = "compare"  # folder of compare.csv and compare.html
+    runs: list[str] = _declare(MISSING, filled=True, path=())  # run directories, sweeps, globs
+    out: str = path("compare")  # folder of compare.csv and compare.html
 
 
 @dataclass
 class FiguresSettings:
     """The settings of ``modelpar.figures``."""
 
-    checkpoint: str | None = None  # RUN_DIR | STEP_DIR | FILE.safetensors
-    runs: list[str] = field(default_factory=list[str])  # for figures 1 and 3, as in compare
+    checkpoint: str | None = path(None)  # RUN_DIR | STEP_DIR | FILE.safetensors
+    runs: list[str] = _declare((), path=())  # for figures 1 and 3, as in compare
     training_images: int = at_least(1, 2000)  # searched for figure 4
-    out: str = "figures"  # folder of the pictures and tables
+    out: str = path("figures")  # folder of the pictures and tables
     data: DataSettings = field(default_factory=_run_data)
     batch_size: int = at_least(1, 128)
     device: str = one_of("auto", "cpu", "cuda", default="auto")
     workers: int | None = at_least(0, None)
-    cache_dir: str | None = None
+    cache_dir: str | None = path(None)
 
 
 SCHEMAS: Final = {

@@ -20,7 +20,7 @@ from typing import Any, Final
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from modelpar import config, device, environment, errors
+from modelpar import config, device, environment, errors, overrides
 from modelpar.errors import LaunchError, SettingsError, StoppedError, one_line
 from modelpar.files import atomic_write, check_writable
 from modelpar.net.plan import Recipe, plan_for
@@ -40,8 +40,9 @@ def run(name: str, words: list[str]) -> int:
     """
     words = [word for word in words if word not in FLAGS]
     sweep = _checked(name, words)
-    sys.argv[1:] = ["-m", *words, config.quoted("hydra.sweep.dir", sweep.folder)]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print a page and exit
+    place = overrides.quoted("hydra.sweep.dir", sweep.folder)
+    # The jobs are processes of their own, so a working directory for each has no use.
+    sys.argv[1:] = ["-m", *words, place, "hydra.job.chdir=false"]
     _handle_signals(sweep.request_stop)
     failure = 0  # of Hydra's sweeper or launcher
     try:
@@ -57,7 +58,7 @@ def run(name: str, words: list[str]) -> int:
 
 def _checked(name: str, words: list[str]) -> "Sweep":
     """Return the sweep that a command line asks for; raises SettingsError for any of its jobs."""
-    jobs, hydra, varied = config.check_sweep(name, words)
+    jobs, hydra, folder, varied = config.check_sweep(name, words)
     for settings in jobs:
         if isinstance(settings, TrainSettings):  # its net can be built
             size = settings.model.image_size or settings.data.image_size
@@ -67,7 +68,6 @@ def _checked(name: str, words: list[str]) -> "Sweep":
         ranks = max(settings.columns * settings.replicas for settings in jobs)
         threads = max(1, device.num_cores() // at_once // ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    folder = Path(str(hydra.sweep.dir)).absolute()
     check_writable("run_dir", folder)
     if (folder / CONFIG).exists():
         raise SettingsError(f"run_dir={folder}: holds a run, not a sweep; use another folder")
@@ -105,6 +105,7 @@ class Sweep:
         words = [
             word for word in hydra.overrides.task if not word.startswith(("run_dir=", "search="))
         ]
+        words += [word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath=")]
         end: dict[str, Any] = {"job": hydra.job.num, "words": words, "status": 0}
         path = self.end_file(hydra.job.num)
         before = json.loads(path.read_text()) if path.exists() else None
@@ -114,7 +115,7 @@ class Sweep:
             print(f"modelpar: {self._title(end)}: finished{error}", flush=True)  # noqa: T201
             return top1
         if not self.stop.exists():
-            place = [config.quoted("run_dir", run_dir)] if "run_dir" in cfg else []
+            place = [overrides.quoted("run_dir", run_dir)] if "run_dir" in cfg else []
             status = self._run([*words, *place])
             atomic_write(path, json.dumps({**end, "status": status}) + "\n")
             if status == 0:

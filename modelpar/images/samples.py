@@ -1,5 +1,6 @@
 """Images as samples: images of any size and mode are returned as RGB of one size."""
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from modelpar.errors import DataError, one_line
 
 Sample = tuple["Tensor", int]  # (3, T, T) uint8, label
 MAX_PIXELS: Final = 89_478_485  # Pillow's limit; above it Pillow only warns of a bomb and decodes
+MAX_ASPECT: Final = 16  # long side by short side; ImageNet's photographs are far below
 DEEP: Final = ("I;16", "I;16B", "I;16L", "I;16N")  # 16 bits per pixel; Pillow clips them to 8
 RAW: Final = ("I", "F")  # 32 bits per pixel; their range is unknown
 
@@ -32,6 +34,8 @@ class ImageSet:
     ``fingerprint`` is a hash of the pixels if the images are in memory, otherwise of their names
     and sizes.  ``shuffled``: whether training may shuffle them.  ``test_groups``: for each test
     image a number that it shares with those it depends on; None: all are independent.
+    ``folders``: those of the classes, if there are any.  ``skipped``: the files among the images
+    that are not used.
     """
 
     name: str
@@ -42,11 +46,18 @@ class ImageSet:
     fingerprint: str
     shuffled: bool = True
     test_groups: Sequence[int] | None = None
+    folders: Sequence[str] = ()
+    skipped: str = ""
 
     @property
     def groups(self) -> Sequence[int]:
         """The number of each test image's group: of images that depend on each other."""
         return range(len(self.test)) if self.test_groups is None else self.test_groups
+
+    @property
+    def class_ids(self) -> list[str]:
+        """What tells the classes apart, however they are shown: their folders or their names."""
+        return list(self.folders or self.classes)
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ class Resized:
                 with Image.open(image) as opened:
                     return self.transform(as_rgb(opened)), label
             return self.transform(as_rgb(image)), label
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # noqa: BLE001 - Pillow's decoders raise almost any
             raise DataError(unreadable(image if is_path else f"image {index}", error)) from None
 
 
@@ -108,15 +119,26 @@ def unreadable(name: object, error: Exception) -> str:
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return ``image`` as RGB: grey is repeated, 16 bits are scaled to 8, transparency is ignored.
 
-    Raises ValueError, before decoding, if the image is too large or its range is unknown.
+    Of a very long image the central part is returned.  Raises ValueError, before decoding, if the
+    image is too large or its range is unknown.
     """
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS}")
     if image.mode in RAW:
         raise ValueError(f"mode {image.mode}, 32 bits per pixel")
+    # Differs: scaled whole, an image of one row would need gigabytes for a few central pixels.
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) > longest:
+        left, top = (max(0, side - longest) // 2 for side in (width, height))
+        image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
     if image.mode in DEEP:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def sha256(*parts: bytes) -> str:
+    """Return the SHA-256 of all parts, one after the other, in hexadecimal digits."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()

@@ -1,11 +1,11 @@
 """The data sets by name: where their images are, and their classes."""
 
 import gzip
-import hashlib
 import zlib
-from collections.abc import Callable
-from contextlib import nullcontext
-from itertools import cycle, islice
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
@@ -13,12 +13,13 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
 from torchvision import datasets
-from torchvision.transforms.v2.functional import to_image
+from torchvision.datasets import imagenet as archives
 
 from modelpar.errors import DataError, SettingsError, one_line, refuse_choice
-from modelpar.images.samples import ImageSet, InMemory, Resized, unreadable
+from modelpar.images.folders import check_same_classes, describe, list_part
+from modelpar.images.photos import photos
+from modelpar.images.samples import ImageSet, InMemory, Resized, sha256
 from modelpar.images.statistics import locked
 from modelpar.seeding import generator
 from modelpar.settings import DataSettings
@@ -29,148 +30,102 @@ STORED_PER_CROP: Final = 256 / 224
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
 
 
-# -- photos ---------------------------------------------------------------------------------------
-
-# The photographs in the scikit-image wheel, by the names of the functions that return them.
-PHOTOGRAPHS: Final = (
-    "astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle", "hubble_deep_field",
-    "retina", "immunohistochemistry", "camera", "brick", "grass", "gravel", "coins", "moon",
-)  # fmt: skip
-CELL: Final = 96  # pixels: the stored size; a crop of 64 is always inside one cell
-FLAT: Final = 8.0  # cells whose grey standard deviation is below this are dropped (sky, black)
-TEST_SHARE: Final = 5  # one cell in five is held out
-TRAIN_PER_CLASS: Final = 160  # an epoch is then 17 batches of 128
-TEST_PER_CLASS: Final = 72  # one of 1008 images is 0.1 %, and a test takes about a second
-WINDOW: Final = 80  # pixels of a test image: ten views of 64 pixels differ in it
-
-
-def _cells(photograph: Tensor) -> Tensor:
-    """Cut (3, H, W) uint8 into the cells (N, 3, 96, 96) of a grid, without the flat ones."""
-    grid = photograph.unfold(1, CELL, CELL).unfold(2, CELL, CELL)
-    cells = grid.permute(1, 2, 0, 3, 4).flatten(0, 1)
-    return cells[cells.float().mean(1).flatten(1).std(1) >= FLAT].contiguous()
-
-
-def _windows(cell: Tensor, count: int, side: int, *keys: str | int) -> Tensor:
-    """Cut a cell (3, 96, 96) into ``count`` windows (count, 3, side, side), always the same.
-
-    They are at different places that are drawn at random, if there are that many places.
-    """
-    room = CELL - side + 1
-    places = torch.randperm(room**2, generator=generator(0, "photos", "windows", *keys)).tolist()
-    corners = (divmod(place, room) for place in islice(cycle(places), count))
-    return torch.stack([cell[:, top : top + side, left : left + side] for top, left in corners])
-
-
-def photos(settings: DataSettings, cache: Path) -> ImageSet:
-    """Crops of 14 photographs of the scikit-image wheel; the class is the photograph.
-
-    Each photograph is cut into the cells of a grid, and a fifth of its cells is held out, so no
-    test pixel is ever trained on.  All classes have equal weight: the training cells of small
-    photographs are repeated, and their test cells are cut into more windows.
-    """
-    del cache
-    from skimage import data  # noqa: PLC0415 - takes half a second, and only this set needs it
-
-    cells: list[Tensor] = []
-    labels: list[int] = []
-    train: list[int] = []
-    windows: list[Tensor] = []
-    groups: list[int] = []
-    side = min(CELL, max(WINDOW, settings.image_size))  # larger ones are refused later
-    for label, name in enumerate(PHOTOGRAPHS):
-        try:
-            pixels: Any = getattr(data, name)()
-        except (OSError, ModuleNotFoundError, AttributeError) as error:
-            raise DataError(
-                f"data=photos: scikit-image has no {name} in its wheel ({one_line(error)}); "
-                "install scikit-image again"
-            ) from None
-        pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # left eye of the stereo pair
-        found = _cells(to_image(np.array(pixels)).expand(3, -1, -1))
-        order = torch.randperm(len(found), generator=generator(0, "photos", name)).tolist()
-        rows = [len(labels) + place for place in order]
-        held_out = max(2, len(found) // TEST_SHARE)
-        cells.append(found)
-        labels += [label] * len(found)
-        train += islice(cycle(rows[held_out:]), TRAIN_PER_CLASS)
-        for number, place in enumerate(order[:held_out]):
-            count = len(range(number, TEST_PER_CLASS, held_out))  # equal shares, but for one
-            windows.append(_windows(found[place], count, side, name, number))
-            groups += [rows[number]] * count
-    images, test = torch.cat(cells), torch.cat(windows)
-    test_labels = [labels[cell] for cell in groups]
-    fingerprint = _digest(
-        *(part.numpy().tobytes() for part in (images, test)), repr(train).encode()
-    )
-    return ImageSet(
-        "photos",
-        InMemory(images, labels, train),
-        InMemory(test, test_labels, range(len(test))),
-        PHOTOGRAPHS,
-        CELL,
-        fingerprint,
-        test_groups=groups,
-    )
-
-
-# -- data sets in folders ------------------------------------------------------------------------
+# -- data sets on the disk -----------------------------------------------------------------------
 
 
 def _folder(settings: DataSettings, cache: Path) -> Path:
     """Return ``data.root``, or the download folder; raises DataError if there is neither."""
+    download = ", or data.download=true" if settings.name in DOWNLOADS else ""
     if settings.root is not None:
-        root = Path(settings.root).expanduser()
+        root = Path(settings.root)
         if not root.is_dir() and not settings.download:
             raise DataError(
-                f"data.root={root}: no such folder; use the folder of {settings.name}, "
-                "or data.download=true"
+                f"data.root={root}: no such folder; use the folder of {settings.name}{download}"
             )
         return root
     if settings.download:
         return cache / "downloads"
-    raise DataError(f"data={settings.name}: use data.root=FOLDER, or data.download=true")
+    raise DataError(f"data={settings.name}: use data.root=FOLDER{download}")
 
 
 def _stored_size(settings: DataSettings) -> int:
     return round(settings.image_size * STORED_PER_CROP)
 
 
-def _torchvision(
+@contextmanager
+def _readable(what: str, advice: str) -> Generator[None]:
+    """Turn whatever torchvision raises for damaged files into one DataError."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - its readers check little
+        # torch's advice for a file that it does not trust would be to trust it.
+        text = "not as expected" if isinstance(error, UnpicklingError) else one_line(error)[:200]
+        raise DataError(f"{what} ({text}); {advice}") from None
+
+
+def _in_memory(
     settings: DataSettings, root: Path, title: str, build: Callable[[str], Any]
 ) -> ImageSet:
     """Return two torchvision data sets, whose items are (PIL image, label), as an ImageSet.
 
-    ``build`` returns that of ``train`` or of ``val``; its errors become one DataError.
+    ``build`` returns that of ``train`` or of ``val``.
     """
-    try:
+    advice = "use the folder that contains it, or data.download=true"
+    with _readable(f"data.root={root}: no {title} there", advice):
         train, test = build("train"), build("val")
-    except (AssertionError, OSError, RuntimeError, ValueError, UnpicklingError) as error:
-        raise DataError(
-            f"data.root={root}: no {title} there ({one_line(error)[:200]}); use the folder that "
-            "contains it, or data.download=true"
-        ) from None
+        content = sha256(np.asarray(train.data).tobytes(), np.asarray(test.data).tobytes())
     size = _stored_size(settings)
-    # Each class of ImageNet has several names, of which the first is kept.
-    classes = [name if isinstance(name, str) else name[0] for name in train.classes]
-    if test.classes != train.classes:
-        raise DataError(
-            f"data.root={root}: train and test have different classes; use the same classes"
-        )
-    if hasattr(train, "samples"):  # paths and labels
-        train, test = train.samples, test.samples
-        try:
-            content = "\n".join(
-                f"{Path(path).relative_to(root)} {label} {Path(path).stat().st_size}"
-                for path, label in [*train, *test]
+    fingerprint = sha256(content.encode(), str(size).encode())
+    images, tests = (Resized(part.__getitem__, len(part), size) for part in (train, test))
+    return ImageSet(settings.name, images, tests, train.classes, size, fingerprint)
+
+
+def _in_folders(
+    settings: DataSettings,
+    root: Path,
+    parts: Sequence[str],
+    *,
+    within: str = "",
+    names: Mapping[str, Sequence[str]] | None = None,
+) -> ImageSet:
+    """Return the images of the folders ``root/within/PART/CLASS``.
+
+    ``names``: those of a class by its folder, of which the first is shown.  Raises DataError.
+    """
+    found = {part: list_part(root / within, part) for part in parts}
+    val = found["val"]
+    train = found.get("train", replace(val, samples=[], sizes=[], skipped=Counter()))
+    check_same_classes(train, val)
+    classes = val.classes
+    if names is not None:
+        if unnamed := [folder for folder in classes if folder not in names]:
+            raise DataError(
+                f"{val.folder / unnamed[0]}: no class of {settings.name}; delete the folder, or "
+                f"use data=imagefolder data.root={root / within}"
             )
-        except OSError as error:  # a broken link, as git-annex leaves
-            raise DataError(unreadable(error.filename, error)) from None
-    else:  # all in memory
-        content = _digest(np.asarray(train.data).tobytes(), np.asarray(test.data).tobytes())
-    train, test = (Resized(part.__getitem__, len(part), size) for part in (train, test))
-    fingerprint = _digest(content.encode(errors="surrogateescape"), str(size).encode())
-    return ImageSet(settings.name, train, test, classes, size, fingerprint)
+        classes = [names[folder][0] for folder in classes]
+    size = _stored_size(settings)
+    content = "\n".join(
+        f"{path.removeprefix(str(root)).lstrip('/')} {label} {num_bytes}"
+        for part in (train, val)
+        for (path, label), num_bytes in zip(part.samples, part.sizes, strict=True)
+    )
+    fingerprint = sha256(content.encode(errors="surrogateescape"), str(size).encode())
+    images, tests = (
+        Resized(one.samples.__getitem__, len(one.samples), size) for one in (train, val)
+    )
+    others = train.skipped + val.skipped
+    skipped = f"{root / within}: skipped {describe(others)}" if others else ""
+    return ImageSet(
+        settings.name,
+        images,
+        tests,
+        classes,
+        size,
+        fingerprint,
+        folders=val.classes,
+        skipped=skipped,
+    )
 
 
 def cifar10(settings: DataSettings, cache: Path) -> ImageSet:
@@ -180,36 +135,46 @@ def cifar10(settings: DataSettings, cache: Path) -> ImageSet:
     def build(part: str) -> Any:
         return datasets.CIFAR10(root, part == "train", download=settings.download)
 
-    return _torchvision(settings, root, "CIFAR-10", build)
+    return _in_memory(settings, root, "CIFAR-10", build)
 
 
-def imagenette(settings: DataSettings, cache: Path) -> ImageSet:
+def imagenette(settings: DataSettings, cache: Path, parts: Sequence[str]) -> ImageSet:
     """Imagenette: ten classes of ImageNet, shorter side 320 pixels as published by fast.ai."""
-    root = _folder(settings, cache)
-    download = settings.download and not (root / "imagenette2-320").is_dir()
-
-    def build(part: str) -> Any:
-        found: Any = datasets.Imagenette(root, part, size="320px", download=download)
-        found.samples = found._samples  # noqa: SLF001 - it has no public name
-        return found
-
-    return _torchvision(settings, root, "Imagenette", build)
+    root, within = _folder(settings, cache), "imagenette2-320"
+    if not (root / within).is_dir():
+        advice = "use the folder that contains it, or data.download=true"
+        with _readable(f"data.root={root}: no {within} there", advice):
+            datasets.Imagenette(root, size="320px", download=settings.download)
+    names: Any = vars(datasets.Imagenette)["_WNID_TO_CLASS"]  # it has no public name
+    return _in_folders(settings, root, parts, within=within, names=names)
 
 
-def imagefolder(settings: DataSettings, cache: Path) -> ImageSet:
+def imagefolder(settings: DataSettings, cache: Path, parts: Sequence[str]) -> ImageSet:
     """Folders ``train`` and ``val``, each with one folder of images per class."""
-    root = _folder(settings, cache)
-    return _torchvision(
-        settings, root, settings.name, lambda part: datasets.ImageFolder(root / part)
-    )
+    return _in_folders(settings, _folder(settings, cache), parts)
 
 
-def imagenet(settings: DataSettings, cache: Path) -> ImageSet:
+def imagenet(settings: DataSettings, cache: Path, parts: Sequence[str]) -> ImageSet:
     """ILSVRC-2012: torchvision's layout with the development kit, or plain train and val."""
     root = _folder(settings, cache)
-    if not any((root / name).exists() for name in ("meta.bin", "ILSVRC2012_devkit_t12.tar.gz")):
-        return imagefolder(settings, cache)
-    return _torchvision(settings, root, "ImageNet", lambda part: datasets.ImageNet(root, part))
+    meta, kit = root / "meta.bin", root / "ILSVRC2012_devkit_t12.tar.gz"
+    if not meta.exists() and not kit.exists():
+        return _in_folders(settings, root, parts)
+    plain = "to use plain folders, whose names are the classes"
+    if not meta.exists():
+        with _readable(
+            f"{kit}: cannot be unpacked", f"download it again, or move it away {plain}"
+        ):
+            archives.parse_devkit_archive(root)
+    with _readable(f"{meta}: does not hold the names of the classes", f"delete it {plain}"):
+        loaded: Any = archives.load_meta_file(root)[0].items()
+        names = {folder: [str(name[0])] for folder, name in loaded}
+    unpack = {"train": archives.parse_train_archive, "val": archives.parse_val_archive}
+    for part in parts:
+        if not (root / part).is_dir():
+            with _readable(f"data.root={root}: no folder {part}", "add the folder or the archive"):
+                unpack[part](root)
+    return _in_folders(settings, root, parts, names=names)
 
 
 def fashion_mnist(settings: DataSettings, cache: Path) -> ImageSet:
@@ -224,7 +189,7 @@ def fashion_mnist(settings: DataSettings, cache: Path) -> ImageSet:
         def build(part: str) -> Any:
             return datasets.FashionMNIST(place, part == "train", download=settings.download)
 
-        return _torchvision(settings, root, "Fashion-MNIST", build)
+        return _in_memory(settings, root, "Fashion-MNIST", build)
 
 
 def _unpack(path: Path, to: Path) -> None:
@@ -253,7 +218,7 @@ def synthetic(settings: DataSettings, seed: int, batch: int) -> ImageSet:
     train = InMemory(images, labels, [*range(batch)] * SYNTHETIC_STEPS)
     test = InMemory(images, labels, range(batch))
     classes = [str(number) for number in range(num_classes)]
-    fingerprint = _digest(repr((seed, batch, size, num_classes)).encode())
+    fingerprint = sha256(repr((seed, batch, size, num_classes)).encode())
     return ImageSet("synthetic", train, test, classes, size, fingerprint, shuffled=False)
 
 
@@ -263,35 +228,41 @@ SETS: Final[dict[str, Callable[[DataSettings, Path], ImageSet]]] = {
     "photos": photos,
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
-    "imagenette": imagenette,
-    "imagefolder": imagefolder,
-    "imagenet": imagenet,
 }
+IN_FOLDERS: Final = {"imagenette": imagenette, "imagefolder": imagefolder, "imagenet": imagenet}
+DOWNLOADS: Final = ("fashion_mnist", "cifar10", "imagenette")
 
 
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def open_set(settings: DataSettings, cache: Path, seed: int = 0, batch: int = 128) -> ImageSet:
+def open_set(
+    settings: DataSettings, cache: Path, seed: int = 0, batch: int = 128, *, train: bool = True
+) -> ImageSet:
     """Return the data set ``settings.name``; downloads into ``cache`` happen under a file lock.
 
     ``seed`` and ``batch`` (images per step, of all replicas) determine the synthetic images.
+    Without ``train`` a set of folders needs no training images, and has none.
     Raises DataError if images are missing or damaged, SettingsError if the name, the number of
     classes or the image size does not fit.
     """
+    if settings.download and settings.name in IN_FOLDERS.keys() - DOWNLOADS:
+        raise SettingsError(
+            f"data.download=true: data={settings.name} has no download; use data.root=FOLDER"
+        )
     if settings.name == "synthetic":
         found = synthetic(settings, seed, batch)
-    elif settings.name in SETS:
+    elif settings.name in SETS or settings.name in IN_FOLDERS:
         with locked(cache / "download.lock") if settings.download else nullcontext():
-            found = SETS[settings.name](settings, cache)
+            if settings.name in SETS:
+                found = SETS[settings.name](settings, cache)
+            else:
+                parts = ("train", "val") if train else ("val",)
+                found = IN_FOLDERS[settings.name](settings, cache, parts)
     else:
-        refuse_choice("data", settings.name, (*SETS, "synthetic"))
-    wanted = settings.num_classes
-    if wanted is not None and wanted != len(found.classes):
+        refuse_choice("data", settings.name, (*SETS, *IN_FOLDERS, "synthetic"))
+    wanted, number = settings.num_classes, len(found.classes)
+    if wanted not in {None, number}:
         raise SettingsError(
-            f"model.num_classes={wanted}: data={found.name} has {len(found.classes)} classes; "
-            "leave model.num_classes unset"
+            f"data={found.name}: has {number} classes, not {wanted}; "
+            f"use model.num_classes={number}"
         )
     if found.stored_size < settings.image_size:
         raise SettingsError(

@@ -141,7 +141,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:
-        places = sorted(glob(str(Path(pattern).expanduser())))  # noqa: PTH207 - may be absolute
+        places = sorted(glob(pattern))  # noqa: PTH207 - may be absolute
         runs = [run for place in places for run in _runs_in(Path(place))]
         if not runs:
             raise SettingsError(

@@ -280,7 +280,7 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 def find(path: str, setting: str = "checkpoint") -> Checkpoint | Path:
     """Resolve RUN_DIR (its newest step), STEP_DIR or FILE.safetensors; raises CheckpointError."""
-    named = Path(path).expanduser()
+    named = Path(path)
     if named.is_file() and named.suffix == ".safetensors":
         return named
     if (named / MANIFEST).is_file():

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from modelpar import config
 from modelpar.distributed import Mesh
-from modelpar.errors import CheckpointError, SettingsError, one_line
+from modelpar.errors import CheckpointError, DataError, SettingsError, one_line
 from modelpar.files import atomic_write
 from modelpar.images.augment import Augmentation, Statistics
+from modelpar.images.folders import first_difference
 from modelpar.images.loader import TestLoader
 from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
@@ -46,6 +47,7 @@ class TrainedNet:
     step: int
     seed: int
     images_a_step: int
+    classes: list[str] | None  # None: of a version that did not record them
 
     def weights(self, column: int | None) -> dict[str, Tensor]:
         """Return a column's weights, or the whole net's for None; raises CheckpointError."""
@@ -64,7 +66,7 @@ def find(path: str) -> TrainedNet:
         schema = OmegaConf.structured(DataSettings)
         data: Any = OmegaConf.to_object(OmegaConf.merge(schema, record["data"]))
         plan, numbers = plan_of(record["plan"]), [int(record[key]) for key in RUN_KEYS]
-        return TrainedNet(source, plan, data, *numbers)
+        return TrainedNet(source, plan, data, *numbers, classes=record.get("classes"))
     except (*NO_RECORD, OmegaConfBaseException, SettingsError) as error:
         raise CheckpointError(
             f"checkpoint={path}: does not describe the net it holds ({one_line(error)})"
@@ -81,8 +83,13 @@ class Prepared:
     workers: int
 
 
-def prepare(settings: EvaluateSettings, _run_dir: Path | None = None) -> Prepared:
-    """Find weights, images and mean image; raises CheckpointError, SettingsError, DataError."""
+def prepare(
+    settings: EvaluateSettings, _run_dir: Path | None = None, *, train: bool = False
+) -> Prepared:
+    """Find weights, images and mean image; raises CheckpointError, SettingsError, DataError.
+
+    ``train``: with the training images, which a run's checkpoint does not need otherwise.
+    """
     trained = find(settings.checkpoint)
     if settings.columns > trained.plan.columns:
         raise SettingsError(
@@ -92,9 +99,12 @@ def prepare(settings: EvaluateSettings, _run_dir: Path | None = None) -> Prepare
     if not data.name:  # those of the run, with the settings that were given
         data = replace(trained.data, download=data.download, root=data.root or trained.data.root)
     plan = trained.plan
-    data = replace(data, image_size=plan.image_size, num_classes=plan.num_classes)
+    number = plan.num_classes if data.name == "synthetic" else None  # else that of the images
+    data = replace(data, image_size=plan.image_size, num_classes=number)
     cache = config.cache_dir(settings.cache_dir)
-    images = open_set(data, cache, trained.seed, trained.images_a_step)
+    train = train or not isinstance(trained.source, Checkpoint)  # to measure the mean image
+    images = open_set(data, cache, trained.seed, trained.images_a_step, train=train)
+    check_classes(images, trained, settings.checkpoint)
     if isinstance(trained.source, Checkpoint):  # the mean image that the net was trained with
         stats = Statistics(**checkpoint.read_statistics(trained.source))
         if stats.mean.shape[-1] != images.stored_size:
@@ -106,6 +116,22 @@ def prepare(settings: EvaluateSettings, _run_dir: Path | None = None) -> Prepare
         stats = statistics(images, cache, data.workers)
     workers = data.workers if settings.workers is None else settings.workers
     return Prepared(trained, images, stats, workers)
+
+
+def check_classes(images: ImageSet, trained: TrainedNet, checkpoint: str) -> None:
+    """Raise DataError where the images have other classes than the net, or another order."""
+    number, ours = trained.plan.num_classes, images.class_ids
+    if len(ours) != number:
+        raise DataError(
+            f"data={images.name}: has {len(ours)} classes, but the net of {checkpoint} has "
+            f"{number}; use the classes it was trained on"
+        )
+    if trained.classes and (found := first_difference(ours, trained.classes)):
+        label, here, there = found
+        raise DataError(
+            f"data={images.name}: class {label} is {here}, but {there} in {checkpoint}; "
+            "use the classes it was trained on, in the same order"
+        )
 
 
 def loaded(settings: EvaluateSettings, trained: TrainedNet, mesh: Mesh) -> Net:
@@ -139,7 +165,7 @@ def export(path: str, out: Path) -> str:
     record = {
         "plan": settings_of(trained.plan),
         "data": config.without_secrets(asdict(trained.data)),
-        **{key: getattr(trained, key) for key in RUN_KEYS},
+        **{key: getattr(trained, key) for key in (*RUN_KEYS, "classes")},
     }
     content = safetensors.torch.save(weights, {METADATA: json.dumps(record)})
     try:

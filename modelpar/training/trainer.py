@@ -288,6 +288,7 @@ class Trainer:
             "epoch": self.step // len(self.order),
             "schedule": asdict(self.learner.schedule.plateau),
             "data": without_secrets(asdict(self.prepared.data)),
+            "classes": self.prepared.images.class_ids,
             **self.prepared.identity,
         }
         self.checkpointer.start(state, vars(self.prepared.statistics), manifest)

@@ -45,7 +45,7 @@ SETTINGS = [
     ("3 empty batch", ["batch_size=0"], 2, "batch_size=0: use 1 or more"),
     ("3 batch larger than the data", ["batch_size=640"], 2, "the data has only"),
     ("4 epochs", ["epochs=-3"], 2, "epochs=-3"),
-    ("5 classes", ["model.num_classes=3"], 2, "data=imagefolder has 2 classes"),
+    ("5 classes", ["model.num_classes=3"], 2, "data=imagefolder: has 2 classes, not 3"),
     ("6 columns", ["columns=3"], 2, "columns=3: use one of 1, 2"),
     ("6 one column", ["model.net=one_column"], 2, "one_column: has one column; use columns=1"),
     ("7 dropout", ["model.dropout=1"], 2, "model.dropout=1"),
@@ -68,9 +68,9 @@ SETTINGS = [
     ("14 resume=never", ["run_dir=run", "resume=never"], 2, "resume=never; use a new folder"),
     ("15 keep", ["keep_last=1"], 2, "keep_last=1: use 2 or more"),
     ("15 interval", ["checkpoint_every=-1"], 2, "checkpoint_every=-1"),
-    ("16 missing root", ["data.root=nowhere"], 3, "data.root=nowhere: no such folder"),
+    ("16 missing root", ["data.root=nowhere"], 3, "/nowhere: no such folder"),
     ("16 root not given", ["data.root=null"], 3, "use data.root=FOLDER"),
-    ("16 empty root", ["data.root=run/log"], 3, "data.root=run/log"),
+    ("16 empty root", ["data.root=run/log"], 3, "/run/log: no folder train; it "),
     ("31 no checkpoint", ["resume=nowhere"], 4, "no checkpoint there"),
     (
         "34 another net",
@@ -148,14 +148,14 @@ def add_image(place: Path) -> None:
 # Name, function that spoils the images, part of the error line; the exit status is 3.
 IMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("17 empty class", add_empty_class, "none"),
-    ("18 other classes", add_class_to_val, "different classes"),
+    ("18 other classes", add_class_to_val, "the class 'grey' is not in train"),
     ("19 empty file", write_empty_file, "3.png: cannot read image"),
     ("19 HTML", write_html, "3.png: cannot read image"),
-    ("19 dead link", write_dead_link, "3.png: cannot read image (No such file"),
+    ("19 dead link", write_dead_link, "3.png: cannot be read (No such file"),
     ("20 truncated", truncate, "3.png: cannot read image"),
     ("21 90 megapixels", write_90_megapixels, "10000 x 9000 pixels"),
     ("21 400 megapixels", write_400_megapixels, "3.png: cannot read image"),
     ("23 float pixels", write_float_pixels, "big.tiff: cannot read image (mode F"),
     ("29 name that is not text", write_name_that_is_not_text, ".png: cannot read image"),
-    ("30 changed data set", add_image, "not the images that run/checkpoints/step-000000"),
+    ("30 changed data set", add_image, "run/checkpoints/step-00000002 was trained on"),
 ]

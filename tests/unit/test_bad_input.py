@@ -1,5 +1,6 @@
 """Wrong input gives one line that names the problem, the place and the fix; no file changes."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from PIL import Image
 
 from modelpar import config, evaluate, export, train
 from modelpar.distributed import Mesh
-from modelpar.training import prepare, trainer
+from modelpar.training import checkpoint, evaluation, prepare, trainer
 
 MAINS: dict[str, Callable[[], Any]] = {
     "train": train.main,
@@ -182,6 +183,53 @@ def test_a_damaged_checkpoint_is_not_used(
     assert code == 4
     assert name in line
     assert contents(place) == before
+
+
+OTHERS = [
+    ("other names", ("zebra", "apple"), "data=imagefolder: class 0 is 'apple', but 'dark' in "),
+    ("a third", ("dark", "light", "x"), "data=imagefolder: has 3 classes, but the net of "),
+    ("unicode", ("dark", "li\u0261ht"), "class 1 is 'li\u0261ht', but 'light' in "),
+]
+
+
+@pytest.mark.parametrize(("name", "classes", "said"), OTHERS, ids=[row[0] for row in OTHERS])
+def test_a_net_is_not_evaluated_on_other_classes(
+    place: Path,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    classes: tuple[str, ...],
+    said: str,
+) -> None:
+    for one in classes:
+        shutil.copytree(place / "images/val/dark", place / "others/val" / one)
+    words = ["checkpoint=run", "columns=1", "data.root=others"]
+    code, line = outcome("evaluate", words, capfd)
+    assert code == 3, name
+    assert said in line
+
+
+def test_val_alone_is_enough_to_evaluate(place: Path) -> None:
+    shutil.rmtree(place / "images/train")
+    found = evaluation.prepare(config.read("evaluate", ["checkpoint=run", "columns=1"]))
+    assert [len(found.images.train), len(found.images.test)] == [0, 10]
+    assert found.trained.classes == ["dark", "light"]
+    os.chdir(place.parent)  # the run knows where its images are
+    evaluation.prepare(config.read("evaluate", ["checkpoint=here/run", "columns=1"]))
+
+
+def test_an_export_knows_its_classes_and_old_checkpoints_load(place: Path) -> None:
+    evaluation.export("run", Path("net.safetensors"))
+    exported = evaluation.find("net.safetensors")
+    assert exported.classes == ["dark", "light"]
+    manifest = place / STEP / "manifest.json"
+    record = json.loads(manifest.read_text())
+    assert record.pop("classes") == ["dark", "light"]
+    manifest.unlink()
+    manifest.write_text(json.dumps(checkpoint.signed(record)))
+    shutil.move("images/val/dark", "images/val/zebra")
+    shutil.rmtree(place / "images/train")
+    old = evaluation.prepare(config.read("evaluate", ["checkpoint=run", "columns=1"]))
+    assert old.trained.classes is None
 
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}

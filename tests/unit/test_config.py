@@ -65,7 +65,7 @@ def refused(overrides: list[str]) -> str:
         ("data.epochs=0", "data.epochs=0"),
         ("data.checkpoint_every=-1", "data.checkpoint_every=-1"),
         ("checkpoint_every=-1", "checkpoint_every=-1"),
-        ("model.num_classes=15", "model.num_classes=15: data=photos has 14 classes"),
+        ("model.num_classes=15", "data=photos: has 14 classes, not 15; use model.num_classes=14"),
         ("model.image_size=32", "model.image_size=32"),
         ("model.image_size=97", "stored at 96 pixels"),
         ("model.dropout=1", "model.dropout=1"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import Ranks
 
-from modelpar import config, launch
+from modelpar import config, launch, overrides
 from modelpar.distributed import Mesh
 from modelpar.environment import Environment
 from modelpar.errors import (
@@ -97,7 +97,8 @@ def test_no_status_is_recorded_where_no_run_is(tmp_path: Path) -> None:
     "path", ["a b", "a,b", "it's", 'say "x"', "back\\slash", "$HOME", "end\\", "[x]", "día", "~x"]
 )
 def test_a_quoted_word_is_read_as_it_was(path: str) -> None:
-    assert config.read("train", [config.quoted("run_dir", path)]).run_dir == path
+    settings = config.read("train", [overrides.quoted("run_dir", f"/a/{path}")])
+    assert settings.run_dir == f"/a/{path}"
 
 
 def test_a_full_disk_and_full_memory_are_one_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from modelpar import config, errors, sweep
+from modelpar import config, errors, overrides, sweep
 from modelpar.errors import SettingsError
 from modelpar.sweep import Sweep
 
@@ -108,7 +108,7 @@ def test_a_switch_that_the_net_lacks_is_one_line_before_any_job(
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(config.PLUGINS["hydra/launcher"], "absent", "slurm")
+    monkeypatch.setitem(overrides.PLUGINS["hydra/launcher"], "absent", "slurm")
     with pytest.raises(SettingsError, match=r"not installed; pip install 'modelpar\[slurm\]'"):
         config.check_sweep("train", ["hydra/launcher=absent"])
 
