@@ -15,7 +15,7 @@ from modelpar.errors import DataError, one_line
 
 Sample = tuple["Tensor", int]  # (3, T, T) uint8, label
 MAX_PIXELS: Final = 89_478_485  # Pillow's limit; above it Pillow only warns of a bomb and decodes
-MAX_ASPECT: Final = 16  # long side by short side; ImageNet's photographs are far below
+MAX_ASPECT: Final = 16  # long side by short side: a choice of ours
 DEEP: Final = ("I;16", "I;16B", "I;16L", "I;16N")  # 16 bits per pixel; Pillow clips them to 8
 RAW: Final = ("I", "F")  # 32 bits per pixel; their range is unknown
 

@@ -115,7 +115,7 @@ def _in_folders(
         Resized(one.samples.__getitem__, len(one.samples), size) for one in (train, val)
     )
     others = train.skipped + val.skipped
-    skipped = f"{root / within}: skipped {describe(others)}" if others else ""
+    skipped = f"{root / within}: skipped files: {describe(others)}" if others else ""
     return ImageSet(
         settings.name,
         images,

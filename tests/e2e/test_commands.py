@@ -444,7 +444,9 @@ def test_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 4, done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith("modelpar: disk/run: what a run writes down needs 1 MB, 0 MB are free")
+    assert line.startswith(
+        f"modelpar: {tmp_path}/disk/run: what a run writes down needs 1 MB, 0 MB are free"
+    )
 
 
 # -- sweeps ---------------------------------------------------------------------------------------

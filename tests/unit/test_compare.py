@@ -173,7 +173,7 @@ def test_each_image_folder_and_number_of_classes_is_a_data_set(place: Path) -> N
         stored(place / name, error, "data=imagefolder", f"data.root=images_{name}")
     found = cells(place, "d", "e")
     assert [row["data"] for row in found] == [
-        f"imagefolder images_{name}, 224 pixels" for name in "de"
+        f"imagefolder {place}/images_{name}, 224 pixels" for name in "de"
     ]
     stored(place / "f", 50.0, "model.num_classes=20")
     (row,) = cells(place, "f")

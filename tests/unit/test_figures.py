@@ -134,11 +134,11 @@ def test_runs_without_checkpoint_setting_need_no_images(
 BAD = [
     ([], 2, "checkpoint: missing; add checkpoint=RUN_DIR or runs=[RUN,RUN]"),
     (["runs=[nowhere]"], 2, "runs=nowhere: no run there"),
-    (["checkpoint=nowhere"], 4, "checkpoint=nowhere: no checkpoint there"),
+    (["checkpoint=nowhere"], 4, "/nowhere: no checkpoint there"),
     (["checkpoint=run", "training_images=0"], 2, "training_images=0: use 1 or more"),
     (["checkpoint=run", "device=gpu"], 2, "device=gpu: did you mean cpu?"),
     (["checkpoint=run", "out=images/val/dark/1.png/x"], 2, "is a file; use a folder"),
-    (["checkpoint=run", "data.root=nowhere"], 3, "data.root=nowhere: no such folder"),
+    (["checkpoint=run", "data.root=nowhere"], 3, "/nowhere: no such folder"),
     (["checkpiont=run"], 2, "did you mean checkpoint?"),
 ]
 

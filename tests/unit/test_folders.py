@@ -54,7 +54,7 @@ def test_hidden_and_other_files_are_skipped_and_counted_by_ending(root: Path) ->
     assert found.classes == ["ant", "bee"]
     assert found.fingerprint == before.fingerprint
     assert found.skipped == (
-        f"{root}: skipped 8 hidden, 2 .gif, 1 .avif, 1 .jfif, 1 outside the class folders, "
+        f"{root}: skipped files: 8 hidden, 2 .gif, 1 .avif, 1 .jfif, 1 outside the class folders, "
         "1 without an ending"
     )
 
