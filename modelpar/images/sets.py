@@ -250,12 +250,18 @@ def open_set(
     if settings.name == "synthetic":
         found = synthetic(settings, seed, batch)
     elif settings.name in SETS or settings.name in IN_FOLDERS:
-        with locked(cache / "download.lock") if settings.download else nullcontext():
-            if settings.name in SETS:
-                found = SETS[settings.name](settings, cache)
-            else:
-                parts = ("train", "val") if train else ("val",)
-                found = IN_FOLDERS[settings.name](settings, cache, parts)
+        parts = ("train", "val") if train else ("val",)
+        try:
+            with locked(cache / "download.lock") if settings.download else nullcontext():
+                if settings.name in SETS:
+                    found = SETS[settings.name](settings, cache)
+                else:
+                    found = IN_FOLDERS[settings.name](settings, cache, parts)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or settings.root}: cannot be read ({error.strerror or error}); "
+                "make it readable, or use another data.root"
+            ) from None
     else:
         refuse_choice("data", settings.name, (*SETS, *IN_FOLDERS, "synthetic"))
     wanted, number = settings.num_classes, len(found.classes)

@@ -187,6 +187,14 @@ def test_what_may_not_be_read_is_named(
     assert line.startswith(f"set/{what}: cannot")
 
 
+def test_a_root_that_may_not_be_read_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_dir(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    assert refused(root).startswith("set: cannot be read (Permission denied); make it readable")
+
+
 def test_a_root_beside_the_right_one_is_corrected(root: Path) -> None:
     assert refused(root.parent).endswith(f"no folder train; use data.root={root.parent.name}/set")
     assert refused(root / "train").endswith(f"no folder train; use data.root={root}")
