@@ -98,10 +98,11 @@ def typed(composed: DictConfig) -> Any:
         *groups, name = key.split(".")
         owner = reduce(getattr, groups, settings)
         if isinstance(value, list):
-            paths = [(each, str(local_path(key, each))) for each in cast("list[str]", value)]
+            texts = [str(each) for each in cast("list[Any]", value)]
+            paths = [(text, str(local_path(key, text))) for text in texts]
             setattr(owner, name, [path if text[0] == "~" else text for text, path in paths])
         else:
-            setattr(owner, name, str(local_path(key, value)))
+            setattr(owner, name, str(local_path(key, str(value))))
     check(settings)
     return settings
 

@@ -85,7 +85,11 @@ def _override(main: str, word: str) -> Override:
 def path_keys(main: str) -> dict[str, bool]:
     """Return the settings of a command that are paths, and whether each may be a list."""
     entries = ((key, entry) for key, entry, _ in walk(SCHEMAS[main]()))
-    return {key: "list" in str(entry.type) for key, entry in entries if "path" in entry.metadata}
+    return {
+        key: "list" in str(entry.type) or entry.type is Any
+        for key, entry in entries
+        if "path" in entry.metadata
+    }
 
 
 def values_of(override: Override) -> list[str]:

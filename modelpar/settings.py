@@ -252,7 +252,10 @@ class TrainSettings(RankSettings):
 class EvaluateSettings(RankSettings):
     """The settings of ``modelpar.evaluate``."""
 
-    checkpoint: str = path()  # RUN_DIR | STEP_DIR | FILE.safetensors
+    checkpoint: Any = path()  # RUN_DIR | STEP_DIR | FILE.safetensors, or a list of them
+    weights: str = one_of("equal", "search", default="equal")  # of the nets in their average
+    search_images: int | None = at_least(1, None)  # test images to search on; null: a fifth
+    out: str | None = path(None)  # FILE.json with the errors, for modelpar-compare
     data: DataSettings = field(default_factory=_run_data)
 
 
@@ -331,8 +334,9 @@ def _check_combination(settings: Any) -> None:
             raise SettingsError("link: requires two hosts; use launch/slow_link.sh")
     elif isinstance(settings, FiguresSettings) and not (settings.checkpoint or settings.runs):
         raise SettingsError("checkpoint: missing; add checkpoint=RUN_DIR or runs=[RUN,RUN]")
-    elif isinstance(settings, ExportSettings) and not settings.out.endswith(".safetensors"):
-        raise SettingsError(f"out={settings.out}: use a name that ends in .safetensors")
     if out := getattr(settings, "out", None):
-        is_file = isinstance(settings, ExportSettings)
-        check_writable("out", Path(out).parent if is_file else Path(out))
+        files: dict[type, str] = {EvaluateSettings: ".json", ExportSettings: ".safetensors"}
+        suffix = files.get(type(settings))
+        if not out.endswith(suffix or ""):
+            raise SettingsError(f"out={out}: use a name that ends in {suffix}")
+        check_writable("out", Path(out).parent if suffix else Path(out))

@@ -1,12 +1,12 @@
 """A comparison as one HTML page without external files: tables and learning curves."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from string import Template
 from typing import Final
 
-from modelpar.studies import comparison, plots
+from modelpar.studies import averages, comparison, plots
 from modelpar.studies.comparison import Group
 
 PAGE: Final = Template("""<!doctype html>
@@ -24,17 +24,26 @@ $body
 """)
 
 
-def page(sets: dict[str, list[Group]]) -> str:
-    """Return the page."""
+def page(sets: dict[str, list[Group]], averaged: Sequence[Sequence[str]] = ()) -> str:
+    """Return the page; ``averaged`` are the rows of averaged nets."""
     parts: list[str] = []
     for data, groups in sets.items():
-        lines = [_row(cells) for cells in (comparison.HEAD, *comparison.rows(groups))]
+        table = _table(data, comparison.HEAD, comparison.rows(groups))
         picture = io.StringIO()
         plots.learning_curves(groups).savefig(picture, format="svg", metadata={"Date": None})
         svg = picture.getvalue().partition("<svg")[2]
-        parts.append(f"<h2>{escape(data)}</h2><table>{''.join(lines)}</table><svg{svg}")
-    parts += [f"<p>{escape(note)}</p>" for note in comparison.notes(sets)]
+        parts.append(f"{table}<svg{svg}")
+    notes = [*comparison.notes(sets)] if sets else []
+    if averaged:
+        parts.append(_table(averages.TITLE, averages.HEAD, averaged))
+        notes.append(averages.NOTE)
+    parts += [f"<p>{escape(note)}</p>" for note in notes]
     return PAGE.substitute(body="\n".join(parts))
+
+
+def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = "".join(_row(cells) for cells in (head, *rows))
+    return f"<h2>{escape(title)}</h2><table>{lines}</table>"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -190,6 +190,19 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def log_probabilities(net: Net, stored: Tensor, augmentation: Augmentation, views: int) -> Tensor:
+    """Return the log-probabilities (N, classes) of stored images (N, 3, T, T).
+
+    ``views`` 1: of the central crop; 10 and 9: of the mean probabilities of the ten views
+    (section 4.1) or of the nine that the code had for CIFAR.  A collective of the pair.
+    """
+    net.eval()
+    several = {9: augmentation.nine_crop, 10: augmentation.ten_crop}
+    crops = [augmentation.center_crop(stored)] if views == 1 else several[views](stored)
+    each = [functional.log_softmax(_wide(net(images)), dim=1) for images in crops]
+    return torch.stack(each).logsumexp(0) - math.log(len(each))
+
+
 def evaluate(
     net: Net,
     mesh: Mesh,
@@ -200,16 +213,9 @@ def evaluate(
 ) -> Errors:
     """Return the exact errors over ``batches`` of stored images; each replica has its share.
 
-    ``groups`` are those of all test images, see ``ImageSet``.
-    ``views`` 1: the central crop; 10 and 9: the mean probabilities of the ten views (section 4.1)
-    or of the nine that the code had for CIFAR.
-    A collective of the whole mesh.
+    ``groups`` are those of all test images, see ``ImageSet``.  A collective of the whole mesh.
     """
-    net.eval()
     count = ErrorCount(groups, mesh.replica, mesh.replicas)
-    several = {9: augmentation.nine_crop, 10: augmentation.ten_crop}
     for stored, labels in batches:
-        crops = [augmentation.center_crop(stored)] if views == 1 else several[views](stored)
-        each = [functional.log_softmax(_wide(net(images)), dim=1) for images in crops]
-        count.add(torch.stack(each).logsumexp(0) - math.log(len(each)), labels)
+        count.add(log_probabilities(net, stored, augmentation, views), labels)
     return count.result(mesh.replica_group, mesh.device)

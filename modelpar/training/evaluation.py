@@ -1,6 +1,7 @@
 """Evaluates and exports trained weights: of a run, of one of its steps, or of one file."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,6 @@ from modelpar.errors import CheckpointError, DataError, SettingsError, one_line
 from modelpar.files import atomic_write
 from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.folders import first_difference
-from modelpar.images.loader import TestLoader
 from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
@@ -28,8 +28,9 @@ from modelpar.net.plan import Plan, plan_of, settings_of
 from modelpar.net.weights import check_state
 from modelpar.settings import DataSettings, EvaluateSettings
 from modelpar.training import checkpoint
+from modelpar.training.averaging import Member, Pass, split
 from modelpar.training.checkpoint import Checkpoint
-from modelpar.training.engine import Net, build, evaluate
+from modelpar.training.engine import Net, build
 from modelpar.training.metrics import Errors
 
 RUN_KEYS: Final = ("step", "seed", "images_a_step")  # numbers that a manifest records of its run
@@ -41,6 +42,7 @@ NO_RECORD: Final = (SafetensorError, KeyError, TypeError, ValueError)  # if a fi
 class TrainedNet:
     """Weights, with what the manifest of their run or the metadata of their file records."""
 
+    path: str  # as the settings name it
     source: Checkpoint | Path
     plan: Plan
     data: DataSettings
@@ -66,7 +68,7 @@ def find(path: str) -> TrainedNet:
         schema = OmegaConf.structured(DataSettings)
         data: Any = OmegaConf.to_object(OmegaConf.merge(schema, record["data"]))
         plan, numbers = plan_of(record["plan"]), [int(record[key]) for key in RUN_KEYS]
-        return TrainedNet(source, plan, data, *numbers, classes=record.get("classes"))
+        return TrainedNet(path, source, plan, data, *numbers, classes=record.get("classes"))
     except (*NO_RECORD, OmegaConfBaseException, SettingsError) as error:
         raise CheckpointError(
             f"checkpoint={path}: does not describe the net it holds ({one_line(error)})"
@@ -75,9 +77,10 @@ def find(path: str) -> TrainedNet:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an evaluation needs before its first batch."""
+    """What the evaluation of one net needs before its first batch."""
 
     trained: TrainedNet
+    data: DataSettings
     images: ImageSet
     statistics: Statistics
     workers: int
@@ -85,16 +88,34 @@ class Prepared:
 
 def prepare(
     settings: EvaluateSettings, _run_dir: Path | None = None, *, train: bool = False
-) -> Prepared:
-    """Find weights, images and mean image; raises CheckpointError, SettingsError, DataError.
+) -> list[Prepared]:
+    """Find weights, images and mean image of each net, and check that they fit each other.
 
     ``train``: with the training images, which a run's checkpoint does not need otherwise.
+    Raises CheckpointError, SettingsError, DataError.
     """
-    trained = find(settings.checkpoint)
+    given = settings.checkpoint
+    paths = given if isinstance(given, list) else [given]
+    if not paths:
+        raise SettingsError(f"checkpoint={given}: use a path, or a list of paths, [PATH,PATH]")
+    if len(paths) == 1 and settings.weights == "search":
+        raise SettingsError("weights=search: one net has no weights; use checkpoint=[PATH,PATH]")
+    if settings.search_images and settings.weights != "search":
+        raise SettingsError(f"search_images={settings.search_images}: requires weights=search")
+    first = _prepare(settings, paths[0], train=train)
+    found = [first, *(_prepare(settings, path, first, train=train) for path in paths[1:])]
+    if settings.weights == "search":
+        rows(settings, found)
+    return found
+
+
+def _prepare(
+    settings: EvaluateSettings, path: str, first: Prepared | None = None, *, train: bool
+) -> Prepared:
+    """Return what one net needs; raises SettingsError if it cannot be averaged with ``first``."""
+    trained = find(path)
     if settings.columns > trained.plan.columns:
-        raise SettingsError(
-            f"checkpoint={settings.checkpoint}: its net has one column; use columns=1"
-        )
+        raise SettingsError(f"checkpoint={path}: its net has one column; use columns=1")
     data = settings.data
     if not data.name:  # those of the run, with the settings that were given
         data = replace(trained.data, download=data.download, root=data.root or trained.data.root)
@@ -103,8 +124,11 @@ def prepare(
     data = replace(data, image_size=plan.image_size, num_classes=number)
     cache = config.cache_dir(settings.cache_dir)
     train = train or not isinstance(trained.source, Checkpoint)  # to measure the mean image
-    images = open_set(data, cache, trained.seed, trained.images_a_step, train=train)
-    check_classes(images, trained, settings.checkpoint)
+    source = first.trained if first else trained  # of synthetic images: the same for all nets
+    images = open_set(data, cache, source.seed, source.images_a_step, train=train)
+    check_classes(images, trained, path)
+    if first is not None:
+        _check_same_images(first, path, data, images)
     if isinstance(trained.source, Checkpoint):  # the mean image that the net was trained with
         stats = Statistics(**checkpoint.read_statistics(trained.source))
         if stats.mean.shape[-1] != images.stored_size:
@@ -115,7 +139,47 @@ def prepare(
     else:
         stats = statistics(images, cache, data.workers)
     workers = data.workers if settings.workers is None else settings.workers
-    return Prepared(trained, images, stats, workers)
+    return Prepared(trained, data, images, stats, workers)
+
+
+def _check_same_images(first: Prepared, path: str, data: DataSettings, images: ImageSet) -> None:
+    """Raise SettingsError unless a net has the classes and the test images of the first one.
+
+    Crops and stored images may have other sizes.
+    """
+    other = first.trained.path
+    if images.class_ids != first.images.class_ids:
+        raise SettingsError(
+            f"checkpoint={path}: its classes are not those of {other}; "
+            "average nets with the same classes"
+        )
+    names = [(one.name, one.root and Path(one.root).resolve()) for one in (data, first.data)]
+    same = names[0] == names[1]
+    if data.name == "synthetic":  # other sizes are other noise
+        same = same and images.fingerprint == first.images.fingerprint
+    if not same or len(images.test) != len(first.images.test):
+        raise SettingsError(
+            f"checkpoint={path}: its test images are not those of {other}; "
+            "add data=NAME, and data.root=FOLDER if it has one"
+        )
+
+
+def rows(settings: EvaluateSettings, prepared: Sequence[Prepared]) -> tuple[list[int], list[int]]:
+    """Return the test images on which weights are searched, and those that are reported.
+
+    Raises SettingsError if none is left to report.
+    """
+    groups = prepared[0].images.groups
+    if settings.weights == "equal":
+        return [], [*range(len(groups))]
+    searched, reported = split(groups, settings.search_images or len(groups) // 5)
+    if not searched or not reported:
+        raise SettingsError(
+            f"search_images={settings.search_images or 'null'}: {len(searched)} of "
+            f"{len(groups)} test images would be searched, and the others reported; "
+            "use another number"
+        )
+    return searched, reported
 
 
 def check_classes(images: ImageSet, trained: TrainedNet, checkpoint: str) -> None:
@@ -138,20 +202,59 @@ def loaded(settings: EvaluateSettings, trained: TrainedNet, mesh: Mesh) -> Net:
     """Return this process's part of the trained net; raises CheckpointError."""
     net = build(trained.plan, mesh, settings, seed=0)
     weights = trained.weights(mesh.column if mesh.pair is not None else None)
-    check_state(net, weights, settings.checkpoint)
+    check_state(net, weights, trained.path)
     net.load_state_dict(weights)
     return net.to(getattr(torch, settings.precision))
 
 
-def evaluate_checkpoint(settings: EvaluateSettings, prepared: Prepared, mesh: Mesh) -> Errors:
-    """Return the exact errors over all test images.  A collective of the whole mesh."""
-    size, device = settings.batch_size, mesh.device
-    net = loaded(settings, prepared.trained, mesh)
-    images, replica = prepared.images.test, {"replica": mesh.replica, "replicas": mesh.replicas}
-    batches = TestLoader(images, size, device, **replica, workers=prepared.workers)
-    image_size = prepared.trained.plan.image_size
-    augmentation = Augmentation(prepared.statistics, image_size, scaled=False, device=device)
-    return evaluate(net, mesh, batches, augmentation, prepared.images.groups, settings.views)
+@dataclass(frozen=True)
+class Evaluation:
+    """The errors of each net, and of the average of several nets with its weights.
+
+    ``searched``: the number of test images on which the weights were searched, and which are in
+    no error.  ``out=FILE.json`` holds this as JSON.
+    """
+
+    data: str
+    views: int
+    checkpoints: list[str]
+    members: list[Errors]
+    average: Errors | None
+    weights: list[float]
+    searched: int
+
+
+def evaluate_checkpoint(
+    settings: EvaluateSettings, prepared: Sequence[Prepared], mesh: Mesh
+) -> Evaluation:
+    """Return the exact errors over all test images that are not searched.
+
+    A collective of the whole mesh.
+    """
+    members: list[Member] = []
+    for one in prepared:
+        lens = Augmentation(
+            one.statistics, one.trained.plan.image_size, scaled=False, device=mesh.device
+        )
+        members.append(Member(loaded(settings, one.trained, mesh), one.images, lens))
+    first = prepared[0]
+    seen = Pass(members, mesh, settings.batch_size, settings.views, first.workers)
+    searched, reported = rows(settings, prepared)
+    weights = seen.search(searched) if searched else [1 / len(members)] * len(members)
+    errors, average = seen.errors(reported, weights)
+    data = f"{first.data.name} {first.data.root or ''}".strip()
+    paths = [one.trained.path for one in prepared]
+    mean = average if len(members) > 1 else None
+    return Evaluation(data, settings.views, paths, errors, mean, weights, len(searched))
+
+
+def write_out(out: Path, content: bytes | str) -> None:
+    """Write what ``out`` names; raises CheckpointError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(out, content)
+    except OSError as error:
+        raise CheckpointError(f"out={out}: not written ({one_line(error)})") from None
 
 
 def export(path: str, out: Path) -> str:
@@ -168,10 +271,6 @@ def export(path: str, out: Path) -> str:
         **{key: getattr(trained, key) for key in (*RUN_KEYS, "classes")},
     }
     content = safetensors.torch.save(weights, {METADATA: json.dumps(record)})
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(out, content)
-    except OSError as error:
-        raise CheckpointError(f"out={out}: not written ({one_line(error)})") from None
+    write_out(out, content)
     parameters = sum(value.numel() for value in weights.values())
     return f"{out}: {len(weights)} tensors, {parameters:,} parameters, {trained.plan.recipe.name}"

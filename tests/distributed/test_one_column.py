@@ -104,7 +104,8 @@ def test_run_resumes_exactly_and_is_evaluated_and_exported(
     last = [row for row in rows if row["kind"] == "test"][-1]
     for place in (tmp_path / "once", file):
         settings = config.read("evaluate", [f"checkpoint={place}", "columns=1"])
-        errors = evaluation.evaluate_checkpoint(settings, evaluation.prepare(settings), ALONE)
+        found = evaluation.evaluate_checkpoint(settings, evaluation.prepare(settings), ALONE)
+        (errors,) = found.members
         assert errors.top1 == last["top1"]
         assert errors.loss == pytest.approx(last["loss"], rel=1e-5)
     with pytest.raises(SettingsError, match="its net has one column; use columns=1"):

@@ -22,7 +22,7 @@ SMALL = {
         "monitor.progress=false",
         "monitor.tensorboard=false",
     ],
-    "evaluate": ["monitor.progress=false"],
+    "evaluate": ["monitor.progress=false", "views=1"],
     "figures": ["training_images=50"],
     "benchmark": [
         *("precisions=[float32]", "batch_sizes=[8]", "image_size=64", "compile=false"),
@@ -33,6 +33,7 @@ WITH = {
     "data=synthetic": ["model.image_size=64"],
     "data=imagenet": ["model.image_size=64", "model.num_classes=2"],
     "experiment=wide_classes": ["model.image_size=64", "model.num_classes=2"],
+    "search_images=10000": ["search_images=200"],
     "search=rate": ["hydra.sweeper.n_trials=2"],
 }
 INSTALLS = "installs packages from the network; .ci/run does it in a fresh folder"
@@ -75,6 +76,8 @@ def folder(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(f"modelpar-train run_dir=runs/first {' '.join(SMALL['train'])}", root)
     for sweep in ("multirun/monday/noon", "runs/fashion"):  # those of sweeps that are left out
         shutil.copytree(root / "runs" / "first", root / sweep / "0")
+    for name in "abc":  # nets that are averaged
+        (root / "runs" / name).symlink_to("first")
     return root
 
 

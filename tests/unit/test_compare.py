@@ -13,7 +13,7 @@ import torch
 from modelpar import compare, config
 from modelpar.distributed import Mesh
 from modelpar.errors import DataError, SettingsError
-from modelpar.studies import comparison, plots, runs
+from modelpar.studies import averages, comparison, plots, runs
 from modelpar.training import run_dir
 from modelpar.training.schedule import run_length
 
@@ -232,6 +232,48 @@ def test_command_prints_tables_and_writes_a_page_without_external_files(
     assert html.count("<svg") == html.count("<table") == 2
     for outside in ("<script", "<link", "<img", 'src="', 'href="http'):  # it needs nothing else
         assert outside not in html
+
+
+def errors(top1: float) -> dict[str, float]:
+    return {"top1": top1, "top5": 5.0, "loss": 1.0, "samples": 800, "standard_error": 0.5}
+
+
+@pytest.mark.parametrize("names", ["a,average.json", "av*.json"])
+def test_averaged_nets_are_shown_beside_the_averages_of_the_paper(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    names: str,
+) -> None:
+    found = {"data": "photos", "views": 10, "checkpoints": ["one", "two"], "searched": 200}
+    parts = {"members": [errors(13.0), errors(12.0)], "average": errors(10.0)}
+    (place / "average.json").write_text(json.dumps({**found, **parts, "weights": [0.25, 0.75]}))
+    monkeypatch.setattr(sys, "argv", ["modelpar-compare", f"runs=[{names}]"])
+    with pytest.raises(SystemExit) as end:
+        compare.main()
+    assert end.value.code == 0
+    output = capsys.readouterr().out
+    rows = list(csv.DictReader((place / "compare" / "averages.csv").read_text().splitlines()))
+    assert [row["net"] for row in rows] == [
+        *("one", "two", "average of 2 nets, weights searched on 200 other images")
+    ]
+    assert [row["weight"] for row in rows] == ["0.250", "0.750", ""]
+    assert rows[2]["top-1 error, %"] == "10.00 (standard error 0.50)"
+    published = "5 CNNs: 38.1 / 16.4; 7 CNNs*: 36.7 / 15.4"  # table 2
+    assert [row["published, top-1 / top-5"] for row in rows] == ["", "", published]
+    html = (place / "compare" / "compare.html").read_text()
+    for text in (output, html):
+        assert text.count(published) == text.count("table 2 of the paper") == 1
+    assert (place / "compare" / "compare.csv").exists() == output.count("two_columns")
+
+
+def test_file_that_is_no_evaluation_is_named(place: Path) -> None:
+    for content in ("{", "[]", '{"data": "photos"}'):
+        (place / "x.json").write_text(content)
+        with pytest.raises(DataError, match=r"x\.json: cannot read this evaluation"):
+            averages.rows([place / "x.json"])
+    with pytest.raises(SettingsError, match=r"runs=y\.json: no such file"):
+        averages.find(["a", "y.json"])
 
 
 def test_loss_curves_are_means_over_seeds_at_common_steps() -> None:
