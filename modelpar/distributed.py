@@ -161,6 +161,7 @@ def process_mesh(
         return
     if env.one_host:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no port is open to other hosts
+        os.environ["MASTER_ADDR"] = "127.0.0.1"  # torchrun gives the host's name
     shares_gpu = kind == "cuda" and env.local_size > torch.cuda.device_count()
     if shares_gpu:
         _name_own_host(env)

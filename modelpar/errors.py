@@ -1,6 +1,6 @@
 """Errors and exit statuses: each way a run can end is one exception, one status and one line."""
 
-import os
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -8,6 +8,9 @@ from contextlib import suppress
 from difflib import get_close_matches
 from typing import ClassVar, Final, NoReturn
 
+from modelpar import limits
+
+FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 RENAMED: Final = {  # earlier values of settings
     "go_on": "continue",
     "apart": "no_crossing",
@@ -89,6 +92,11 @@ def describe(error: BaseException) -> tuple[int, str]:
         return error.status, one_line(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped"  # 128 + SIGINT, as shells count
+    if line := limits.reached(error):
+        return LaunchError.status, line
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
+        status = CheckpointError.status if error.errno in FULL else SettingsError.status
+        return status, f"{error.filename or sys.argv[0]}: {error.strerror}"
     return RunError.status, f"{type(error).__name__}: {one_line(error)}"
 
 
@@ -102,8 +110,7 @@ def report(error: BaseException) -> int:
     """Print the line of ``error``, after a traceback if it is a bug; return its exit status."""
     status, line = describe(error)
     if status == RunError.status:
-        with suppress(OSError):
-            traceback.print_exception(error)
+        traceback.print_exception(error)
     say(line)
     return status
 
@@ -112,16 +119,5 @@ def status_of(run: Callable[[], int | None]) -> int:
     """Return the exit status of ``run``, or report the error that it raises."""
     try:
         return run() or 0
-    except OSError as error:
-        return report(SettingsError(f"{error.filename or sys.argv[0]}: {error.strerror}"))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - each has its exit status
         return report(error)
-
-
-def flush_output() -> None:
-    """Flush stdout and stderr, so that a closed pipe does not change the exit status later."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed at the start
-        try:
-            stream.flush()
-        except OSError:  # the interpreter would try again at exit, and exit with status 120
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -2,12 +2,14 @@
 
 import os
 import re
+import resource
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from modelpar.errors import CheckpointError, SettingsError
+from modelpar.errors import CheckpointError, LaunchError, SettingsError
 
 ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # s3://, and its form without a /
 SPARE: Final = 1.1  # free space that is required, as a multiple of what will be written
@@ -47,7 +49,9 @@ def write_texts(out: str, texts: Mapping[str, str]) -> None:
     """Create the folder ``out`` and write a file of each name in it; raises OSError."""
     Path(out).mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        Path(out, name).write_text(f"{text.rstrip()}\n")
+        # A name of a class may hold bytes that are no UTF-8.
+        content = f"{text.rstrip()}\n".encode(errors="backslashreplace")
+        atomic_write(Path(out, name), content)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -73,6 +77,23 @@ def check_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
             f"{folder}: {what} needs {needed * SPARE / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
             "free; free some space or use another run_dir"
         )
+
+
+def check_file_size(folder: Path, size: int) -> None:
+    """Raise LaunchError where the system does not allow a file of ``size`` bytes."""
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if size > allowed != resource.RLIM_INFINITY:
+        raise LaunchError(
+            f"{folder}: a checkpoint has files of {size} bytes, and the system allows "
+            f"{allowed} bytes in one file; raise ulimit -f"
+        )
+
+
+def try_writing(folder: Path) -> None:
+    """Create ``folder`` and, for a moment, a file in it; raises OSError where that fails."""
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def check_writable(key: str, folder: Path) -> None:

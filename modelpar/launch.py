@@ -6,12 +6,12 @@ the same ranks without it.  A rank exits with the status of its error, see ``mod
 torchrun itself always exits with 1, so the status of a failed run is also in ``log/exit.json``.
 """
 
-import errno
-import gc
 import json
 import logging
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 import uuid
@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import modelpar
-from modelpar import config, device, environment, errors, overrides, shutdown, sweep
+from modelpar import config, device, environment, errors, limits, overrides, shutdown, sweep
 from modelpar.distributed import Mesh, process_mesh
 from modelpar.environment import Environment
 from modelpar.errors import CheckpointError, LaunchError, PeerLostError, StoppedError
@@ -47,37 +47,30 @@ Prepare = Callable[[Any, Path | None], Any]
 Work = Callable[[Any, Any, Mesh, Any], None]
 
 
-def main(name: str, prepare: Prepare, work: Work) -> NoReturn:
-    """Run a command of several ranks, as a rank, a sweep or the launcher; exit with its status.
+def run(name: str, work: Callable[..., None], prepare: Prepare | None = None) -> int:
+    """Run a command, as a rank, a sweep, the launcher or a single process; return its status.
 
+    ``work(settings)`` is a command of one process.  With ``prepare`` a command has several ranks:
     ``prepare(settings, run_dir)`` opens everything that can fail before the work starts, creates
     nothing outside the cache, and returns what ``work(settings, prepared, mesh, run_dir)`` needs
     on each rank.  ``prepare`` gets None for a ``run_dir`` that has been checked already.
     """
     words = sys.argv[1:]
-    if "RANK" in os.environ:
-        _exit_after(name, lambda: run_rank(name, prepare, work, words))
-    if sweep.FLAGS & set(words):
-        _exit_after(name, lambda: sweep.run(name, overrides.with_search_path(words)))
-    _exit_after(name, lambda: run_launcher(name, prepare, overrides.with_search_path(words)))
-
-
-def main_single(name: str, work: Callable[[Any], None]) -> NoReturn:
-    """Run a command that needs one process only; exit with its status."""
-    _exit_after(name, lambda: work(config.read(name, overrides.with_search_path(sys.argv[1:]))))
-
-
-def _exit_after(name: str, run: Callable[[], int | None]) -> NoReturn:
-    """Exit with the status of ``run``; let Hydra answer ``--help``, ``--cfg`` and the like."""
-    gc.freeze()  # imported objects live until exit, so no collection needs to search them
-    flags = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("-")}
+    if "RANK" in os.environ and prepare is not None:
+        return run_rank(name, prepare, work, words)
+    flags = {word.partition("=")[0] for word in words if word.startswith("-")}
     if "--version" in flags:
-        run = partial(print, "modelpar", modelpar.__version__)
-    elif flags & SHOWS and "RANK" not in os.environ:
-        run = partial(config.show, name)
-    status = errors.status_of(run)
-    errors.flush_output()
-    sys.exit(status)
+        print("modelpar", modelpar.__version__)  # noqa: T201
+        return 0
+    if flags & SHOWS:
+        config.show(name)
+        return 0
+    if prepare is None:
+        work(config.read(name, overrides.with_search_path(words)))
+        return 0
+    if sweep.FLAGS & set(words):
+        return sweep.run(name, overrides.with_search_path(words))
+    return run_launcher(name, prepare, overrides.with_search_path(words))
 
 
 # -- the launcher ---------------------------------------------------------------------------------
@@ -116,7 +109,8 @@ def _start_ranks(name: str, words: list[str], settings: Any, run_dir: Path | Non
                 if attempt:
                     errors.say(f"a rank was lost; starting again ({attempt} of {restarts})")
                 _forget(run_dir)
-                status = _run_agent(arguments, ranks, run_dir)
+                start = _run_agent if ranks > 1 else _run_alone
+                status = start(arguments, ranks, run_dir)
                 if status != PeerLostError.status:
                     break
     except SignalException as error:
@@ -142,19 +136,46 @@ def _run_agent(arguments: list[str], ranks: int, run_dir: Path | None) -> int:
     )
     if hasattr(agent, "shutdown_timeout"):  # torch 2.11 always waits 30 s
         agent.shutdown_timeout = SAVE_SECONDS
-    try:
+    lookup, socket.getfqdn = socket.getfqdn, lambda name="": name or socket.gethostname()
+    try:  # the agent records the host's name, and a name that nothing resolves takes half a minute
         elastic_launch(agent, sys.executable)(*arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            return failure.exitcode  # it has reported its error itself
-        hint = ", often out of memory" if failure.exitcode == -signal.SIGKILL else ""
-        lost = PeerLostError(f"rank {rank} was killed by {failure.signal_name()}{hint}")
-        _record(lost, run_dir, rank)
-        return errors.report(lost)
+        return _status(failure.exitcode, rank, run_dir)
     except (RuntimeError, OSError, RendezvousError) as error:
-        return errors.report(LaunchError(f"cannot start the ranks ({errors.one_line(error)})"))
+        line = limits.reached(error) or f"cannot start the ranks ({errors.one_line(error)})"
+        return errors.report(LaunchError(line))
+    finally:
+        socket.getfqdn = lookup
     return 0
+
+
+def _run_alone(arguments: list[str], _ranks: int, run_dir: Path | None) -> int:
+    """Run a single rank, which needs no network, until it has exited; return its status."""
+    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(  # noqa: S603 - our command
+        command, env={**os.environ, **world}, start_new_session=True
+    ) as rank:
+        try:
+            code = rank.wait()
+        except SignalException as error:
+            rank.send_signal(error.sigval)
+            with suppress(subprocess.TimeoutExpired):
+                rank.wait(SAVE_SECONDS)
+            rank.kill()
+            raise
+    return _status(code, 0, run_dir)
+
+
+def _status(code: int, rank: int, run_dir: Path | None) -> int:
+    """Return the status of a run from the ``code`` with which the first rank has exited."""
+    if code >= 0:
+        return code  # it has reported its error itself
+    hint = ", often out of memory" if code == -signal.SIGKILL else ""
+    lost = PeerLostError(f"rank {rank} was killed by {signal.Signals(-code).name}{hint}")
+    _record(lost, run_dir, rank)
+    return errors.report(lost)
 
 
 def _stop_agent(number: int) -> NoReturn:
@@ -218,8 +239,7 @@ def _work(work: Callable[[], None], settings: Any, mesh: Mesh, run_dir: Path | N
     """Do the command's work on this rank; return its exit status."""
     status = 0
     if mesh.rank == 0:
-        with suppress(OSError):  # nobody reads it
-            print(f"modelpar: {mesh.describe()}, {settings.precision}", flush=True)  # noqa: T201
+        print(f"modelpar: {mesh.describe()}, {settings.precision}", flush=True)  # noqa: T201
         if warning := device.oversubscription_warning(mesh.threads):
             errors.say(warning)
         _forget(run_dir)
@@ -254,7 +274,7 @@ def resource_errors(settings: Any, mesh: Mesh, run_dir: Path | None) -> Generato
     try:
         yield
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno not in errors.FULL:
             raise
         raise CheckpointError(
             f"{run_dir}: {error.strerror}; free some space, saved checkpoints are intact"
@@ -306,7 +326,7 @@ def _record(error: BaseException, run_dir: Path | None, rank: int | str) -> None
 def recorded_status(run_dir: Path | None) -> int:
     """Return the exit status that a rank left, 0 if none did."""
     with suppress(OSError, ValueError, KeyError):
-        return int(json.loads((run_dir / EXIT).read_text())["status"]) if run_dir else 0
+        return int(json.loads((run_dir / EXIT).read_text("utf-8"))["status"]) if run_dir else 0
     return 0
 
 

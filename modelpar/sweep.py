@@ -108,7 +108,7 @@ class Sweep:
         words += [word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath=")]
         end: dict[str, Any] = {"job": hydra.job.num, "words": words, "status": 0}
         path = self.end_file(hydra.job.num)
-        before = json.loads(path.read_text()) if path.exists() else None
+        before = json.loads(path.read_text("utf-8")) if path.exists() else None
         if end == before and "run_dir" in cfg and run_dir.exists():
             top1 = _last_error(run_dir)
             error = f", top-1 error {top1:.2f} %" if top1 is not None else ""
@@ -166,7 +166,9 @@ class Sweep:
 
     def failed(self) -> list[dict[str, Any]]:
         """Return the records of the jobs that did not finish, in the order of the jobs."""
-        ends = [json.loads(path.read_text()) for path in self.end_file(0).parent.glob("*.json")]
+        ends = [
+            json.loads(path.read_text("utf-8")) for path in self.end_file(0).parent.glob("*.json")
+        ]
         return sorted((end for end in ends if end["status"]), key=itemgetter("job"))
 
     def summary(self) -> int:

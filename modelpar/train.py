@@ -5,11 +5,9 @@ Or ``torchrun --nproc-per-node 2 -m modelpar.train [key=value ...]``.
 
 from functools import partial
 
-from modelpar import launch
-from modelpar.training.prepare import prepare
-from modelpar.training.trainer import train
+from modelpar import command
 
-main = partial(launch.main, "train", prepare, train)
+main = partial(command.main, "train", "training.trainer:train", "training.prepare:prepare")
 
 if __name__ == "__main__":
     main()

@@ -19,7 +19,7 @@ from modelpar import distributed
 
 # One server imports torch and the package once; all ranks of all tests are forked from it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["ranks", "modelpar.train"])
+CONTEXT.set_forkserver_preload(["ranks", "modelpar.launch", "modelpar.training.trainer"])
 TIMEOUT = 120.0  # s; a hang is the usual failure of a collective
 
 

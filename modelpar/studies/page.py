@@ -1,4 +1,4 @@
-"""A comparison as one HTML page without external files: tables and learning curves."""
+"""A comparison of runs: tables on the screen and as CSV, and one HTML page with curves."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,10 @@ from html import escape
 from string import Template
 from typing import Final
 
-from modelpar.studies import averages, comparison, plots
+from modelpar import tables
+from modelpar.files import write_texts
+from modelpar.settings import CompareSettings
+from modelpar.studies import averages, comparison, plots, runs
 from modelpar.studies.comparison import Group
 
 PAGE: Final = Template("""<!doctype html>
@@ -22,6 +25,23 @@ svg { height: auto; max-width: 100% }
 $body
 </body></html>
 """)
+
+
+def compare(settings: CompareSettings) -> None:
+    """Print the tables as Markdown; write them as CSV and as an HTML page with curves."""
+    patterns, files = averages.find(settings.runs)
+    sets = comparison.group([runs.read(folder) for folder in runs.find(patterns)])
+    rows = averages.rows(files)
+    texts = {"compare.html": page(sets, rows)}
+    if sets:
+        print(comparison.markdown(sets))  # noqa: T201
+        texts["compare.csv"] = comparison.as_csv(sets)
+    if rows:
+        table = tables.markdown(averages.HEAD, rows)
+        print(f"\n**{averages.TITLE}**\n\n{table}\n\n{averages.NOTE}")  # noqa: T201
+        texts["averages.csv"] = tables.comma_separated(averages.HEAD, rows)
+    write_texts(settings.out, texts)
+    print(f"\n{settings.out}: {', '.join(texts)}")  # noqa: T201
 
 
 def page(sets: dict[str, list[Group]], averaged: Sequence[Sequence[str]] = ()) -> str:

@@ -31,7 +31,14 @@ STYLE: Final[Any] = {
     "axes.titlesize": "medium",
     "font.size": 7,
     "legend.frameon": False,
+    "text.parse_math": False,  # names of classes and runs hold dollar signs and underscores
 }
+
+
+def _plain(name: str) -> str:
+    """Return a name as matplotlib draws it: valid Unicode, and not hidden from legends by "_"."""
+    text = name.encode(errors="backslashreplace").decode()
+    return f" {text}" if text.startswith("_") else text
 
 
 @mpl.rc_context(STYLE)
@@ -42,7 +49,7 @@ def figure1(runs: Sequence[Run]) -> Figure:
     panel.axhline(GOAL, color=GREY, lw=0.7, ls=DOTTED)
     colours: dict[str, str] = {}  # all seeds of an experiment have the same colour
     for run in runs:
-        label = None if run.label in colours else f"{run.label} ({run.activation})"
+        label = None if run.label in colours else _plain(f"{run.label} ({run.activation})")
         look: Any = {"color": colours.setdefault(run.label, f"C{len(colours)}")}
         points = zip(*run.curve(), strict=True)
         panel.plot(*points, LINES[run.activation], lw=1.2, label=label, **look)
@@ -67,7 +74,7 @@ def figure3(sources: Sequence[Kernels]) -> Figure:
 
 
 def _kernels(panel: FigureBase, one: Kernels) -> None:
-    panel.suptitle(f"{one.name}, step {one.step}", weight="bold")
+    panel.suptitle(_plain(f"{one.name}, step {one.step}"), weight="bold")
     grid = panel.add_gridspec(len(one.columns), 2, width_ratios=[2.5, 1])
     points = panel.add_subplot(grid[:, 1])
     for column, found in enumerate(one.columns):
@@ -96,7 +103,7 @@ def figure4(snapshot: Snapshot) -> Figure:
     """Draw both halves: the most likely classes, and the nearest training images."""
     found, classes = (
         snapshot.figure4,
-        [name.replace("_", " ")[:LONGEST_NAME] for name in snapshot.classes],
+        [_plain(name.replace("_", " ")[:LONGEST_NAME]) for name in snapshot.classes],
     )
     figure = Figure(figsize=(13.2, 5.4), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=[1, 1.12], wspace=0.04)
@@ -173,7 +180,7 @@ def learning_curves(groups: Sequence[Group]) -> Figure:
         runs = list(one.counted.values()) or [run for run in one.runs if run.losses and run.tests]
         if runs:
             steps, losses = mean_curve([dict(run.losses) for run in runs])
-            left.plot(*smoothed(steps, losses), label=one.label, lw=1.4)
+            left.plot(*smoothed(steps, losses), label=_plain(one.label), lw=1.4)
             tests = [{step: top1 for step, top1, _ in run.tests} for run in runs]
             right.plot(*mean_curve(tests), marker="o", ms=3)
     figure.legend(loc="outside lower center", ncols=5)

@@ -206,7 +206,7 @@ class Checkpointer:
         files: dict[str, Any] = {}
         for column in range(self.mesh.columns):
             listed = self.unfinished / f"files-{column}.json"
-            files |= json.loads(listed.read_text())
+            files |= json.loads(listed.read_text("utf-8"))
             listed.unlink()
         made_by = {"modelpar": __version__, "torch": torch.__version__, "python": python_version()}
         manifest = {"format": FORMAT, "versions": made_by, **self.manifest}
@@ -249,7 +249,7 @@ def open_step(folder: Path) -> Checkpoint:
     """Read a step's manifest; raises CheckpointError if it is damaged or of another format."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text("utf-8"))
         names, version = manifest["files"], manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"not a readable manifest ({one_line(error)})") from None

@@ -26,7 +26,7 @@ from modelpar.images.statistics import statistics
 from modelpar.net.four_layer import whole_net
 from modelpar.net.plan import Plan, plan_of, settings_of
 from modelpar.net.weights import check_state
-from modelpar.settings import DataSettings, EvaluateSettings
+from modelpar.settings import DataSettings, EvaluateSettings, ExportSettings
 from modelpar.training import checkpoint
 from modelpar.training.averaging import Member, Pass, split
 from modelpar.training.checkpoint import Checkpoint
@@ -257,14 +257,41 @@ def write_out(out: Path, content: bytes | str) -> None:
         raise CheckpointError(f"out={out}: not written ({one_line(error)})") from None
 
 
-def export(path: str, out: Path) -> str:
-    """Write the whole net to one safetensors file; return a line that describes it.
+def run(
+    settings: EvaluateSettings, prepared: Sequence[Prepared], mesh: Mesh, _run_dir: None
+) -> None:
+    """Evaluate; rank 0 prints the errors with enough digits to compare two evaluations."""
+    found = evaluate_checkpoint(settings, prepared, mesh)
+    with mesh.all_or_none():
+        if mesh.rank == 0:
+            print("\n".join(lines(found)), flush=True)  # noqa: T201
+            if settings.out is not None:
+                content = config.without_secrets(asdict(found))
+                write_out(Path(settings.out), json.dumps(content, indent=1) + "\n")
+
+
+def lines(found: Evaluation) -> list[str]:
+    """Return what is printed: a line for each net, and one for the average."""
+    views = "the central view" if found.views == 1 else f"{found.views} views"
+    each = [f"{one.text}, {one.samples} images, {views}" for one in found.members]
+    if found.average is None:
+        return each
+    how = "equal weights"
+    if found.searched:
+        shares = ", ".join(f"{weight:.3f}" for weight in found.weights)
+        how = f"weights {shares} searched on {found.searched} other test images"
+    named = [f"{path}: {text}" for path, text in zip(found.checkpoints, each, strict=True)]
+    return [*named, f"average of {len(each)} nets, {how}: {found.average.text}"]
+
+
+def export(settings: ExportSettings) -> None:
+    """Write the whole net to one safetensors file, and print a line that describes it.
 
     Raises CheckpointError.
     """
-    trained = find(path)
+    trained, out = find(settings.checkpoint), Path(settings.out)
     weights = trained.weights(None)
-    check_state(whole_net(trained.plan, seed=0), weights, path)
+    check_state(whole_net(trained.plan, seed=0), weights, settings.checkpoint)
     record = {
         "plan": settings_of(trained.plan),
         "data": config.without_secrets(asdict(trained.data)),
@@ -273,4 +300,5 @@ def export(path: str, out: Path) -> str:
     content = safetensors.torch.save(weights, {METADATA: json.dumps(record)})
     write_out(out, content)
     parameters = sum(value.numel() for value in weights.values())
-    return f"{out}: {len(weights)} tensors, {parameters:,} parameters, {trained.plan.recipe.name}"
+    name = trained.plan.recipe.name
+    print(f"{out}: {len(weights)} tensors, {parameters:,} parameters, {name}")  # noqa: T201

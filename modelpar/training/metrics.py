@@ -107,7 +107,7 @@ class ErrorCount:
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics.jsonl; a damaged line is skipped."""
     path, rows = run_dir / METRICS, list[dict[str, Any]]()
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
             rows.append({**row, "kind": row["kind"], "step": int(row["step"])})

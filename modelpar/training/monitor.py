@@ -1,10 +1,11 @@
 """What a run shows: progress bar, metrics.jsonl and TensorBoard, all written by rank 0."""
 
+import io
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from operator import sub
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from modelpar.analysis.activations import MEASURES, Activity
 from modelpar.analysis.kernels import colour_difference, kernel_picture, specialisation
+from modelpar.errors import one_line, say
 from modelpar.files import atomic_write
 from modelpar.images.loader import Batch
 from modelpar.net.exchange import Link
@@ -42,7 +44,7 @@ class Monitor:
         last = {"train": step, "test": step - repeats}
         kept = [row for row in read_rows(run_dir) if row["step"] <= last.get(row["kind"], -1)]
         atomic_write(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = (run_dir / METRICS).open("a", buffering=1)
+        self.file = (run_dir / METRICS).open("a", buffering=1, encoding="utf-8")
         self.board: SummaryWriter | None = None
         if settings.tensorboard:
             self.board = SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
@@ -58,14 +60,13 @@ class Monitor:
     def train(self, row: Mapping[str, Any], rates: Mapping[str, float]) -> None:
         """Record a training row (docs/settings.md lists its fields) and learning rates."""
         self.file.write(json.dumps({"kind": "train", **row}) + "\n")
-        with suppress(OSError):  # the terminal or the pipe may be closed
-            self.bar.set_postfix_str(
-                f"epoch {row['epoch']}, loss {row['loss']:.3f}, "
-                f"{row['images_per_s']:.0f} images/s, data {row['data_wait_s'] * 1e3:.0f} ms, "
-                f"crossing {row['crossing_s'] * 1e3:.0f} ms",
-                refresh=False,
-            )
-            self.bar.update(row["step"] - self.bar.n)
+        self.bar.set_postfix_str(
+            f"epoch {row['epoch']}, loss {row['loss']:.3f}, "
+            f"{row['images_per_s']:.0f} images/s, data {row['data_wait_s'] * 1e3:.0f} ms, "
+            f"crossing {row['crossing_s'] * 1e3:.0f} ms",
+            refresh=False,
+        )
+        self.bar.update(row["step"] - self.bar.n)
         keys = ("loss", "top1", "epoch", "images_per_s", "data_wait_s", "crossing_s")
         self._scalars({f"train/{key}": row[key] for key in keys}, row["step"])
         self._scalars({f"rate/{name}": rate for name, rate in rates.items()}, row["step"])
@@ -83,19 +84,30 @@ class Monitor:
         )
         self._scalars({f"test/{key}": row[key] for key in ("loss", "top1", "top5")}, step)
 
+    @contextmanager
+    def drawing(self) -> Generator[None]:
+        """Report what cannot be drawn; the training does not depend on it."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - of any library that draws
+            say(f"{self.run_dir}: no more pictures and charts ({one_line(error)})")
+            self.board = None
+
     def batch(self, images: Tensor) -> None:
         """Show the first images of a batch (N, 3, S, S), less the mean, in TensorBoard."""
-        if self.board:
+        with self.drawing():
             shown = images[:GRID_IMAGES].cpu().float() / 255 + 0.5
-            self.board.add_image("batch/augmented", make_grid(shown, nrow=4).clamp(0, 1), 0)
+            if self.board:
+                self.board.add_image("batch/augmented", make_grid(shown, nrow=4).clamp(0, 1), 0)
 
     def kernels(self, kernels: Tensor, step: int, columns: int = COLUMNS) -> None:
         """Show conv1's kernels of all columns, in TensorBoard and as ``conv1.png``.
 
         TensorBoard also has their means over each column, see ``specialisation``.
         """
-        picture = kernel_picture(kernels, columns)
-        save_image(picture, self.run_dir / KERNELS)
+        picture, file = kernel_picture(kernels, columns), io.BytesIO()
+        save_image(picture, file, format="png")
+        atomic_write(self.run_dir / KERNELS, file.getvalue())
         if self.board:
             self.board.add_image("conv1/kernels", picture, step)
         found = specialisation(kernels, columns)
@@ -121,8 +133,9 @@ class Monitor:
 
     def flush(self) -> None:
         """Write TensorBoard's events to disk, before a checkpoint; rows are there already."""
-        if self.board:
-            self.board.flush()
+        with self.drawing():
+            if self.board:
+                self.board.flush()
 
     def close(self) -> None:
         """End the bar and close the files, as far as the disk allows."""
@@ -132,15 +145,15 @@ class Monitor:
                     part.close()
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+        with self.drawing():
+            if board := self.board:
+                for name, value in values.items():
+                    board.add_scalar(name, value, step)
 
 
 def show(line: str) -> None:
-    """Print a line above the progress bar; training continues if nobody can read it."""
-    with suppress(OSError):
-        tqdm.write(line)
+    """Print a line above the progress bar."""
+    tqdm.write(line)
 
 
 class Meter:

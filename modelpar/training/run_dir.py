@@ -97,7 +97,7 @@ def locked(run_dir: Path, mesh: Mesh) -> Generator[None]:
     """
     lock = FileLock(run_dir / LOCK)
     try:
-        with mesh.all_or_none(), _written(run_dir):
+        with mesh.all_or_none(), written(run_dir):
             if mesh.rank == 0:
                 (run_dir / LOCK).parent.mkdir(parents=True, exist_ok=True)
                 # The system frees it when this process ends in any way; NFS takes its time.
@@ -108,7 +108,7 @@ def locked(run_dir: Path, mesh: Mesh) -> Generator[None]:
 
 
 @contextmanager
-def _written(run_dir: Path) -> Generator[None]:
+def written(run_dir: Path) -> Generator[None]:
     """Raise CheckpointError if the run directory cannot be locked or written."""
     try:
         yield
@@ -127,7 +127,7 @@ def write_config(run_dir: Path, settings: TrainSettings, mesh: Mesh) -> None:
 
     A collective of the world.  Raises CheckpointError on every rank.
     """
-    with mesh.all_or_none(), _written(run_dir):
+    with mesh.all_or_none(), written(run_dir):
         if mesh.rank == 0:
             text = OmegaConf.to_yaml(OmegaConf.create(without_secrets(asdict(settings))))
             atomic_write(run_dir / CONFIG, text)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from modelpar import shutdown
 from modelpar.analysis.activations import ActivationStats
+from modelpar.command import Output
 from modelpar.config import without_secrets
 from modelpar.distributed import Mesh, all_reduce_sum
 from modelpar.errors import DivergedError, StoppedError
-from modelpar.files import check_space
+from modelpar.files import check_file_size, check_space, try_writing
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
@@ -35,7 +36,7 @@ from modelpar.training.monitor import Meter, Monitor, show
 from modelpar.training.nonfinite import first_nonfinite
 from modelpar.training.prepare import Prepared, agreed_start
 from modelpar.training.readback import Launched, Readback
-from modelpar.training.run_dir import locked, trajectory_changes, write_config
+from modelpar.training.run_dir import locked, trajectory_changes, write_config, written
 from modelpar.training.schedule import Plateau
 
 STATS_IMAGES: Final = 128  # test images whose activations are summarized: one batch
@@ -46,6 +47,7 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
 
     A finished run is left as it is.  A collective of the whole mesh.
     """
+    Output.waits = False
     with shutdown.signals_noted() as request, locked(run_dir, mesh):
         prepared = agreed_start(settings, prepared, run_dir, mesh)
         start = prepared.start
@@ -131,10 +133,14 @@ class Trainer:
         self.learner.load({**state["weights"], **found}, state["velocities"])
 
     def open_monitor(self) -> None:
-        """Check the free space and open what the run shows, on rank 0."""
-        with self.mesh.all_or_none():
+        """Try to write where the run will write, and open what it shows, on rank 0."""
+        state = self.learner.state()
+        with self.mesh.all_or_none(), written(self.run_dir):
+            if self.mesh.replica == 0:
+                try_writing(self.checkpointer.folder)
+                check_file_size(self.run_dir, num_bytes({"": state["weights"]}))
             if self.mesh.rank == 0:
-                check_space(self.run_dir, num_bytes(self.learner.state()) * self.mesh.columns)
+                check_space(self.run_dir, num_bytes(state) * self.mesh.columns)
                 shown, again = self.settings.monitor, self._evaluation_due()
                 self.monitor = Monitor(self.run_dir, self.step, self.total, shown, repeats=again)
 
@@ -308,5 +314,6 @@ class Trainer:
     def _show_kernels(self, published: Path | None) -> None:
         """Show conv1's kernels of a step that has just been published, if one has."""
         if self.monitor and published is not None:
-            saved = checkpoint.open_step(published)
-            self.monitor.kernels(checkpoint.read_conv1(saved), saved.step, self.plan.columns)
+            with self.monitor.drawing():
+                saved = checkpoint.open_step(published)
+                self.monitor.kernels(checkpoint.read_conv1(saved), saved.step, self.plan.columns)

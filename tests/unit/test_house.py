@@ -10,8 +10,10 @@ import modelpar
 PACKAGE = Path(modelpar.__file__).parent
 # From the ground up; a module may import what stands before it.
 FLOORS = [
-    ["errors", "seeding", "tables", "net.paper", "gpu.language", "bench.contenders"],
+    ["limits", "seeding", "tables", "net.paper", "gpu.language", "bench.contenders"],
+    ["errors"],
     [
+        "command",
         "shutdown",
         "environment",
         "files",
@@ -56,10 +58,11 @@ FLOORS = [
     ["studies.runs", "studies.averages"],
     ["studies.comparison", "studies.snapshots"],
     ["studies.plots"],
-    ["studies.page"],
+    ["studies.page", "studies.figures"],
     ["bench.steps", "bench.floor"],
     ["bench.workers"],
     ["bench.measure"],
+    ["bench.report"],
     ["sweep"],
     ["launch"],
     ["train", "evaluate", "benchmark", "export", "compare", "figures"],
@@ -138,6 +141,7 @@ def test_only_some_modules_read_the_environment() -> None:
     assert readers <= {
         "launch",
         "sweep",
+        "command",
         "environment",
         "device",
         "distributed",

@@ -1,6 +1,5 @@
 """What a run shows: one row per step, and the kernels of both columns as one picture."""
 
-import io
 import json
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from modelpar.analysis.activations import Activity
 from modelpar.analysis.kernels import kernel_picture
 from modelpar.settings import MonitorSettings
 from modelpar.training.metrics import Errors, read_rows, top1_errors
-from modelpar.training.monitor import Monitor, show
+from modelpar.training.monitor import KERNELS, Monitor
 
 RATES = {"conv1.weight": 0.01, "fc8.weight": 0.01, "fc8.bias": 0.02}
 
@@ -74,26 +73,19 @@ def test_repeated_evaluation_replaces_the_earlier_row(tmp_path: Path) -> None:
     assert top1_errors(tmp_path) == {3: 50.0}
 
 
-def test_training_continues_when_its_output_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_training_continues_when_nothing_can_be_drawn(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    class Pipe(io.StringIO):
-        gone = False
-
-        def write(self, text: str) -> int:
-            if self.gone:
-                raise BrokenPipeError(text)
-            return super().write(text)
-
-    for name in ("sys.stdout", "sys.stderr"):
-        monkeypatch.setattr(name, Pipe())
-    monitor = Monitor(tmp_path, 0, 2, MonitorSettings(tensorboard=False), repeats=False)
-    Pipe.gone = True
+    (tmp_path / KERNELS).mkdir()  # so the picture cannot be written
+    monitor = opened(tmp_path, 0, 2)
+    with monitor.drawing():
+        monitor.kernels(torch.randn(96, 3, 11, 11), 1)
+    assert f"modelpar: {tmp_path}: no more pictures and charts (" in capfd.readouterr().err
     for step in (1, 2):
         monitor.train(row(step), RATES)
-    show("done")
+    monitor.flush()
     monitor.close()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(read_rows(tmp_path)) == 2
 
 
 def test_kernels_of_one_column_have_no_gap() -> None:

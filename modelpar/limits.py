@@ -1,0 +1,59 @@
+"""Limits of the system that a process has met: which one, its size, and how to raise it."""
+
+import errno
+import re
+import resource
+from typing import Final
+
+# What libraries write, the limit, what it counts, and how to go on.
+LIMITS: Final = (
+    (
+        r"too many open files|items of ancdata",
+        resource.RLIMIT_NOFILE,
+        "open files",
+        "raise ulimit -n, or use fewer workers",
+    ),
+    (
+        r"start new thread|resource temporarily unavailable|pthread_create",
+        resource.RLIMIT_NPROC,
+        "processes and threads of one user",
+        "raise ulimit -u, or use fewer workers",
+    ),
+    (
+        r"file too large",
+        resource.RLIMIT_FSIZE,
+        "bytes in one file",
+        "raise ulimit -f",
+    ),
+    (
+        r"map segment|bad_alloc|can't allocate memory|cannot allocate memory",
+        resource.RLIMIT_AS,
+        "bytes of memory in one process",
+        "raise ulimit -v, or use a smaller batch_size or fewer workers",
+    ),
+)
+CODES: Final = {  # whose texts depend on the language of the system
+    errno.EMFILE: "too many open files",
+    errno.EAGAIN: "resource temporarily unavailable",
+    errno.EFBIG: "file too large",
+    errno.ENOMEM: "cannot allocate memory",
+}
+
+
+def reached(error: BaseException) -> str:
+    """Return a line about the limit that ``error`` comes from, or an empty string."""
+    if not isinstance(error, (OSError, RuntimeError, ImportError, MemoryError)):
+        return ""
+    code = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError):
+        code = errno.ENOMEM
+    text = CODES.get(code or 0) or f"{error} {error.__cause__ or ''}".lower()
+    if re.search("shared memory.*no space left", text, re.DOTALL):
+        return "shared memory is full; make it larger (docker run --shm-size), or use workers=0"
+    for pattern, number, what, fix in LIMITS:
+        if re.search(pattern, text):
+            size = resource.getrlimit(number)[0]
+            if size == resource.RLIM_INFINITY:
+                return f"this host has no more {what}; free some, or use fewer workers"
+            return f"the system allows {size} {what}; {fix}"
+    return ""
