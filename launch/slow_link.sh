@@ -28,6 +28,8 @@ if [ "$main" = modelpar.benchmark ]; then # it sets the rates itself, one after 
   python -m "$main" "link.hosts=[${hosts[0]},${hosts[1]}]" "link.rates=[$rates]" "$@"
   exit
 fi
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+[ -n "$(trap -p SIGHUP)" ] || signals+=,SIGHUP # nohup ignores it, and so must torchrun
 cores=$(nproc)
 for number in 1 0; do
   host=${hosts[number]}
@@ -35,7 +37,7 @@ for number in 1 0; do
     burst $((rates > 500 ? rates * 250 : 131072)) # 2 ms at that rate, two large segments at least
   ip netns exec "$host" torchrun --nnodes 2 --node-rank "$number" --nproc-per-node 1 \
     --master-addr "$MASTER_ADDR" --master-port 29512 \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m "$main" \
+    --signals-to-handle "$signals" -m "$main" \
     "threads=$((cores > 1 ? cores / 2 : 1))" "$@" &
   last=$!
 done

@@ -10,6 +10,7 @@ import getpass
 import io
 import logging
 import os
+import resource
 import select
 import stat
 import sys
@@ -23,6 +24,7 @@ import modelpar
 from modelpar import errors
 from modelpar.errors import LaunchError
 
+TORCH_BYTES: Final = 4 << 30  # torch 2.14 for CPUs aborts a process that may have 3 GB
 # Matplotlib's notes about text: glyphs that its font lacks, names that are too long for a panel.
 NOTES: Final = "Glyph|constrained_layout|Tight layout"
 
@@ -47,6 +49,12 @@ def main(name: str, work: str, prepare: str = "") -> NoReturn:
 
 def _run(name: str, *parts: str) -> int:
     set_variables()
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if TORCH_BYTES > allowed != resource.RLIM_INFINITY:
+        raise LaunchError(
+            f"torch needs {TORCH_BYTES} bytes of addresses, and the system allows {allowed}; "
+            "raise ulimit -v"
+        )
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its cache need not be writable
     warnings.filterwarnings("ignore", NOTES, UserWarning)
     run, *functions = [modelpar.load(part) for part in ("launch:run", *parts) if part]
@@ -110,6 +118,7 @@ def set_variables() -> None:
     """Correct variables that the libraries would read; raises LaunchError."""
     # Figures are files: neither a notebook's backend nor the user's style belongs to them.
     os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # pages about names and connections
     _set_threads()
     try:
         getpass.getuser()

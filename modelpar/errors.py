@@ -11,6 +11,7 @@ from typing import ClassVar, Final, NoReturn
 from modelpar import limits
 
 FULL: Final = {errno.ENOSPC, errno.EDQUOT}
+DENIED: Final = {errno.EACCES, errno.EPERM, errno.EROFS}
 RENAMED: Final = {  # earlier values of settings
     "go_on": "continue",
     "apart": "no_crossing",
@@ -96,7 +97,8 @@ def describe(error: BaseException) -> tuple[int, str]:
         return LaunchError.status, line
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
         status = CheckpointError.status if error.errno in FULL else SettingsError.status
-        return status, f"{error.filename or sys.argv[0]}: {error.strerror}"
+        fix = "; change its permissions, or use another path" if error.errno in DENIED else ""
+        return status, f"{error.filename or sys.argv[0]}: {error.strerror}{fix}"
     return RunError.status, f"{type(error).__name__}: {one_line(error)}"
 
 

@@ -39,6 +39,8 @@ from modelpar.settings import flatten
 
 SHOWS: Final = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
 EXIT: Final = "log/exit.json"  # in the directory of a run that failed
+LOCAL: Final = "127.0.0.1"  # where the ranks of one host meet
+CONNECT_SECONDS: Final = 5.0  # in which this host must connect to itself
 SAVE_SECONDS: Final = 120  # that the agent leaves the ranks to finish a step and save
 FIRST_ERROR_SECONDS: Final = 5.0  # that other ranks leave local rank 0 to report the same error
 # What may differ between the hosts of one run.
@@ -123,14 +125,23 @@ def _start_ranks(name: str, words: list[str], settings: Any, run_dir: Path | Non
 
 def _run_agent(arguments: list[str], ranks: int, run_dir: Path | None) -> int:
     """Run one agent of torchrun until its ranks have exited; return the first failed status."""
+    try:  # torch would try again for minutes
+        with socket.create_server((LOCAL, 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        line = limits.reached(error) or (
+            f"processes of this host cannot connect to {LOCAL} ({error.strerror or error}); "
+            "bring up the interface lo, or use columns=1 replicas=1"
+        )
+        return errors.report(LaunchError(line))
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",  # a free port; the host's name need not resolve
-        local_addr="127.0.0.1",
+        rdzv_endpoint=f"{LOCAL}:0",  # a free port; the host's name need not resolve
+        local_addr=LOCAL,
         max_restarts=0,  # the agent would also restart after errors that come again
         signals_to_handle="SIGQUIT",  # the others are handled here
     )

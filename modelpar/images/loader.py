@@ -1,6 +1,7 @@
 """Loaders: batches that are equal on both columns and depend only on seed, epoch and position."""
 
 import re
+import resource
 import shutil
 import time
 import warnings
@@ -24,6 +25,12 @@ from modelpar.shutdown import ignore_signals
 PIXELS_EVERY: Final = 100  # batches; hashing the 25 MB of one takes a few hundredths of a second
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - torch's loaders pass their batches here
 PREFETCHED: Final = 2  # batches that a loader process keeps ready: torch's default
+# Files that a rank holds open, measured: 8 alone and 31 beside others.  For a loader process there
+# are two loaders, for training and for tests, each with four ends of pipes and PREFETCHED batches
+# of two tensors.
+RANK_FILES: Final = 12
+PAIR_FILES: Final = 32
+WORKER_FILES: Final = 2 * (4 + PREFETCHED * 2)
 # Of a GPU's free memory, for images that stay there.  The rest is for the net and its maps.  Of
 # 8 GB it is 500 MB; photos has 12 MB, and synthetic 100 MB at batch 512 and 224 pixels.
 RESIDENT_SHARE: Final = 1 / 16
@@ -253,6 +260,21 @@ def check_shared_memory(workers: int, batch_bytes: int, processes: int) -> None:
             f"{SHARED_MEMORY}: {workers} loader processes for each of {processes} ranks need "
             f"{needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make it larger "
             "(docker run --shm-size), or use workers=0"
+        )
+
+
+def check_open_files(workers: int, processes: int) -> None:
+    """Raise LaunchError if the ranks' loaders need more files than the system allows.
+
+    Without this check a rank would be aborted, or fail when it reads its first batch.
+    """
+    needed = (PAIR_FILES if processes > 1 else RANK_FILES) + workers * WORKER_FILES
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if needed > allowed != resource.RLIM_INFINITY:
+        fewer = ", or use fewer workers" if workers else ""
+        raise LaunchError(
+            f"a rank with workers={workers} opens up to {needed} files, and the system allows "
+            f"{allowed}; raise ulimit -n{fewer}"
         )
 
 

@@ -20,6 +20,7 @@ from modelpar.errors import CheckpointError, DataError, SettingsError, one_line
 from modelpar.files import atomic_write
 from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.folders import first_difference
+from modelpar.images.loader import check_open_files
 from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
@@ -139,6 +140,7 @@ def _prepare(
     else:
         stats = statistics(images, cache, data.workers)
     workers = data.workers if settings.workers is None else settings.workers
+    check_open_files(workers, settings.columns * settings.replicas)
     return Prepared(trained, data, images, stats, workers)
 
 

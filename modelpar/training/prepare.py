@@ -76,6 +76,7 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
     env, batch_bytes = environment.read(), settings.batch_size * 3 * images.stored_size**2
     processes = env.local_size if env.world_size > 1 else settings.columns * replicas
     loader.check_shared_memory(data.workers, batch_bytes, processes)
+    loader.check_open_files(data.workers, processes)
     identity = {
         "plan": settings_of(plan),
         "seed": settings.seed,

@@ -217,6 +217,7 @@ def test_other_errors_are_no_limit(error: Exception) -> None:
 
 def test_a_path_that_cannot_be_written_is_one_line() -> None:
     status, line = errors.describe(PermissionError(errno.EACCES, "Permission denied", "run/log"))
-    assert (status, line) == (2, "run/log: Permission denied")
+    assert status == 2
+    assert line.startswith("run/log: Permission denied; change its permissions")
     assert errors.describe(OSError(errno.ENOSPC, "No space left on device", "out"))[0] == 4
     assert errors.describe(ConnectionResetError(errno.ECONNRESET, "Connection reset"))[0] == 1

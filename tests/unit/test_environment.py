@@ -172,6 +172,22 @@ def test_loaders_that_do_not_fit_into_shared_memory_are_refused(
         loader.check_shared_memory(2, 12_500_000, 2)
 
 
+def test_loaders_that_need_more_open_files_than_allowed_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, 64))
+    loader.check_open_files(2, 1)
+    loader.check_open_files(1, 2)
+    loader.check_open_files(0, 2)
+    line = (
+        "workers=4 opens up to 76 files, and the system allows 64; raise ulimit -n, or use fewer"
+    )
+    with pytest.raises(LaunchError, match=line):
+        loader.check_open_files(4, 1)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
+    loader.check_open_files(100, 2)
+
+
 def test_out_of_memory_is_recognised() -> None:
     assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not device.is_out_of_memory(RuntimeError("shapes differ"))
