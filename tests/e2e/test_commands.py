@@ -341,6 +341,7 @@ def children(of: int) -> set[int]:
         signal.SIGTERM,
         pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
     ],
 )
 def test_signal_saves_and_the_run_resumes(tmp_path: Path, number: signal.Signals) -> None:
@@ -408,7 +409,10 @@ def is_rank(number: int) -> bool:
 
 
 @pytest.mark.slow
-def test_run_succeeds_with_closed_output_pipes(tmp_path: Path, images: Path) -> None:
+@pytest.mark.parametrize("closed", [False, True])
+def test_run_succeeds_without_a_reader_or_without_streams(
+    tmp_path: Path, images: Path, *, closed: bool
+) -> None:
     words = [*SMALL, *TINY, f"data.root={images}"]
     readable, writable = os.pipe()
     root = str(Path(__file__).parents[2])
@@ -418,6 +422,7 @@ def test_run_succeeds_with_closed_output_pipes(tmp_path: Path, images: Path) -> 
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
         stdout=writable,
         stderr=writable,
+        preexec_fn=(lambda: os.closerange(0, 3)) if closed else None,  # noqa: PLW1509
     )
     for end in (readable, writable):
         os.close(end)

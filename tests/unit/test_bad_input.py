@@ -16,6 +16,7 @@ from PIL import Image
 
 from modelpar import config, evaluate, export, train
 from modelpar.distributed import Mesh
+from modelpar.errors import CheckpointError, LaunchError
 from modelpar.training import checkpoint, evaluation, prepare, trainer
 
 MAINS: dict[str, Callable[[], Any]] = {
@@ -283,3 +284,19 @@ def test_address_where_nobody_answers_is_one_line(
     assert end.value.code == 5
     line = capfd.readouterr().err.splitlines()[-1]  # torch prints a page before
     assert f"modelpar: rank 1 of 2: cannot join the process group at {address}:9 (" in line
+
+
+def test_files_that_cannot_be_written_are_reported_before_the_first_step(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "new").mkdir()
+    (place / "new" / "checkpoints").symlink_to("nowhere/else")  # root may write anywhere else
+    settings = config.read("train", [*SMALL, "columns=1", "steps=2"])
+    prepared, mesh = prepare.prepare(settings), Mesh(torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="new: cannot be written"):
+        trainer.train(settings, prepared, mesh, Path("new"))
+    monkeypatch.setattr("resource.getrlimit", lambda _: (10**6, 10**6))
+    with pytest.raises(LaunchError, match="1000000 bytes in one file; raise ulimit -f"):
+        trainer.train(settings, prepared, mesh, Path("other"))
+    for name in ("new", "other"):
+        assert not (place / name / "metrics.jsonl").exists()

@@ -177,6 +177,23 @@ def test_a_cache_that_can_be_written_stays(variables: pytest.MonkeyPatch, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_figures_ignore_the_backend_of_a_notebook(variables: pytest.MonkeyPatch) -> None:
+    variables.setitem(os.environ, "MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    command.set_variables()
+    assert os.environ["MPLBACKEND"] == "agg"
+
+
+def test_too_little_address_space_for_torch_is_one_line(
+    variables: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    variables.setattr(resource, "getrlimit", lambda _: (10**9, 10**9))
+    with pytest.raises(SystemExit) as end:
+        command.main("train", "nothing:needed")
+    assert end.value.code == 5
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("modelpar: torch needs 4294967296 bytes of addresses")
+
+
 # -- limits ---------------------------------------------------------------------------------------
 
 

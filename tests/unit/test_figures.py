@@ -1,20 +1,23 @@
 """modelpar.figures on a run of two steps."""
 
 import csv
+import io
 import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 from modelpar import config, figures
 from modelpar.distributed import Mesh
-from modelpar.studies import snapshots
+from modelpar.studies import plots, snapshots
 from modelpar.training import prepare, trainer
 
 SMALL = [
@@ -58,6 +61,14 @@ def run_figures(*words: str) -> Any:
     with pytest.raises(SystemExit) as end:
         figures.main()
     return end.value.code
+
+
+def test_names_of_classes_and_runs_are_no_formulas() -> None:
+    words = ["checkpoint=run", "workers=0", "device=cpu", "training_images=4"]
+    snapshot = snapshots.of_checkpoint(config.read("figures", words))
+    figure = plots.figure4(replace(snapshot, classes=["$", "$$ \udcff"]))
+    figure.savefig(io.BytesIO())
+    assert "$$ \\udcff" in {text.get_text() for text in figure.findobj(Text)}
 
 
 def table(path: str) -> list[dict[str, str]]:

@@ -131,6 +131,27 @@ def test_ranks_with_other_settings_are_refused_on_all(pair: Ranks) -> None:
     assert pair.run(same, "workers", 1) == [""] * 2  # hosts may differ
 
 
+@pytest.mark.parametrize(
+    ("code", "status"), [("pass", 0), ("exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 6)]
+)
+def test_one_process_runs_without_an_agent(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], code: str, status: int
+) -> None:
+    assert launch._run_alone(["-c", code], 1, tmp_path) == status
+    killed = "modelpar: rank 0 was killed by SIGKILL, often out of memory\n"
+    assert capfd.readouterr().err == killed * (status == 6)
+
+
+def test_ranks_that_cannot_meet_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "LOCAL", "192.0.2.1")  # no address of this host, RFC 5737
+    assert launch._run_agent(["-c", "pass"], 2, None) == 5
+    line = capfd.readouterr().err
+    assert line.startswith("modelpar: processes of this host cannot connect to 192.0.2.1 (")
+    assert line.count("\n") == 1
+
+
 def test_importing_the_package_leaves_the_garbage_collector_enabled() -> None:
     assert gc.isenabled()
 
