@@ -96,9 +96,9 @@ def prepare(
     Raises CheckpointError, SettingsError, DataError.
     """
     given = settings.checkpoint
-    paths = given if isinstance(given, list) else [given]
-    if not paths:
+    if not given:
         raise SettingsError(f"checkpoint={given}: use a path, or a list of paths, [PATH,PATH]")
+    paths = given if isinstance(given, list) else [given]
     if len(paths) == 1 and settings.weights == "search":
         raise SettingsError("weights=search: one net has no weights; use checkpoint=[PATH,PATH]")
     if settings.search_images and settings.weights != "search":

@@ -39,8 +39,8 @@ NAMES: Final = tuple(f"{layer}.{kind}" for layer in paper.LAYERS for kind in ("w
 
 def run_length(settings: TrainSettings) -> int:
     """Return the epochs of a whole run: those that are set, or those of the schedule's own run."""
-    table = paper.SCHEDULES[settings.recipe.schedule]
-    return settings.epochs or settings.data.epochs or table.length
+    given = settings.epochs or settings.data.epochs
+    return given or paper.SCHEDULES[settings.recipe.schedule].length
 
 
 class Schedule:

@@ -211,7 +211,7 @@ def test_a_net_is_not_evaluated_on_other_classes(
 
 def test_val_alone_is_enough_to_evaluate(place: Path) -> None:
     shutil.rmtree(place / "images/train")
-    found = evaluation.prepare(config.read("evaluate", ["checkpoint=run", "columns=1"]))
+    (found,) = evaluation.prepare(config.read("evaluate", ["checkpoint=run", "columns=1"]))
     assert [len(found.images.train), len(found.images.test)] == [0, 10]
     assert found.trained.classes == ["dark", "light"]
     os.chdir(place.parent)  # the run knows where its images are
@@ -219,7 +219,7 @@ def test_val_alone_is_enough_to_evaluate(place: Path) -> None:
 
 
 def test_an_export_knows_its_classes_and_old_checkpoints_load(place: Path) -> None:
-    evaluation.export("run", Path("net.safetensors"))
+    evaluation.export(config.read("export", ["checkpoint=run", "out=net.safetensors"]))
     exported = evaluation.find("net.safetensors")
     assert exported.classes == ["dark", "light"]
     manifest = place / STEP / "manifest.json"
@@ -229,7 +229,7 @@ def test_an_export_knows_its_classes_and_old_checkpoints_load(place: Path) -> No
     manifest.write_text(json.dumps(checkpoint.signed(record)))
     shutil.move("images/val/dark", "images/val/zebra")
     shutil.rmtree(place / "images/train")
-    old = evaluation.prepare(config.read("evaluate", ["checkpoint=run", "columns=1"]))
+    (old,) = evaluation.prepare(config.read("evaluate", ["checkpoint=run", "columns=1"]))
     assert old.trained.classes is None
 
 

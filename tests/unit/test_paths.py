@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import modelpar
-from modelpar import config, launch, overrides, sweep
+from modelpar import config, errors, launch, overrides, sweep
 from modelpar.errors import SettingsError
 from modelpar.files import local_path
 from modelpar.settings import SCHEMAS, walk
@@ -22,6 +22,8 @@ WORDS = {
     "compare": ["runs=[x]"],
     "figures": ["checkpoint=x"],
 }
+
+ENDS = {"evaluate": ".json", "export": ".safetensors"}  # of the file that out names
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +51,16 @@ def test_every_setting_that_looks_like_a_path_is_declared_as_one() -> None:
 @pytest.mark.parametrize("main", WORDS)
 def test_every_path_is_expanded_absolute_and_checked(main: str, tmp_path: Path) -> None:
     def words(name: str, *keys: str) -> list[str]:
-        end = ".safetensors" if main == "export" else ""
         forms = {key: '["{}"]' if paths[key] else '"{}"' for key in keys}
-        return [f"{key}={form.format(name + end)}" for key, form in forms.items()]
+        return [
+            f"{key}={form.format(name + (ENDS.get(main, '') if key == 'out' else ''))}"
+            for key, form in forms.items()
+        ]
 
     def read(name: str) -> set[str]:
         found = {key: value for key, _, value in walk(config.read(main, words(name, *paths)))}
         texts = [one for key in paths for one in ([*found[key]] if paths[key] else [found[key]])]
-        return {text.removesuffix(".safetensors") for text in texts}
+        return {text.removesuffix(ENDS.get(main, "")) for text in texts}
 
     paths = overrides.path_keys(main)
     assert read("~/a") == {"/home/me/a"}
@@ -197,9 +201,8 @@ def test_a_folder_that_cannot_be_used_is_named(own: Path) -> None:
 def shown(*words: str, capfd: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
     """Return exit status, stdout and stderr of ``modelpar-train``."""
     sys.argv = ["modelpar-train", *words]
-    with pytest.raises(SystemExit) as end:
-        launch.main("train", lambda *_: None, lambda *_: None)
-    return end.value.code, *capfd.readouterr()
+    status = errors.status_of(lambda: launch.run("train", lambda *_: None, lambda *_: None))
+    return status, *capfd.readouterr()
 
 
 def test_settings_are_shown_with_the_errors_of_a_run(

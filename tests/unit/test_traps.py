@@ -309,7 +309,9 @@ def test_12_nine_views_are_a_grid_without_mirror_images() -> None:
     for view, (top, left) in zip(lens.nine_crop(image), places, strict=True):
         assert torch.equal(view, image[:, :, top : top + 4, left : left + 4] - mean[:, 2:6, 2:6])
     net = _Constant()
-    errors = evaluate(net, Mesh(torch.device("cpu")), [(image, torch.tensor([0]))], lens, views=9)  # type: ignore[arg-type]
+    errors = evaluate(
+        net, Mesh(torch.device("cpu")), [(image, torch.tensor([0]))], lens, [0], views=9
+    )  # type: ignore[arg-type]
     answers = torch.cat([net(view) for view in lens.nine_crop(image)])
     assert errors.loss == pytest.approx(-float(answers.softmax(1).mean(0)[0].log()), rel=1e-5)
 
