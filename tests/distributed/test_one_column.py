@@ -74,7 +74,7 @@ def trained(settings: list[str], run_dir: Path) -> None:
     "net", ["four_layer", pytest.param("torchvision", marks=pytest.mark.slow)]
 )
 def test_run_resumes_exactly_and_is_evaluated_and_exported(
-    images: Path, tmp_path: Path, net: str
+    images: Path, tmp_path: Path, net: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     how = words(images, net, "epochs=2", "recipe.lr=0.001")
     trained(how, tmp_path / "once")
@@ -94,7 +94,9 @@ def test_run_resumes_exactly_and_is_evaluated_and_exported(
     assert read_conv1(once).shape == (64, 3, *((5, 5) if net == "four_layer" else (11, 11)))
 
     file = tmp_path / "net.safetensors"
-    assert f"{len(state)} tensors" in evaluation.export(str(tmp_path / "once"), file)
+    request = [f"checkpoint={tmp_path / 'once'}", f"out={file}"]
+    evaluation.export(config.read("export", request))
+    assert f"{len(state)} tensors" in capsys.readouterr().out
     exported = load_file(file)
     assert all(torch.equal(value, exported[key]) for key, value in state.items())
     if net == "torchvision":

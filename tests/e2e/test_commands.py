@@ -103,7 +103,7 @@ def test_run_directory_has_the_documented_contents(trained: Path) -> None:
     assert [row["exchange_bytes_per_image"] for row in train] == [expected] * 6
     assert all(0 <= row["top1"] <= 100 and (row["top1"] * 0.16).is_integer() for row in train)
     (last,) = test
-    assert set(last) == {"kind", "step", "loss", "top1", "top5", "views"}
+    assert set(last) == {"kind", "step", "loss", "top1", "top5", "standard_error", "views"}
     assert last["step"] == 6
     config = (trained / "config.yaml").read_text()
     assert "name: code2012" in config
@@ -148,6 +148,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, trained: Path) 
     ]
 
 
+@pytest.mark.slow
 def test_finished_run_exits_0_and_changes_nothing(trained: Path) -> None:
     def contents() -> dict[str, bytes]:
         kept = [
@@ -252,12 +253,14 @@ def test_under_torchrun_one_rank_reports(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_world_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "run_dir=run", ranks=3)
     assert "columns=2 replicas=1: a world of 3 does not fit" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_training_is_refused(tmp_path: Path, trained: Path) -> None:
     done = ours(tmp_path, *SMALL, "seed=7", "run_dir=new", f"resume={trained}")
     assert done.returncode == 4
@@ -274,6 +277,7 @@ def test_run_dir_of_another_run_is_refused_and_unchanged(trained: Path) -> None:
     assert sorted(path.stat().st_mtime_ns for path in trained.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_sweep_under_torchrun_is_refused_with_the_right_command(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "-m", "seed=0,1")
     assert "python -m modelpar.train -m 'seed=0,1'" in done.stderr
