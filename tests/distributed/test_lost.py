@@ -109,6 +109,7 @@ def saved(mesh: Mesh, folder: str, step: int, how: str) -> tuple[str, float]:
     return outcome, time.monotonic() - began
 
 
+@pytest.mark.slow
 def test_hung_rank_times_out_during_save_but_slow_disk_does_not(
     columns: Ranks, tmp_path: Path
 ) -> None:

@@ -108,6 +108,7 @@ def test_tensorboard_changes_no_bit_of_the_training(
     assert not list((tmp_path / "plain").glob("events.*"))
 
 
+@pytest.mark.slow
 def test_replicas_record_the_error_of_the_global_batch(
     two_pairs: Ranks, images: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,8 @@ from modelpar.training.checkpoint import find, newest, read_part, read_statistic
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 SMALL = ["batch_size=16", "monitor.progress=false", "compile=false"]  # quick to start
 COMPILED = [*SMALL, "compile=true"]
+# A test of 16 images.  That of photos has 1,008, which takes minutes in float64.
+SYNTHETIC = ["data=synthetic", "model.image_size=64", "model.num_classes=10"]
 HOW = "1 thread each"
 TIMEOUT = 280
 
@@ -112,7 +114,7 @@ def test_run_directory_has_the_documented_contents(trained: Path) -> None:
 
 @pytest.mark.slow
 def test_launcher_torchrun_and_one_process_give_the_same_result(tmp_path: Path) -> None:
-    how = [*SMALL, "steps=4", "precision=float64", "monitor.tensorboard=false"]
+    how = [*SMALL, *SYNTHETIC, "steps=4", "precision=float64", "monitor.tensorboard=false"]
     fine(ours(tmp_path, *how, "run_dir=two"))
     fine(torchrun(tmp_path, *how, "run_dir=torchrun"))
     out = fine(ours(tmp_path, *how, "run_dir=one", "columns=1"))
@@ -173,9 +175,12 @@ def test_resume_from_a_path_starts_a_new_run(tmp_path: Path, trained: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("views", [1, 10])
 def test_evaluate_on_two_processes_equals_on_one(
-    tmp_path: Path, trained: Path, views: int
+    tmp_path: Path, images: Path, tmp_path_factory: pytest.TempPathFactory, views: int
 ) -> None:
-    how = [f"checkpoint={trained}", f"views={views}", "precision=float64"]
+    place = tmp_path_factory.mktemp("run") / "run"
+    words = [*SMALL, *TINY, f"data.root={images}", "steps=2", f"run_dir={place}"]
+    fine(ours(tmp_path, *words))
+    how = [f"checkpoint={place}", f"views={views}", "precision=float64"]
     outputs = [
         fine(ours(tmp_path, *how, main="evaluate")),
         fine(ours(tmp_path, *how, "columns=1", main="evaluate")),
@@ -183,14 +188,15 @@ def test_evaluate_on_two_processes_equals_on_one(
     ]
     lines = [out.splitlines()[-1] for out in outputs]
     assert lines[0] == lines[1] == lines[2]
-    assert "1008 images" in lines[0]
+    assert "10 images" in lines[0]
     assert not list(tmp_path.iterdir())  # an evaluation writes nothing
     if views == 1:
-        single = fine(ours(tmp_path, f"checkpoint={trained}", main="evaluate")).splitlines()[-1]
-        top1 = rows(trained, "test")[0]["top1"]
+        single = fine(ours(tmp_path, f"checkpoint={place}", main="evaluate")).splitlines()[-1]
+        top1 = rows(place, "test")[0]["top1"]
         assert f"top-1 error {top1:.4f} %" in single
 
 
+@pytest.mark.slow
 def test_exported_file_loads_into_the_whole_net(tmp_path: Path, trained: Path) -> None:
     out = tmp_path / "sub" / "net.safetensors"
     said = fine(ours(tmp_path, f"checkpoint={trained}", f"out={out}", main="export"))
@@ -214,7 +220,8 @@ def test_exported_file_loads_into_the_whole_net(tmp_path: Path, trained: Path) -
 
 @pytest.mark.slow
 def test_two_replicas_train(tmp_path: Path) -> None:
-    how = ["monitor.progress=false", "steps=3", "precision=float64", "monitor.tensorboard=false"]
+    how = [*SYNTHETIC, "monitor.progress=false", "steps=3", "precision=float64"]
+    how += ["monitor.tensorboard=false"]
     fine(ours(tmp_path, *how, "run_dir=four", "replicas=2", "batch_size=8"))
     fine(ours(tmp_path, *how, "run_dir=one", "columns=1", "batch_size=16"))
     four, one = (rows(tmp_path / name) for name in ("four", "one"))
@@ -283,6 +290,7 @@ def test_sweep_under_torchrun_is_refused_with_the_right_command(tmp_path: Path) 
     assert "python -m modelpar.train -m 'seed=0,1'" in done.stderr
 
 
+@pytest.mark.slow
 def test_settings_and_help_are_shown(tmp_path: Path) -> None:
     assert "name: code2012" in fine(ours(tmp_path, "--cfg", "job"))
     assert "recipe" in fine(ours(tmp_path, "--help"))
