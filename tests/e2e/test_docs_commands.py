@@ -21,6 +21,7 @@ SMALL = {
         "compile=false",
         "monitor.progress=false",
         "monitor.tensorboard=false",
+        "views=1",
     ],
     "evaluate": ["monitor.progress=false", "views=1"],
     "figures": ["training_images=50"],
