@@ -219,11 +219,6 @@ def run_rank(name: str, prepare: Prepare, work: Work, words: list[str]) -> int:
             checked = any(flag for _, flag in starts)
             with mesh.all_or_none(patient=True):
                 prepared = prepare(settings, None if checked else place)
-            if mesh.rank == 0:
-                each = prepared if isinstance(prepared, list) else [prepared]  # of several nets
-                for line in dict.fromkeys(one.images.skipped for one in each):
-                    if line:
-                        errors.say(line)
             run_dir = place
             return _work(partial(work, settings, prepared, mesh, run_dir), settings, mesh, run_dir)
     except BaseException as error:  # noqa: BLE001 - every error has its exit status

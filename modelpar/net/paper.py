@@ -49,10 +49,6 @@ def _net(*without: str, **outputs: int) -> MappingProxyType[str, Layer]:
     )
 
 
-# Table 2: averaged nets, top-1 and top-5 error in % on the validation images of ILSVRC-2012, ten
-# views.  "*": two of the seven had been trained on the Fall 2011 release.
-AVERAGES: Final = (("5 CNNs", 38.1, 16.4), ("7 CNNs*", 36.7, 15.4))
-
 LAYERS: Final = _net("conv6")  # the paper's
 COLUMNS: Final = 2
 
@@ -149,6 +145,10 @@ BIAS_RATIO: Final = 2.0  # the code: the biases' first rate is .02
 COLOUR_NOISE: Final = 0.1  # section 4.1: standard deviation of the three draws
 RATE_DIVISOR: Final = 10.0  # section 5
 PLATEAU_DROPS: Final = 3  # section 5: the rate was divided three times
+
+# Table 2: averaged nets, top-1 and top-5 error in % on the validation images of ILSVRC-2012, ten
+# views.  "*": two of the seven had been trained on the Fall 2011 release.
+AVERAGES: Final = (("5 CNNs", 38.1, 16.4), ("7 CNNs*", 36.7, 15.4))
 
 
 Changes = Mapping[float, float]  # what multiplies a first value from an epoch on, counted from 0

@@ -126,9 +126,8 @@ def read(folder: Path) -> Run:
     """Read one run; raises DataError if its files are damaged."""
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
-        *lines, _ = (
-            (folder / METRICS).read_text("utf-8").split("\n")
-        )  # the last is empty or incomplete
+        text = (folder / METRICS).read_text("utf-8")
+        *lines, _ = text.split("\n")  # the last is empty or incomplete
         return run_of(folder, settings, [json.loads(line) for line in lines])
     except (OSError, ValueError, KeyError, TypeError, YAMLError, OmegaConfBaseException) as error:
         raise DataError(

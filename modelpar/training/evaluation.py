@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modelpar import config
 from modelpar.distributed import Mesh
-from modelpar.errors import CheckpointError, DataError, SettingsError, one_line
+from modelpar.errors import CheckpointError, DataError, SettingsError, one_line, say
 from modelpar.files import atomic_write
 from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.folders import first_difference
@@ -263,6 +263,9 @@ def run(
     settings: EvaluateSettings, prepared: Sequence[Prepared], mesh: Mesh, _run_dir: None
 ) -> None:
     """Evaluate; rank 0 prints the errors with enough digits to compare two evaluations."""
+    if mesh.rank == 0:
+        for line in filter(None, dict.fromkeys(one.images.skipped for one in prepared)):
+            say(line)
     found = evaluate_checkpoint(settings, prepared, mesh)
     with mesh.all_or_none():
         if mesh.rank == 0:

@@ -20,7 +20,7 @@ from modelpar.analysis.activations import ActivationStats
 from modelpar.command import Output
 from modelpar.config import without_secrets
 from modelpar.distributed import Mesh, all_reduce_sum
-from modelpar.errors import DivergedError, StoppedError
+from modelpar.errors import DivergedError, StoppedError, say
 from modelpar.files import check_file_size, check_space, try_writing
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TestLoader, TrainLoader
@@ -61,6 +61,8 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
         elif settings.init.checkpoint is not None:
             trainer.load_layers(settings.init.checkpoint, settings.init.layers)
         if mesh.rank == 0:
+            if prepared.images.skipped:
+                say(prepared.images.skipped)
             for change in trajectory_changes(run_dir, settings):
                 show(f"modelpar: {run_dir} continues with {change}, which alters its trajectory")
         write_config(run_dir, settings, mesh)

@@ -187,6 +187,16 @@ def test_lines_and_file_have_members_and_average(
         evaluation.write_out(Path("/proc/no/a.json"), "")
 
 
+def test_skipped_files_are_named_once_for_all_nets(
+    nets: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = other_images(tmp_path, *(path.name for path in (images / "val").iterdir()))
+    (next((root / "val").iterdir()) / "moving.gif").touch()
+    settings = read(nets, "ac", "columns=1", f"data.root={root}")
+    evaluation.run(settings, evaluation.prepare(settings), ALONE, None)
+    assert capsys.readouterr().err == f"modelpar: {root}: skipped files: 1 .gif\n"
+
+
 def other_images(folder: Path, *classes: str) -> Path:
     for part, name in product(("train", "val"), classes):
         (folder / part / name).mkdir(parents=True)
