@@ -23,7 +23,14 @@ from modelpar.environment import Environment
 from modelpar.errors import LaunchError, PeerLostError, RunError, one_line
 
 PREPARE_TIMEOUT: Final = timedelta(days=1)  # reading every image of ImageNet once takes hours
-DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
+DTYPES: Final = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.uint8,
+)
 COMM_ERROR: Final = re.compile(r"onnection|imed out|gloo|NCCL|[Ss]ocket")
 
 
@@ -42,6 +49,7 @@ class Mesh:
     replica_group: dist.ProcessGroup | None = None  # this column in all replicas
     world: dist.ProcessGroup | None = None  # all ranks, over gloo: short messages between CPUs
     patient: dist.ProcessGroup | None = None  # the same, for a wait that may take hours
+    readers: dist.ProcessGroup | None = None  # the columns of this replica, if on one host: gloo
     shares_gpu: bool = False  # with other ranks
 
     @property
@@ -177,6 +185,7 @@ def process_mesh(
         subgroups: Any = dist.new_subgroups_by_enumeration
         pair, _ = subgroups(grid.tolist(), timeout=wait)
         replica_group, _ = subgroups(grid.t().tolist(), timeout=wait)
+        readers, _ = subgroups(grid.tolist(), backend="gloo", timeout=wait)
         world: Any = dist.new_group(backend="gloo", timeout=wait)
         patient: Any = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
     except (RuntimeError, ValueError) as error:
@@ -201,6 +210,7 @@ def process_mesh(
             replica_group=replica_group if replicas > 1 else None,
             world=world,
             patient=patient,
+            readers=readers if columns > 1 and env.has_ranks(grid[replica].tolist()) else None,
             shares_gpu=shares_gpu,
         )
     finally:
@@ -243,15 +253,18 @@ def _check(tensor: Tensor, operation: str) -> None:
         raise ValueError(f"{operation}: a tensor of {tensor.dtype} cannot be sent")
 
 
-def exchange(tensor: Tensor, pair: dist.ProcessGroup) -> tuple[Tensor, Callable[[], None]]:
+def exchange(
+    tensor: Tensor, pair: dist.ProcessGroup, received: Tensor | None = None
+) -> tuple[Tensor, Callable[[], None]]:
     """Start to send ``tensor`` to the other column and to receive one of equal shape and dtype.
 
-    A collective of ``pair``.  Returns the tensor that will hold the other column's values, and a
-    function that waits for both; until it returns neither tensor may be touched.  Raises
-    PeerLostError.
+    ``received``: a place for what is received, which may have another shape.  A collective of
+    ``pair``.  Returns the tensor that will hold the other column's values, and a function that
+    waits for both; until it returns neither tensor may be touched.  Raises PeerLostError.
     """
     _check(tensor, "exchange")
-    received = torch.empty_like(tensor)
+    received = torch.empty_like(tensor) if received is None else received
+    _check(received, "exchange")
     peer = dist.get_global_rank(pair, 1 - dist.get_rank(pair))
     with comm_errors("exchange"):
         works = dist.batch_isend_irecv(

@@ -36,6 +36,11 @@ class Environment:
             )
         return self.world_size // columns
 
+    def has_ranks(self, ranks: Sequence[int]) -> bool:
+        """Return whether all ``ranks`` run on the host of this one."""
+        first = self.rank - self.local_rank
+        return first <= min(ranks) and max(ranks) < first + self.local_size
+
 
 def read() -> Environment:
     """Return what torchrun's variables say; raises LaunchError for impossible values."""

@@ -34,7 +34,6 @@ from modelpar.distributed import Mesh, process_mesh
 from modelpar.environment import Environment
 from modelpar.errors import CheckpointError, LaunchError, PeerLostError, StoppedError
 from modelpar.files import atomic_write
-from modelpar.images import loader
 from modelpar.settings import flatten
 
 SHOWS: Final = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
@@ -279,7 +278,7 @@ def _check_same(settings: Any, mesh: Mesh) -> None:
 
 @contextmanager
 def resource_errors(settings: Any, mesh: Mesh, run_dir: Path | None) -> Generator[None]:
-    """Raise CheckpointError for a full disk, LaunchError for full memory or a killed worker."""
+    """Raise CheckpointError for a full disk, LaunchError for full memory."""
     try:
         yield
     except OSError as error:
@@ -289,8 +288,6 @@ def resource_errors(settings: Any, mesh: Mesh, run_dir: Path | None) -> Generato
             f"{run_dir}: {error.strerror}; free some space, saved checkpoints are intact"
         ) from None
     except RuntimeError as error:
-        if killed := loader.worker_killed_message(error):
-            raise LaunchError(killed) from None
         if not device.is_out_of_memory(error):
             raise
         raise LaunchError(

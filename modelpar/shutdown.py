@@ -6,7 +6,6 @@ terminal, unless ``nohup`` ignores it).
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -21,28 +20,8 @@ SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 DEBOUNCE_SECONDS: Final = 5.0  # in which further signals count as the same request
 
 
-def ignore_signals(worker: int) -> None:
-    """Make a loader's ``worker`` ignore signals sent to its process group.
-
-    Its rank terminates it when the rank itself is done.
-    """
-    del worker
-    for number in set(SIGNALS) - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
-    # A signal handler does not learn who sent the signal, but sigwaitinfo does.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_exit_with_rank, daemon=True).start()
-
-
-def _exit_with_rank() -> None:
-    """Exit at a SIGTERM from the rank that started this worker."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
 def kill_children(number: int) -> None:
-    """Send SIGKILL to the process group of each child: a rank with its loader workers."""
+    """Send SIGKILL to the process group of each child: a rank and what it has started."""
     del number
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has exited, or leads no group and is no rank

@@ -6,14 +6,14 @@ we can say that the higher levels of the neural network consider them to be simi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Subset
 
 from modelpar.analysis.activations import activations_of
+from modelpar.distributed import Mesh
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import TestLoader
 from modelpar.images.samples import Images, ImageSet, Sample
@@ -126,9 +126,8 @@ def figure4(
     stored = torch.stack([image for image, _ in (*shown, *queries)]).to(device)
     logits, units = features(net, augmentation.center_crop(stored))
     wide = units[len(shown) :].double()
-    searched: Any = Subset(images.train, rows)  # pyright: ignore[reportArgumentType] - it needs an index only
     parts: list[Tensor] = []  # (queries, images of the batch)
-    for batch, _ in TestLoader(searched, batch_size, device, workers=workers):
+    for batch, _ in TestLoader(images.train, batch_size, Mesh(device), rows=rows, workers=workers):
         units = features(net, augmentation.center_crop(batch))[1].double()
         parts.append(torch.cdist(wide, units, compute_mode="donot_use_mm_for_euclid_dist"))
     distances = torch.cat(parts, dim=1).cpu()

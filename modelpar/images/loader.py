@@ -1,36 +1,32 @@
 """Loaders: batches that are equal on both columns and depend only on seed, epoch and position."""
 
-import re
 import resource
-import shutil
 import time
-import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from itertools import islice
+from typing import Final
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader
+from torch.distributed import ProcessGroup
 
-from modelpar.errors import DataError, LaunchError
+from modelpar.distributed import Mesh, exchange
+from modelpar.errors import LaunchError, RunError
 from modelpar.images.augment import Augmentation, CropFlipColour, send
 from modelpar.images.order import BatchOrder
 from modelpar.images.samples import Images, InMemory
 from modelpar.seeding import digest
-from modelpar.shutdown import ignore_signals
 
 PIXELS_EVERY: Final = 100  # batches; hashing the 25 MB of one takes a few hundredths of a second
-SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - torch's loaders pass their batches here
-PREFETCHED: Final = 2  # batches that a loader process keeps ready: torch's default
-# Files that a rank holds open, measured: 8 alone and 31 beside others.  For a loader process there
-# are two loaders, for training and for tests, each with four ends of pipes and PREFETCHED batches
-# of two tensors.
+AHEAD: Final = 2  # batches that are read while the net uses one
+TASKS: Final = 4  # parts of a batch for each thread, so that no thread waits long for another
+# Files that a rank holds open, measured: 8 alone and 31 beside others.
 RANK_FILES: Final = 12
 PAIR_FILES: Final = 32
-WORKER_FILES: Final = 2 * (4 + PREFETCHED * 2)
 # Of a GPU's free memory, for images that stay there.  The rest is for the net and its maps.  Of
 # 8 GB it is 500 MB; photos has 12 MB, and synthetic 100 MB at batch 512 and 224 pixels.
 RESIDENT_SHARE: Final = 1 / 16
@@ -50,31 +46,88 @@ class Batch:
     digest: int = 0
 
 
-def _data_loader(images: Images, device: torch.device, workers: int, batches: Any) -> Any:
-    """Return torch's loader, with a generator that leaves the global one unchanged."""
-    # Hide Pillow's warnings about metadata; an image that cannot be decoded is an error.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    return DataLoader(
-        images,  # pyright: ignore[reportArgumentType] - it needs only a length and an index
-        batch_sampler=batches,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),
-        worker_init_fn=ignore_signals,
-    )
+class Reader:
+    """Reads batches of stored images in ``workers`` threads, ahead of their use.
+
+    Two columns on one host each read one half of a batch and exchange the halves, if reading
+    takes longer than that.  Without threads images are read when they are used.
+    """
+
+    def __init__(self, images: Images, mesh: Mesh, workers: int) -> None:
+        self.images, self.pinned = images, mesh.device.type == "cuda"
+        self.workers, self.pair = workers, mesh.readers if images.decoded else None
+        self.pool = ThreadPoolExecutor(workers, "reader") if workers else None
+
+    def read(self, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images (N, 3, T, T) uint8 and labels (N,) of each batch of sample numbers.
+
+        A collective of the pair.  Raises DataError, PeerLostError.
+        """
+        ahead = AHEAD if self.pool else 0
+        source, reading, arriving = iter(batches), deque[_Reading](), deque[_Reading]()
+        try:
+            while True:
+                free = 1 + ahead - len(reading) - len(arriving)
+                reading.extend(map(self._start, islice(source, free)))
+                # The exchange of a batch starts one batch before its use.
+                while reading and len(arriving) < 1 + (ahead > 0):
+                    arriving.append(reading.popleft())
+                    arriving[-1].exchange(self.pair)
+                if not arriving:
+                    return
+                yield arriving.popleft().finish()
+        finally:  # the memory of what is on its way must not be used again
+            with suppress(RunError):
+                for batch in arriving:
+                    batch.finish()
+
+    def _start(self, rows: Sequence[int]) -> "_Reading":
+        """Start to read the images ``rows``, or this column's half of them."""
+        side, count = self.images.side, len(rows)
+        stored = torch.empty(count, 3, side, side, dtype=torch.uint8, pin_memory=self.pinned)
+        halves = [slice(0, count)]
+        if self.pair is not None and count > 1:
+            halves = [slice(0, count // 2), slice(count // 2, count)]
+            halves = halves[:: -1 if self.pair.rank() else 1]
+        own, *other = (stored[half] for half in halves)
+        mine, tasks = rows[halves[0]], []
+        if self.pool is not None:
+            step = -(-len(mine) // (self.workers * TASKS)) or 1
+            for at in range(0, len(mine), step):
+                part = slice(at, at + step)
+                tasks.append(self.pool.submit(self.images.read, mine[part], own[part]))
+        else:
+            self.images.read(mine, own)
+        return _Reading(stored, self.images.labels[torch.as_tensor(rows)], own, other, tasks)
 
 
-def _next(source: Iterator[Any]) -> tuple[Tensor, Tensor] | None:
-    """Return the next batch or None; raises DataError, or LaunchError for a killed worker."""
-    try:
-        return next(source, None)
-    except DataError as error:  # torch puts the worker's traceback before the message
-        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if not (message := worker_killed_message(error)):
-            raise
-        raise LaunchError(message) from None
+@dataclass
+class _Reading:
+    """A batch that is being read: its images, and the halves that each column reads of it."""
+
+    images: Tensor
+    labels: Tensor
+    own: Tensor
+    other: list[Tensor]  # one, or none if this column reads the whole batch
+    tasks: list[Future[None]]
+    wait: Callable[[], None] | None = None
+
+    def exchange(self, pair: ProcessGroup | None) -> None:
+        """Start to exchange the halves, when this column's own is read; raises its DataError."""
+        if pair is not None and self.other:
+            self._read()
+            _, self.wait = exchange(self.own, pair, self.other[0])
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return images and labels when they are complete."""
+        self._read()
+        if self.wait is not None:
+            self.wait()
+        return self.images, self.labels
+
+    def _read(self) -> None:
+        for task in self.tasks:
+            task.result()
 
 
 def _prefetch(batches: Iterator[Batch], stream: torch.cuda.Stream) -> Iterator[Batch]:
@@ -96,25 +149,20 @@ def _prefetch(batches: Iterator[Batch], stream: torch.cuda.Stream) -> Iterator[B
 
 
 class _Loaded:
-    """A training set that is read batch by batch, by torch's loader."""
+    """A training set that is read batch by batch."""
 
-    def __init__(
-        self, images: Images, order: BatchOrder, device: torch.device, workers: int
-    ) -> None:
-        self.order, self.device = order, device
-        self.loader = _data_loader(images, device, workers, order)
+    def __init__(self, reader: Reader, order: BatchOrder, device: torch.device) -> None:
+        self.reader, self.order, self.device = reader, order, device
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Yield stored images and labels on the device, and the digest, from batch ``start``."""
-        order = self.order
-        order.epoch, order.start = epoch, start
-        samples, source = order.samples(epoch), iter(self.loader)
-        for number in range(start, len(order)):
-            if (stored := _next(source)) is None:
-                return
-            images, labels = (part.to(self.device, non_blocking=True) for part in stored)
-            ids = samples[order.positions(number)]
-            seen = digest([ids, stored[1], *stored[: number % PIXELS_EVERY == 0]])
+        order, samples = self.order, self.order.samples(epoch)
+        numbers = range(start, len(order))
+        ids = [samples[order.positions(number)] for number in numbers]
+        source = self.reader.read(each.tolist() for each in ids)
+        for number, each, stored in zip(numbers, ids, source, strict=True):
+            images, labels = (send(part, self.device) for part in stored)
+            seen = digest([each, stored[1], *stored[: number % PIXELS_EVERY == 0]])
             yield images, labels, seen
 
 
@@ -122,7 +170,7 @@ def _fits(images: InMemory, device: torch.device) -> bool:
     """Return whether ``images`` are small enough to stay on ``device``, a GPU."""
     if device.type != "cuda":
         return False
-    return images.images.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    return images.pixels.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 class _Resident:
@@ -133,9 +181,8 @@ class _Resident:
     """
 
     def __init__(self, images: InMemory, order: BatchOrder, device: torch.device) -> None:
-        self.pixels, self.order, self.device = images.images, order, device
-        self.rows = torch.tensor(images.rows)
-        self.labels = torch.tensor(images.labels)[self.rows]  # of each sample
+        self.pixels, self.order, self.device = images.pixels, order, device
+        self.rows, self.labels = images.rows, images.labels
         held = (self.pixels, self.rows, self.labels)
         self.held = [part.to(device) for part in held]
         self.thread = ThreadPoolExecutor(1)
@@ -175,25 +222,26 @@ class TrainLoader:
         images: Images,
         order: BatchOrder,
         augmentation: Augmentation,
-        device: torch.device,
+        mesh: Mesh,
         *,
         crops: str,
         workers: int = 0,
     ) -> None:
+        device = mesh.device
         self.order, self.crops = order, crops
         self.augmentation, self.device = augmentation, device
         if isinstance(images, InMemory) and _fits(images, device):
             self.source: _Resident | _Loaded = _Resident(images, order, device)
         else:
-            self.source = _Loaded(images, order, device, workers)
+            self.source = _Loaded(Reader(images, mesh, workers), order, device)
         # One stream for all epochs: each stream has its own memory.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def epoch(self, epoch: int, start: int, noise: float) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from number ``start``, augmented on the device.
 
-        On a GPU the host never waits for the device.  Raises DataError for an unreadable image,
-        LaunchError for a killed loader process.
+        On a GPU the host never waits for the device.  A collective of ``pair``, the columns of one
+        host.  Raises DataError for an unreadable image, PeerLostError.
         """
         batches = self._batches(epoch, start, noise)
         return batches if self.stream is None else _prefetch(batches, self.stream)
@@ -214,7 +262,8 @@ class TrainLoader:
 class TestLoader:
     """Batches of stored images, each image once, divided among the replicas without padding.
 
-    ``common`` is the number of full batches that every replica has.
+    ``rows``: the numbers of the images; None: all.  ``common`` is the number of full batches that
+    every replica has.
     """
 
     __test__ = False  # pytest: not a test
@@ -223,75 +272,37 @@ class TestLoader:
         self,
         images: Images,
         batch_size: int,
-        device: torch.device,
+        mesh: Mesh,
         *,
-        replica: int = 0,
-        replicas: int = 1,
+        rows: Sequence[int] | None = None,
         workers: int = 0,
     ) -> None:
-        self.device = device
-        self.common = len(images) // replicas // batch_size
-        rows = range(replica, len(images), replicas)
-        batches = BatchSampler(rows, batch_size, drop_last=False)
-        self.loader = _data_loader(images, device, workers, batches)
+        rows = range(len(images)) if rows is None else rows
+        self.device, self.batch_size = mesh.device, batch_size
+        self.rows = rows[mesh.replica :: mesh.replicas]
+        self.common = len(rows) // mesh.replicas // batch_size
+        self.reader = Reader(images, mesh, workers)
 
     def __len__(self) -> int:
-        return len(self.loader)  # batches of this replica
+        return len(range(0, len(self.rows), self.batch_size))  # batches of this replica
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (N, 3, T, T) uint8 and labels (N,); raises the errors of TrainLoader."""
-        source = iter(self.loader)
-        while (stored := _next(source)) is not None:
-            images, labels = (part.to(self.device, non_blocking=True) for part in stored)
+        size = self.batch_size
+        starts = range(0, len(self.rows), size)
+        for stored in self.reader.read(self.rows[start : start + size] for start in starts):
+            images, labels = (send(part, self.device) for part in stored)
             yield images, labels
 
 
-def check_shared_memory(workers: int, batch_bytes: int, processes: int) -> None:
-    """Raise LaunchError if the loaders' batches do not fit into /dev/shm.
+def check_open_files(processes: int) -> None:
+    """Raise LaunchError if a rank needs more files than the system allows.
 
-    Without this check a loader process would die from a bus error.
+    Without this check it would be aborted, or fail when it reads its first batch.
     """
-    needed = workers * PREFETCHED * batch_bytes * processes
-    if not needed or not SHARED_MEMORY.is_dir():
-        return
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if free < needed:
-        raise LaunchError(
-            f"{SHARED_MEMORY}: {workers} loader processes for each of {processes} ranks need "
-            f"{needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make it larger "
-            "(docker run --shm-size), or use workers=0"
-        )
-
-
-def check_open_files(workers: int, processes: int) -> None:
-    """Raise LaunchError if the ranks' loaders need more files than the system allows.
-
-    Without this check a rank would be aborted, or fail when it reads its first batch.
-    """
-    needed = (PAIR_FILES if processes > 1 else RANK_FILES) + workers * WORKER_FILES
+    needed = PAIR_FILES if processes > 1 else RANK_FILES
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if needed > allowed != resource.RLIM_INFINITY:
-        fewer = ", or use fewer workers" if workers else ""
         raise LaunchError(
-            f"a rank with workers={workers} opens up to {needed} files, and the system allows "
-            f"{allowed}; raise ulimit -n{fewer}"
+            f"a rank opens up to {needed} files, and the system allows {allowed}; raise ulimit -n"
         )
-
-
-def worker_killed_message(error: Exception) -> str:
-    """Return a one-line message if ``error`` means that a loader process was killed, else "".
-
-    torch reports it as a RuntimeError at any place in the main thread, or while a batch is read.
-    The connection that transfers a batch may break before that.
-    """
-    text = f"{error} {error.__cause__ or ''}"
-    raised = "Caught" in text  # by a worker that is alive
-    broken = isinstance(error, (ConnectionError, EOFError)) and not raised
-    if not broken and "DataLoader worker (pid" not in text:
-        return ""
-    number = re.search(r"killed by signal: (\w+( \w+)*)", text)
-    how = f" by signal: {number[1]}" if number else ""
-    return (
-        f"a loader process was killed{how}, probably out of memory; "
-        f"use fewer workers, or more memory (also for {SHARED_MEMORY})"
-    )

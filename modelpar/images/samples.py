@@ -2,11 +2,14 @@
 
 import hashlib
 import os
+import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -20,11 +23,31 @@ DEEP: Final = ("I;16", "I;16B", "I;16L", "I;16N")  # 16 bits per pixel; Pillow c
 RAW: Final = ("I", "F")  # 32 bits per pixel; their range is unknown
 
 
-class Images(Protocol):
-    """A source of samples with a length and an index."""
+class Images(ABC):
+    """Images (3, T, T) uint8 and their labels, by number; several threads may read them at once.
 
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Sample: ...
+    ``side``: T in pixels.  ``labels``: (N,) int64.  ``decoded``: reading an image takes much
+    longer than copying it.
+    """
+
+    side: int
+    labels: Tensor
+    decoded: bool = True
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.image(index), int(self.labels[index])
+
+    @abstractmethod
+    def image(self, index: int) -> Tensor:
+        """Return one image; raises DataError with its name if it is damaged."""
+
+    def read(self, rows: Sequence[int], out: Tensor) -> None:
+        """Write the images ``rows`` to ``out``; raises DataError."""
+        for row, target in zip(rows, out, strict=True):
+            target.copy_(self.image(row))
 
 
 @dataclass(frozen=True)
@@ -60,52 +83,58 @@ class ImageSet:
         return list(self.folders or self.classes)
 
 
-@dataclass(frozen=True)
-class InMemory:
-    """Images (N, C, T, T) uint8 in memory (C = 1 for grey ones), and their labels.
+class InMemory(Images):
+    """Images ``pixels`` (M, C, T, T) uint8 in memory, C = 1 for grey ones, and their ``labels``.
 
     Sample i is image ``rows[i]``; an image may appear in more than one sample.
     """
 
-    images: Tensor
-    labels: Sequence[int]
-    rows: Sequence[int]
+    decoded = False
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __init__(self, pixels: Tensor, labels: Sequence[int], rows: Sequence[int]) -> None:
+        self.pixels, self.rows = pixels, torch.as_tensor(rows)
+        self.side, self.labels = pixels.shape[-1], torch.as_tensor(labels)[self.rows]
 
-    def __getitem__(self, index: int) -> Sample:
-        row = self.rows[index]
-        return self.images[row].expand(3, -1, -1), self.labels[row]
+    def image(self, index: int) -> Tensor:
+        """Return one image."""
+        return self.pixels[self.rows[index]].expand(3, -1, -1)
+
+    def read(self, rows: Sequence[int], out: Tensor) -> None:
+        """Write the images ``rows`` to ``out``."""
+        chosen = self.rows[torch.as_tensor(rows)]
+        if self.pixels.shape[1] == out.shape[1]:
+            torch.index_select(self.pixels, 0, chosen, out=out)
+        else:
+            out.copy_(self.pixels[chosen])
 
 
-class Resized:
+class Resized(Images):
     """Images of any size and mode as RGB: shorter side resized, then central square (section 2).
 
-    ``source(i)`` returns a PIL image, or the path to one, and its label.
+    ``source(i)`` returns a PIL image, or the path to one.
 
     Differs: the filter is torchvision's bilinear one.  cuda-convnet2 used OpenCV's area filter, or
     its cubic one to enlarge, and stored JPEG files of quality 95 (make-data, pyext.cpp).
     """
 
-    def __init__(self, source: Callable[[int], tuple[Any, int]], length: int, size: int) -> None:
-        self.source, self.length = source, length
+    def __init__(self, source: Callable[[int], Any], labels: Sequence[int], side: int) -> None:
+        # Hide Pillow's warnings about metadata; an image that cannot be decoded is an error.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        self.source, self.side = source, side
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.transform = v2.Compose(
-            [v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
+            [v2.Resize(side, antialias=True), v2.CenterCrop(side), v2.PILToTensor()]
         )
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Sample:
-        """Return one image as (3, T, T) uint8 and its label; raises DataError with its name."""
-        image, label = self.source(index)
+    def image(self, index: int) -> Tensor:
+        """Return one image as (3, T, T) uint8; raises DataError with its name."""
+        image = self.source(index)
         is_path = isinstance(image, (str, os.PathLike))
         try:
             if is_path:
                 with Image.open(image) as opened:
-                    return self.transform(as_rgb(opened)), label
-            return self.transform(as_rgb(image)), label
+                    return self.transform(as_rgb(opened))
+            return self.transform(as_rgb(image))
         except Exception as error:  # noqa: BLE001 - Pillow's decoders raise almost any
             raise DataError(unreadable(image if is_path else f"image {index}", error)) from None
 

@@ -76,7 +76,10 @@ def _in_memory(
         content = sha256(np.asarray(train.data).tobytes(), np.asarray(test.data).tobytes())
     size = _stored_size(settings)
     fingerprint = sha256(content.encode(), str(size).encode())
-    images, tests = (Resized(part.__getitem__, len(part), size) for part in (train, test))
+    images, tests = (
+        Resized(lambda index, part=part: part[index][0], part.targets, size)
+        for part in (train, test)
+    )
     return ImageSet(settings.name, images, tests, train.classes, size, fingerprint)
 
 
@@ -112,7 +115,10 @@ def _in_folders(
     )
     fingerprint = sha256(content.encode(errors="surrogateescape"), str(size).encode())
     images, tests = (
-        Resized(one.samples.__getitem__, len(one.samples), size) for one in (train, val)
+        Resized(
+            lambda index, one=one: one.samples[index][0], [label for _, label in one.samples], size
+        )
+        for one in (train, val)
     )
     others = train.skipped + val.skipped
     skipped = f"{root / within}: skipped files: {describe(others)}" if others else ""

@@ -9,6 +9,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, DataError, one_line
 from modelpar.files import atomic_write
 from modelpar.images.augment import Statistics, principal_colours
@@ -66,7 +67,7 @@ def _compute(images: ImageSet, workers: int) -> Statistics:
     products = torch.zeros(3, 3, dtype=torch.float64)
     # The synthetic training images repeat the test batch: one pass over that batch is enough.
     source = images.train if images.shuffled else images.test
-    batches = TestLoader(source, STATISTICS_BATCH, torch.device("cpu"), workers=workers)
+    batches = TestLoader(source, STATISTICS_BATCH, Mesh(torch.device("cpu")), workers=workers)
     for batch, _ in tqdm(batches, desc="mean image", unit="batch", leave=False, delay=2):
         pixels = batch.double()
         total += pixels.sum(0)

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
 from modelpar.distributed import Mesh, all_reduce_sum
 from modelpar.images.augment import Augmentation
@@ -53,11 +52,8 @@ class Pass:
         Images of one size are read once for all nets.  A collective of the whole mesh.
         """
         mesh, sets = self.mesh, {one.images.fingerprint: one.images for one in self.members}
-        replica = {"replica": mesh.replica, "replicas": mesh.replicas, "workers": self.workers}
-        loaders: list[TestLoader] = []
-        for images in sets.values():
-            chosen: Any = Subset(images.test, rows)  # pyright: ignore[reportArgumentType] - it needs an index only
-            loaders.append(TestLoader(chosen, self.batch_size, mesh.device, **replica))
+        how: Any = {"rows": rows, "workers": self.workers}
+        loaders = [TestLoader(one.test, self.batch_size, mesh, **how) for one in sets.values()]
         for batches in zip(*loaders, strict=True):
             stored = {key: batch[0] for key, batch in zip(sets, batches, strict=True)}
             each = [

@@ -140,7 +140,7 @@ def _prepare(
     else:
         stats = statistics(images, cache, data.workers)
     workers = data.workers if settings.workers is None else settings.workers
-    check_open_files(workers, settings.columns * settings.replicas)
+    check_open_files(settings.columns * settings.replicas)
     return Prepared(trained, data, images, stats, workers)
 
 

@@ -73,10 +73,8 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
     order = BatchOrder(len(images.train), settings.batch_size, settings.seed, replicas=replicas)
     steps = run_length(settings) * len(order)
     steps = min(steps, settings.steps or steps)
-    env, batch_bytes = environment.read(), settings.batch_size * 3 * images.stored_size**2
-    processes = env.local_size if env.world_size > 1 else settings.columns * replicas
-    loader.check_shared_memory(data.workers, batch_bytes, processes)
-    loader.check_open_files(data.workers, processes)
+    env = environment.read()
+    loader.check_open_files(env.local_size if env.world_size > 1 else settings.columns * replicas)
     identity = {
         "plan": settings_of(plan),
         "seed": settings.seed,

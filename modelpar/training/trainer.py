@@ -97,11 +97,11 @@ class Trainer:
         replica = {"replica": mesh.replica, "replicas": mesh.replicas}
         shuffle = recipe.shuffle if images.shuffled else "never"
         self.order = BatchOrder(len(images.train), size, settings.seed, **replica, shuffle=shuffle)
-        crops, workers = recipe.crops, prepared.data.workers
+        workers = prepared.data.workers
         self.loader = TrainLoader(
-            images.train, self.order, self.augmentation, device, crops=crops, workers=workers
+            images.train, self.order, self.augmentation, mesh, crops=recipe.crops, workers=workers
         )
-        self.tests = TestLoader(images.test, size, device, **replica, workers=workers)
+        self.tests = TestLoader(images.test, size, mesh, workers=workers)
         last, every, best = settings.keep_last, settings.keep_every, settings.keep_best
         self.checkpointer = Checkpointer(run_dir, mesh, last=last, every=every, best=best)
         self.meter, self.readback = Meter(self.learner.link, size), Readback(mesh)

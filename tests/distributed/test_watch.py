@@ -15,6 +15,7 @@ from modelpar.errors import DivergedError, RunError
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TrainLoader
 from modelpar.images.order import BatchOrder
+from modelpar.images.samples import Images
 from modelpar.training import consistency, prepare, trainer
 from modelpar.training.checkpoint import DONE, FAILED, PENDING, newest, read_part
 from modelpar.training.consistency import StepCheck
@@ -59,21 +60,19 @@ def read(mesh: Mesh, words: list[str], change: str) -> list[int]:
     found = prepare.prepare(settings)
     images: Any = found.images.train
 
-    class Changed:
-        def __len__(self) -> int:
-            return len(images)
+    class Changed(Images):
+        side, decoded = images.side, False
+        labels = images.labels ^ (mesh.rank == 1 and change == "label")
 
-        def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
-            pixels, label = images[number]
-            if mesh.rank == 1 and change == "pixel":
-                pixels = pixels.clone()
-                pixels[0, 0, 0] ^= 1
-            return pixels, label ^ 1 if mesh.rank == 1 and change == "label" else label
+        def image(self, index: int) -> torch.Tensor:
+            pixels = images.image(index)
+            pixels[0, 0, 0] ^= mesh.rank == 1 and change == "pixel"
+            return pixels
 
     seed = 1 if mesh.rank == 1 and change == "order" else 0
     order = BatchOrder(len(images), 8, seed)
     lens = Augmentation(found.statistics, 64, scaled=True, device=mesh.device)
-    loader = TrainLoader(Changed(), order, lens, mesh.device, crops="per_image")  # type: ignore[arg-type]
+    loader = TrainLoader(Changed(), order, lens, mesh, crops="per_image")
     return [one.digest for one in loader.epoch(0, 0, 0.1)]
 
 

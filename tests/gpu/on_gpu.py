@@ -19,7 +19,7 @@ from modelpar.distributed import Mesh, process_mesh
 from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.loader import TrainLoader, _Resident
 from modelpar.images.order import BatchOrder
-from modelpar.images.samples import InMemory, Sample
+from modelpar.images.samples import Images, InMemory
 from modelpar.training import prepare, trainer
 from modelpar.training.consistency import StepCheck
 from modelpar.training.graph import EAGER_CALLS, Graphed
@@ -147,17 +147,14 @@ def gradient_errors(mesh: Mesh) -> dict[str, float]:
     return errors
 
 
-class FromDisk:
+class FromDisk(Images):
     """Images that the loader does not know to be in memory."""
 
     def __init__(self, images: InMemory) -> None:
-        self.images = images
+        self.images, self.side, self.labels = images, images.side, images.labels
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.images[index]
+    def image(self, index: int) -> torch.Tensor:
+        return self.images.image(index)
 
 
 def loader(device: torch.device, workers: int | None, *, compiled: bool = False) -> TrainLoader:
@@ -178,7 +175,7 @@ def loader(device: torch.device, workers: int | None, *, compiled: bool = False)
         images if workers is None else FromDisk(images),
         BatchOrder(IMAGES, 8, seed=1),
         augmentation,
-        device,
+        Mesh(device),
         crops="per_image",
         workers=workers or 0,
     )

@@ -125,7 +125,7 @@ def test_images_of_other_modes_become_rgb(place: Path, mode: str) -> None:
     )
     settings = config.read("train", [*SMALL, "cache_dir=../cache"])
     found = prepare.prepare(settings).images.train
-    number = next(n for n in range(len(found)) if found.source(n)[0].endswith("dark/3.png"))  # type: ignore[attr-defined]
+    number = next(n for n in range(len(found)) if found.source(n).endswith("dark/3.png"))  # type: ignore[attr-defined]
     image, _ = found[number]
     assert image.shape == (3, 73, 73)
     assert image.unique().tolist() in ([0], [128], [255])

@@ -1,42 +1,35 @@
 """Order, augmentation and batches depend only on seed, epoch and position."""
 
-import os
 import random
-import signal
-import time
 import warnings
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from modelpar import launch
 from modelpar.distributed import Mesh
-from modelpar.errors import DataError, LaunchError, SettingsError
+from modelpar.errors import DataError, SettingsError
 from modelpar.images import loader as loaders
 from modelpar.images.augment import Augmentation, CropFlipColour, Statistics
 from modelpar.images.loader import TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.images.samples import InMemory
+from modelpar.images.samples import Images, InMemory, Resized
 
-CPU = torch.device("cpu")
+CPU = Mesh(torch.device("cpu"))
 
 
-class Numbered:
+class Numbered(Images):
     """Image i is the constant i."""
 
+    side = 10
+
     def __init__(self, length: int, damaged: int | None = None) -> None:
-        self.length = length
+        self.labels = torch.arange(length)
         self.damaged = damaged
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def image(self, index: int) -> torch.Tensor:
         if index == self.damaged:
             raise DataError(f"photo {index}.jpg: cannot read image")
-        return torch.full((3, 10, 10), index, dtype=torch.uint8), index
+        return torch.full((3, 10, 10), index, dtype=torch.uint8)
 
 
 def augmentation() -> Augmentation:
@@ -163,11 +156,11 @@ def test_digest_of_images_on_the_device_shows_another_pixel(
     assert digests[0][1:] == digests[1][1:]  # without their pixels
 
 
-def test_warnings_of_pillow_are_hidden_when_a_loader_exists() -> None:
+def test_warnings_of_pillow_are_hidden_when_a_set_exists() -> None:
     with warnings.catch_warnings(record=True) as shown:
         for _ in range(2):
             warnings.warn_explicit("odd metadata", UserWarning, "f", 1, module="PIL.TiffTags")
-            TestLoader(Numbered(5), 2, CPU)
+            Resized(str, [], 1)
     assert len(shown) == 1
 
 
@@ -179,47 +172,12 @@ def test_damaged_image_is_reported_in_one_line(workers: int) -> None:
     assert str(error.value) == "photo 7.jpg: cannot read image"
 
 
-class Deadly(Numbered):
-    """The process that reads image 20 is killed, as if memory were short."""
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if index == 20:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(index)
-
-
-@pytest.mark.parametrize("seconds", [0.0, 0.3], ids=["while fetching", "during a step"])
-def test_killed_worker_is_reported_in_one_line(tmp_path: Path, seconds: float) -> None:
-    def work() -> None:
-        with launch.resource_errors(SimpleNamespace(batch_size=2), Mesh(CPU), tmp_path):
-            for _ in TestLoader(Deadly(40), 2, CPU, workers=1):
-                time.sleep(seconds)
-
-    with pytest.raises(
-        LaunchError, match=r"a loader process was killed.*, probably out of memory"
-    ):
-        work()
-
-
-def test_killed_worker_is_reported_with_its_signal() -> None:
-    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    unexpected = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
-    unexpected.__cause__ = killed
-    for error in (killed, unexpected):
-        message = loaders.worker_killed_message(error)
-        assert message.startswith("a loader process was killed by signal: Killed, probably out of")
-    assert loaders.worker_killed_message(ConnectionResetError(104, "Connection reset by peer"))
-    for other in (RuntimeError, EOFError):  # raised by a worker that is alive
-        assert not loaders.worker_killed_message(
-            other("Caught one in DataLoader worker process 0.\nno")
-        )
-
-
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_every_test_image_is_read_once(replicas: int) -> None:
     found: list[int] = []
     for replica in range(replicas):
-        for _, labels in TestLoader(Numbered(10), 4, CPU, replica=replica, replicas=replicas):
+        mesh = Mesh(CPU.device, replicas=replicas, replica=replica)
+        for _, labels in TestLoader(Numbered(10), 4, mesh):
             found += labels.tolist()
     assert sorted(found) == list(range(10))
 

@@ -60,18 +60,22 @@ def test_test_images_of_photos_are_windows_of_cells_that_are_not_trained_on(
     train, test = found.train, found.test
     assert isinstance(train, sets.InMemory)
     assert isinstance(test, sets.InMemory)
-    assert not set(train.rows) & set(found.groups)
-    assert len(set(train.rows) | set(found.groups)) == len(train.images) == 419
-    assert test.images.shape == (14 * 72, 3, side, side)
+    assert not set(train.rows.tolist()) & set(found.groups)
+    assert len(set(train.rows.tolist()) | set(found.groups)) == len(train.pixels) == 419
+    assert test.pixels.shape == (14 * 72, 3, side, side)
     for index, cell in enumerate(found.groups):
         window, label = test[index]
-        assert label == train.labels[cell]
-        assert torch.equal(window, train.images[cell][window_of(window, train.images[cell])])
-    different = {window.numpy().tobytes() for window in test.images}
+        # The cells of a photograph are consecutive.
+        before, after = (
+            train.labels[rows].tolist() for rows in (train.rows < cell, train.rows > cell)
+        )
+        assert max(before, default=0) <= label <= min(after, default=13)
+        assert torch.equal(window, train.pixels[cell][window_of(window, train.pixels[cell])])
+    different = {window.numpy().tobytes() for window in test.pixels}
     assert len(different) == (14 * 72 if side < 96 else len(set(found.groups)))
     assert len(found.classes) == 14
     for part, each in ((train, 160), (test, 72)):
-        counts = torch.bincount(torch.tensor([part.labels[row] for row in part.rows]))
+        counts = torch.bincount(part.labels)
         assert counts.tolist() == [each] * 14  # balanced
     image, label = train[0]
     assert image.shape == (3, 96, 96)
@@ -121,7 +125,7 @@ def test_a_very_long_image_is_cut_before_it_is_scaled(size: tuple[int, int], mod
     ramp = torch.arange(long) * 256 // long  # 128 in the middle
     pixels = ramp.to(torch.uint8).expand(short, long)
     image = Image.fromarray((pixels if size[0] == long else pixels.T).numpy())
-    square, _ = Resized(lambda _: (image, 0), 1, 73)[0]
+    square = Resized(lambda _: image, [0], 73).image(0)
     assert square.shape == (3, 73, 73)
     assert set(square.unique().tolist()) <= {127, 128}
 
@@ -307,7 +311,7 @@ def test_synthetic_repeats_one_batch(tmp_path: Path) -> None:
             for one, other in zip(first[0], batch, strict=True)
         )
     mean = statistics(found, tmp_path).mean  # from one pass over the batch
-    assert torch.allclose(mean, found.test.images.float().mean(0), atol=1e-3)  # type: ignore[attr-defined]
+    assert torch.allclose(mean, found.test.pixels.float().mean(0), atol=1e-3)  # type: ignore[attr-defined]
     other = open_set(settings("synthetic", num_classes=7), tmp_path, seed=4)
     assert not torch.equal(found.train[0][0], other.train[0][0])
 
