@@ -15,6 +15,7 @@ import select
 import stat
 import sys
 import tempfile
+import threading
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +56,7 @@ def _run(name: str, *parts: str) -> int:
             f"torch needs {TORCH_BYTES} bytes of addresses, and the system allows {allowed}; "
             "raise ulimit -v"
         )
+    _start_threads()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its cache need not be writable
     warnings.filterwarnings("ignore", NOTES, UserWarning)
     run, *functions = [modelpar.load(part) for part in ("launch:run", *parts) if part]
@@ -149,6 +151,16 @@ def _set_threads() -> None:
         os.environ["OMP_NUM_THREADS"] = first
     else:  # OpenMP would print a warning
         os.environ.pop("OMP_NUM_THREADS", None)
+
+
+def _start_threads() -> None:
+    """Start as many threads as OpenMP will, which ends a process that may not have them."""
+    done = threading.Event()
+    try:
+        for _ in range(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))):
+            threading.Thread(target=done.wait, daemon=True).start()
+    finally:
+        done.set()
 
 
 def _can_write(folder: Path) -> bool:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from modelpar import environment
+from modelpar import environment, limits
 from modelpar.device import set_threads, set_up
 from modelpar.environment import Environment
 from modelpar.errors import LaunchError, PeerLostError, RunError, one_line
@@ -191,6 +191,8 @@ def process_mesh(
     except (RuntimeError, ValueError) as error:
         if re.search("reset|closed", str(error)):
             raise PeerLostError(f"rank {env.rank}: another rank has exited at its start") from None
+        if line := limits.reached(error):
+            raise LaunchError(f"rank {env.rank}: {line}") from None
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LaunchError(
             f"rank {env.rank} of {env.world_size}: cannot join the process group at {address} "

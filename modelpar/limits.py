@@ -8,10 +8,10 @@ from typing import Final
 # What libraries write, the limit, what it counts, and how to go on.
 LIMITS: Final = (
     (
-        r"too many open files|items of ancdata",
+        r"too many open files",
         resource.RLIMIT_NOFILE,
         "open files",
-        "raise ulimit -n, or use fewer workers",
+        "raise ulimit -n",
     ),
     (
         r"start new thread|resource temporarily unavailable|pthread_create",
@@ -29,7 +29,7 @@ LIMITS: Final = (
         r"map segment|bad_alloc|can't allocate memory|cannot allocate memory",
         resource.RLIMIT_AS,
         "bytes of memory in one process",
-        "raise ulimit -v, or use a smaller batch_size or fewer workers",
+        "raise ulimit -v, or use a smaller batch_size",
     ),
 )
 CODES: Final = {  # whose texts depend on the language of the system
@@ -49,7 +49,7 @@ def reached(error: BaseException) -> str:
         code = errno.ENOMEM
     text = CODES.get(code or 0) or f"{error} {error.__cause__ or ''}".lower()
     if re.search("shared memory.*no space left", text, re.DOTALL):
-        return "shared memory is full; make it larger (docker run --shm-size), or use workers=0"
+        return "shared memory is full; make it larger (docker run --shm-size)"
     for pattern, number, what, fix in LIMITS:
         if re.search(pattern, text):
             size = resource.getrlimit(number)[0]

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,6 @@ def test_too_little_address_space_for_torch_is_one_line(
     [
         (OSError(errno.EMFILE, "x"), "NOFILE", "allows 77 open files; raise ulimit -n"),
         (RuntimeError("unable to open: Too many open files (24)"), "NOFILE", "77 open files"),
-        (RuntimeError("received 0 items of ancdata"), "NOFILE", "77 open files"),
         (RuntimeError("can't start new thread"), "NPROC", "77 processes and threads"),
         (BlockingIOError(errno.EAGAIN, "x"), "NPROC", "77 processes and threads"),
         (OSError(errno.EFBIG, "x"), "FSIZE", "77 bytes in one file; raise ulimit -f"),
@@ -238,3 +238,15 @@ def test_a_path_that_cannot_be_written_is_one_line() -> None:
     assert line.startswith("run/log: Permission denied; change its permissions")
     assert errors.describe(OSError(errno.ENOSPC, "No space left on device", "out"))[0] == 4
     assert errors.describe(ConnectionResetError(errno.ECONNRESET, "Connection reset"))[0] == 1
+
+
+def test_threads_that_the_system_does_not_allow_are_noticed_before_torch_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError) as error:
+        command._start_threads()
+    assert errors.describe(error.value)[0] == 5
