@@ -237,24 +237,24 @@ def _archives(root: Path) -> Source | None:
             f"{val}: {len(tests):,} images, and {KIT} has the classes of {len(class_of):,}; "
             "download it again"
         )
-    inner = members(train)
-    if strange := next((name for name, _, _ in inner if not name.endswith(".tar")), None):
+    inner = {member[0].removesuffix(".tar"): member for member in members(train)}
+    folders = sorted(inner)
+    if strange := next((one for one in folders if inner[one][0] == one), None):
         raise DataError(f"{train}: {strange!r} is no archive of a class; download it again")
-    folders = [name.removesuffix(".tar") for name, _, _ in inner]
     check_same_classes(_only_classes(train, folders), _only_classes(val, class_of))
-    label_of = {folder: label for label, folder in enumerate(sorted(folders))}
+    label_of = {folder: label for label, folder in enumerate(folders)}
     parts = {
         "train": Items(
-            Item(f"{folder}/{name}", label_of[folder], str(train), offset, num_bytes)
-            for folder, archive in sorted(zip(folders, inner, strict=True))
-            for name, offset, num_bytes in members(train, archive)
+            Item(f"{folder}/{name}", label, str(train), offset, num_bytes)
+            for label, folder in enumerate(folders)
+            for name, offset, num_bytes in members(train, inner[folder])
         ),
         "val": Items(
             Item(name, label_of[folder], str(val), offset, num_bytes)
             for folder, (name, offset, num_bytes) in sorted(zip(class_of, tests, strict=True))
         ),
     }
-    return Source("archives", parts, _shown(sorted(folders), words), sorted(folders))
+    return Source("archives", parts, _shown(folders, words), folders)
 
 
 # -- Parquet files --------------------------------------------------------------------------------

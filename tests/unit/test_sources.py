@@ -16,7 +16,7 @@ from small_imagenet import (
     BUILD,
     TRAIN,
     WORDS,
-    accept_kit,
+    accept,
     by_class,
     in_folders,
     in_parquet,
@@ -26,15 +26,16 @@ from small_imagenet import (
 )
 
 from modelpar.errors import DataError, SettingsError
-from modelpar.images import archives, sources
+from modelpar.images import archives, sets, sources
 from modelpar.images.sources import Item, Items, Source
+from modelpar.settings import DataSettings
 
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     def made(layout: str) -> Path:
         BUILD[layout](tmp_path)
-        accept_kit(tmp_path, monkeypatch)
+        accept(tmp_path, monkeypatch)
         return tmp_path
 
     return made
@@ -56,6 +57,7 @@ def refused(root: Path, layout: str = "auto") -> str:
 
 # -- what is read ---------------------------------------------------------------------------------
 
+TESTS = [(0, b"second"), (1, b"first")]  # by label
 SHOWN = {"folders": ["n01", "n02"], "parquet": sorted(WORDS.values(), reverse=True)}
 
 
@@ -68,10 +70,9 @@ def test_each_layout_has_the_same_images_labels_and_names(
     found = sources.open_source(root)
     assert found.name == layout
     train = [(int(name.startswith("n02")), content) for name, content in sorted(TRAIN.items())]
-    tests = [(0, b"second"), (1, b"first")]  # by label
     assert contents(found) == {
         "train": train,
-        "val": tests if layout != "parquet" else tests[::-1],
+        "val": TESTS if layout != "parquet" else TESTS[::-1],
     }
     assert found.classes == SHOWN.get(layout, ["tench", "goldfish"])
     assert found.folders == (SHOWN[layout] if layout == "parquet" else ["n01", "n02"])
@@ -90,6 +91,15 @@ def test_folders_with_a_development_kit_show_its_words(
     (make("archives") / archives.TRAIN).unlink()
     found = sources.open_source(tmp_path)
     assert [found.name, found.classes] == ["folders", ["tench", "goldfish"]]
+
+
+def test_training_without_a_preparation_unpacks_the_archives(make: Callable[[str], Path]) -> None:
+    root = make("archives")
+    settings = DataSettings("imagenet", str(root), image_size=64, epochs=1)
+    found = sets.open_set(settings, root / "cache")
+    images = [found.test.source(number) for number in range(len(found.test))]
+    assert [(label, Path(path).read_bytes()) for path, label in images] == TESTS
+    assert not (root / "meta.bin").exists()
 
 
 @pytest.mark.parametrize("inner", ["ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC"])
