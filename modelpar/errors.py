@@ -3,9 +3,10 @@
 import errno
 import sys
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from pickle import UnpicklingError
 from typing import ClassVar, Final, NoReturn
 
 from modelpar import limits
@@ -85,6 +86,19 @@ def refuse_choice(key: str, value: object, choices: Iterable[object]) -> NoRetur
 def one_line(error: BaseException) -> str:
     """Return the error's text as one line, or its type's name where it has no text."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def readable(what: str, advice: str) -> Generator[None]:
+    """Turn whatever a library raises for damaged files into one DataError."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:  # noqa: BLE001 - their readers check little
+        # torch's advice for a file that it does not trust would be to trust it.
+        text = "not as expected" if isinstance(error, UnpicklingError) else one_line(error)[:200]
+        raise DataError(f"{what} ({text}); {advice}") from None
 
 
 def describe(error: BaseException) -> tuple[int, str]:

@@ -3,20 +3,21 @@
 import gzip
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torchvision import datasets
-from torchvision.datasets import imagenet as archives
+from torchvision.datasets import imagenet as published
 
-from modelpar.errors import DataError, SettingsError, one_line, refuse_choice
+from modelpar.errors import DataError, SettingsError, one_line, readable, refuse_choice
+from modelpar.images.archives import development_kit
 from modelpar.images.folders import check_same_classes, describe, list_part
 from modelpar.images.photos import photos
 from modelpar.images.samples import ImageSet, InMemory, Resized, sha256
@@ -52,17 +53,6 @@ def _stored_size(settings: DataSettings) -> int:
     return round(settings.image_size * STORED_PER_CROP)
 
 
-@contextmanager
-def _readable(what: str, advice: str) -> Generator[None]:
-    """Turn whatever torchvision raises for damaged files into one DataError."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - its readers check little
-        # torch's advice for a file that it does not trust would be to trust it.
-        text = "not as expected" if isinstance(error, UnpicklingError) else one_line(error)[:200]
-        raise DataError(f"{what} ({text}); {advice}") from None
-
-
 def _in_memory(
     settings: DataSettings, root: Path, title: str, build: Callable[[str], Any]
 ) -> ImageSet:
@@ -71,7 +61,7 @@ def _in_memory(
     ``build`` returns that of ``train`` or of ``val``.
     """
     advice = "use the folder that contains it, or data.download=true"
-    with _readable(f"data.root={root}: no {title} there", advice):
+    with readable(f"data.root={root}: no {title} there", advice):
         train, test = build("train"), build("val")
         content = sha256(np.asarray(train.data).tobytes(), np.asarray(test.data).tobytes())
     size = _stored_size(settings)
@@ -149,7 +139,7 @@ def imagenette(settings: DataSettings, cache: Path, parts: Sequence[str]) -> Ima
     root, within = _folder(settings, cache), "imagenette2-320"
     if not (root / within).is_dir():
         advice = "use the folder that contains it, or data.download=true"
-        with _readable(f"data.root={root}: no {within} there", advice):
+        with readable(f"data.root={root}: no {within} there", advice):
             datasets.Imagenette(root, size="320px", download=settings.download)
     names: Any = vars(datasets.Imagenette)["_WNID_TO_CLASS"]  # it has no public name
     return _in_folders(settings, root, parts, within=within, names=names)
@@ -163,22 +153,17 @@ def imagefolder(settings: DataSettings, cache: Path, parts: Sequence[str]) -> Im
 def imagenet(settings: DataSettings, cache: Path, parts: Sequence[str]) -> ImageSet:
     """ILSVRC-2012: torchvision's layout with the development kit, or plain train and val."""
     root = _folder(settings, cache)
-    meta, kit = root / "meta.bin", root / "ILSVRC2012_devkit_t12.tar.gz"
-    if not meta.exists() and not kit.exists():
+    kit = development_kit(root)
+    if kit is None:
         return _in_folders(settings, root, parts)
-    plain = "to use plain folders, whose names are the classes"
-    if not meta.exists():
-        with _readable(
-            f"{kit}: cannot be unpacked", f"download it again, or move it away {plain}"
-        ):
-            archives.parse_devkit_archive(root)
-    with _readable(f"{meta}: does not hold the names of the classes", f"delete it {plain}"):
-        loaded: Any = archives.load_meta_file(root)[0].items()
-        names = {folder: [str(name[0])] for folder, name in loaded}
-    unpack = {"train": archives.parse_train_archive, "val": archives.parse_val_archive}
+    names, val = kit
+    unpack: dict[str, Callable[[Path], None]] = {
+        "train": published.parse_train_archive,
+        "val": partial(published.parse_val_archive, wnids=val),
+    }
     for part in parts:
         if not (root / part).is_dir():
-            with _readable(f"data.root={root}: no folder {part}", "add the folder or the archive"):
+            with readable(f"data.root={root}: no folder {part}", "add the folder or the archive"):
                 unpack[part](root)
     return _in_folders(settings, root, parts, names=names)
 
