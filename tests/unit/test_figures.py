@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
-from modelpar import config, figures
+from modelpar import command, config, figures
 from modelpar.distributed import Mesh
 from modelpar.studies import plots, snapshots
 from modelpar.training import prepare, trainer
@@ -63,11 +64,14 @@ def run_figures(*words: str) -> Any:
     return end.value.code
 
 
-def test_names_of_classes_and_runs_are_no_formulas() -> None:
+def test_names_of_classes_are_no_formulas_and_their_missing_glyphs_no_warnings() -> None:
     words = ["checkpoint=run", "workers=0", "device=cpu", "training_images=4"]
     snapshot = snapshots.of_checkpoint(config.read("figures", words))
-    figure = plots.figure4(replace(snapshot, classes=["$", "$$ \udcff"]))
-    figure.savefig(io.BytesIO())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", command.NOTES, UserWarning)  # as every command does
+        figure = plots.figure4(replace(snapshot, classes=["$ \u732b", "$$ \udcff"]))
+        figure.savefig(io.BytesIO())
     assert "$$ \\udcff" in {text.get_text() for text in figure.findobj(Text)}
 
 
