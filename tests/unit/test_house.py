@@ -25,7 +25,7 @@ FLOORS = [
     ["gpu.within_kernels"],
     ["gpu.block"],
     ["settings", "device"],
-    ["overrides"],
+    ["overrides", "checks"],
     ["config"],
     ["distributed"],
     ["net.plan"],
@@ -36,10 +36,12 @@ FLOORS = [
     ["net.four_layer"],
     ["images.order", "images.augment"],
     ["images.samples"],
-    ["images.archives", "images.folders", "images.parquet", "images.photos"],
-    ["images.loader", "images.sources"],
+    ["images.archives", "images.folders", "images.parquet", "images.photos", "images.store"],
+    ["images.loader", "images.sources", "images.journal"],
     ["images.statistics"],
     ["images.sets"],
+    ["images.blocks"],
+    ["images.packing"],
     ["training.schedule", "training.optimizer", "training.metrics", "analysis.kernels"],
     ["analysis.activations"],
     ["analysis.neighbours"],
@@ -65,7 +67,7 @@ FLOORS = [
     ["bench.report"],
     ["sweep"],
     ["launch"],
-    ["train", "evaluate", "benchmark", "export", "compare", "figures"],
+    ["train", "evaluate", "benchmark", "export", "compare", "figures", "prepare"],
 ]
 HEIGHT = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(
