@@ -4,7 +4,7 @@ import tarfile
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Final
 
 from torchvision.datasets import imagenet
 from torchvision.datasets.utils import check_integrity
@@ -12,6 +12,8 @@ from torchvision.datasets.utils import check_integrity
 from modelpar.errors import DataError, readable
 
 TRAIN, VAL, KIT = (imagenet.ARCHIVE_META[part][0] for part in ("train", "val", "devkit"))
+AGAIN: Final = "download it again"
+Member = tuple[str, int, int]  # name, offset in the file and bytes
 
 
 def development_kit(root: Path) -> tuple[dict[str, list[str]], list[str]] | None:
@@ -28,9 +30,7 @@ def development_kit(root: Path) -> tuple[dict[str, list[str]], list[str]] | None
     with TemporaryDirectory() as scratch:  # torchvision writes beside the kit
         place = root if meta.exists() else Path(scratch)
         if place != root:
-            with readable(
-                f"{kit}: cannot be unpacked", f"download it again, or move it away {plain}"
-            ):
+            with readable(f"{kit}: cannot be unpacked", f"{AGAIN}, or move it away {plain}"):
                 if not check_integrity(kit, imagenet.ARCHIVE_META["devkit"][1]):
                     raise ValueError("its MD5 is not that of the published file")
                 (place / KIT).symlink_to(kit.absolute())
@@ -41,34 +41,35 @@ def development_kit(root: Path) -> tuple[dict[str, list[str]], list[str]] | None
             return {one: [str(word) for word in text] for one, text in words.items()}, list(val)
 
 
-def members(path: Path, start: int = 0, length: int = -1) -> list[tuple[str, int, int]]:
-    """Return name, offset in ``path`` and bytes of each file of a tar archive, sorted by name.
+def members(path: Path, inner: Member | None = None) -> list[Member]:
+    """Return the files of an uncompressed tar archive, sorted by name.
 
-    The archive is all of ``path``, or the ``length`` bytes from ``start``.  Raises DataError if it
-    is damaged, and for a member that is a link or device, or whose name leads out of it.
+    The archive is the file ``path``, or ``inner``, a member of it; offsets are always those in
+    ``path``.  Raises DataError if it is damaged or empty, and for a member that is a link or a
+    device, or whose name leads out of the archive.
     """
-    end = start + length if start else path.stat().st_size
-    found: list[tuple[str, int, int]] = []
-    with (
-        readable(f"{path}: damaged near byte {start}", "download it again"),
-        path.open("rb") as file,
-    ):
+    name, start, length = inner or ("", 0, path.stat().st_size)
+    where = f"{path}: {name}" if inner else str(path)
+    found: list[Member] = []
+    with readable(f"{where}: cannot be read as a tar archive", AGAIN), path.open("rb") as file:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
             for member in archive:
-                name = PurePosixPath(member.name)
-                if name.is_absolute() or ".." in name.parts or "\0" in member.name:
-                    raise DataError(f"{path}: {member.name!r} leads out of the archive; refused")
+                inside = PurePosixPath(member.name)
+                if inside.is_absolute() or ".." in inside.parts or "\0" in member.name:
+                    raise DataError(f"{where}: {member.name!r} leads out of the archive; {AGAIN}")
                 if not (member.isreg() or member.isdir()) or member.issparse():
-                    raise DataError(f"{path}: {member.name!r} is no regular file; refused")
+                    raise DataError(f"{where}: {member.name!r} is no regular file; {AGAIN}")
                 if member.isreg():
-                    found.append((str(name), member.offset_data, member.size))
+                    found.append((str(inside), member.offset_data, member.size))
             # tarfile takes a cut between two members, and a damaged header, for the end.
             file.seek(archive.offset)
-            if archive.offset >= end or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise ValueError("no end of the archive")
+            if archive.offset >= start + length or any(file.read(tarfile.BLOCKSIZE)):
+                raise ValueError("its end is missing")
+        if not found:
+            raise ValueError("it has no files")
     found.sort()
-    for (name, _, _), (following, _, _) in pairwise(found):
-        if name == following:
-            raise DataError(f"{path}: has {name!r} more than once; download it again")
+    for (one, _, _), (following, _, _) in pairwise(found):
+        if one == following:
+            raise DataError(f"{where}: has {one!r} more than once; {AGAIN}")
     return found

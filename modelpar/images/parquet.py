@@ -43,7 +43,8 @@ def _names(part: str) -> str:
 
 def class_names(path: Path) -> list[str]:
     """Return the names of the classes; raises DataError if the file has no images and labels."""
-    with readable(f"{path}: no images and labels as Hugging Face stores them", AGAIN):
+    needs = "needs a column image with bytes, a column label and the names of its classes"
+    with readable(f"{path}: {needs}", AGAIN):
         with _opened(path) as file:
             schema = file.schema_arrow
         schema.field("image").type.field("bytes")
@@ -56,7 +57,7 @@ def read_labels(path: Path, classes: Sequence[str]) -> list[int]:
     if class_names(path) != classes:
         raise DataError(f"{path}: its classes are not those of the other files; {AGAIN}")
     with readable(f"{path}: the labels cannot be read", AGAIN), _opened(path) as file:
-        labels = file.read(columns=["label"])["label"].to_pylist()
+        labels = file.read(columns=["label"])["label"].cast("int64").to_pylist()
     for row, label in enumerate(labels):
         if label not in range(len(classes)):
             raise DataError(f"{path}: row {row} has the label {label}, of {len(classes)}; {AGAIN}")

@@ -97,6 +97,8 @@ def open_source(root: Path, layout: str = "auto") -> Source:
     """
     if layout not in {"auto", *LAYOUTS}:
         refuse_choice("layout", layout, ("auto", *LAYOUTS))
+    if not root.is_dir():
+        raise DataError(f"data.root={root}: no such folder; use the folder of the images")
     tried = LAYOUTS if layout == "auto" else {layout: LAYOUTS[layout]}
     try:
         for find, _ in tried.values():
@@ -179,19 +181,20 @@ def _kaggle(root: Path) -> Source | None:
         return None
     folder = base / "val"
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; {table.name} names the images in it")
+        raise DataError(f"{folder}: no such folder, and {table.name} names its images; add it")
     with os.scandir(folder) as entries:
         sizes = {one.name: -1 if one.is_dir() else one.stat().st_size for one in entries}
     if -1 in sizes.values():  # someone has sorted the images: they are plain folders
         return None
     train = list_part(base, "train")
     with readable(f"{table}: is not Kaggle's table", "download it again"):
-        class_of = {f"{name}.JPEG": text.split()[0] for name, text in _table(table)}
+        rows = csv.DictReader(table.read_text("utf-8", "surrogateescape").splitlines())
+        class_of = {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in rows}
     for name in sorted(class_of.keys() ^ sizes.keys()):
         if name in class_of:
             raise DataError(f"{folder / name}: no such file, and {table.name} names it; add it")
         if name.endswith(".JPEG"):
-            raise DataError(f"{folder / name}: {table.name} does not name it; delete it")
+            raise DataError(f"{folder / name}: not in {table.name}; delete it, or add its line")
     val = _only_classes(folder, class_of.values())
     check_same_classes(train, val)
     label_of = {one: label for label, one in enumerate(val.classes)}
@@ -214,11 +217,6 @@ def _kaggle(root: Path) -> Source | None:
     )
 
 
-def _table(path: Path) -> list[tuple[str, str]]:
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return [(row["ImageId"], row["PredictionString"]) for row in csv.DictReader(file)]
-
-
 # -- the official archives ------------------------------------------------------------------------
 
 
@@ -239,24 +237,24 @@ def _archives(root: Path) -> Source | None:
             f"{val}: {len(tests):,} images, and {KIT} has the classes of {len(class_of):,}; "
             "download it again"
         )
-    inner = members(train)
-    if strange := next((name for name, _, _ in inner if not name.endswith(".tar")), None):
+    inner = {member[0].removesuffix(".tar"): member for member in members(train)}
+    folders = sorted(inner)
+    if strange := next((one for one in folders if inner[one][0] == one), None):
         raise DataError(f"{train}: {strange!r} is no archive of a class; download it again")
-    folders = [name.removesuffix(".tar") for name, _, _ in inner]
     check_same_classes(_only_classes(train, folders), _only_classes(val, class_of))
-    label_of = {folder: label for label, folder in enumerate(sorted(folders))}
+    label_of = {folder: label for label, folder in enumerate(folders)}
     parts = {
         "train": Items(
-            Item(f"{folder}/{name}", label_of[folder], str(train), offset, num_bytes)
-            for folder, (_, start, length) in sorted(zip(folders, inner, strict=True))
-            for name, offset, num_bytes in members(train, start, length)
+            Item(f"{folder}/{name}", label, str(train), offset, num_bytes)
+            for label, folder in enumerate(folders)
+            for name, offset, num_bytes in members(train, inner[folder])
         ),
         "val": Items(
             Item(name, label_of[folder], str(val), offset, num_bytes)
             for folder, (name, offset, num_bytes) in sorted(zip(class_of, tests, strict=True))
         ),
     }
-    return Source("archives", parts, _shown(sorted(folders), words), sorted(folders))
+    return Source("archives", parts, _shown(folders, words), folders)
 
 
 # -- Parquet files --------------------------------------------------------------------------------
