@@ -17,10 +17,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from modelpar.checks import check
 from modelpar.errors import SettingsError, one_line, refuse_choice
 from modelpar.files import local_path
 from modelpar.overrides import conf_dir, parsed, path_keys, quote_it, values_of, with_search_path
-from modelpar.settings import SCHEMAS, check, flatten, walk
+from modelpar.settings import SCHEMAS, flatten, walk
 
 
 @cache

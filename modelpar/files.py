@@ -69,13 +69,15 @@ def _existing_parent(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def check_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
+def check_space(
+    folder: Path, needed: int, what: str = "a checkpoint", key: str = "run_dir"
+) -> None:
     """Raise CheckpointError where the disk of ``folder`` has less than ``needed`` bytes free."""
     free = shutil.disk_usage(_existing_parent(folder)).free
     if free < needed * SPARE:
         raise CheckpointError(
             f"{folder}: {what} needs {needed * SPARE / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
-            "free; free some space or use another run_dir"
+            f"free; free some space or use another {key}"
         )
 
 

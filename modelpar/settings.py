@@ -3,14 +3,11 @@
 import math
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from omegaconf import MISSING
 
 from modelpar.bench.contenders import CONTENDERS
-from modelpar.errors import SettingsError, refuse_choice
-from modelpar.files import check_writable
 from modelpar.net.paper import BASELINES, MOMENTUM, NETS, RATE, SCHEDULES, WEIGHT_DECAY
 
 PRECISIONS: Final = ("float32", "bfloat16", "float64")
@@ -51,27 +48,6 @@ def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, "Field[Any]", A
 def flatten(settings: Any) -> dict[str, Any]:
     """Return the settings by dotted key."""
     return {key: value for key, _, value in walk(settings)}
-
-
-def check(settings: Any, prefix: str = "") -> None:
-    """Raise SettingsError for the first value that its field or the other settings forbid."""
-    for key, entry, value in walk(settings, prefix):
-        limits = entry.metadata
-        if value == [] and limits.get("filled"):
-            raise SettingsError(f"{key}=[]: use one or more values")
-        values = value.values() if isinstance(value, dict) else value
-        for one in values if isinstance(value, (dict, list, tuple)) else [value]:
-            if one is not None and one not in limits.get("choices", [one]):
-                refuse_choice(key, one, limits["choices"])
-            if one is None or "minimum" not in limits:
-                continue
-            if not math.isfinite(one):
-                raise SettingsError(f"{key}={one}: use a finite number")
-            if one < limits["minimum"]:
-                raise SettingsError(f"{key}={one}: use {limits['minimum']} or more")
-            if one >= limits["below"]:
-                raise SettingsError(f"{key}={one}: use a number below {limits['below']}")
-    _check_combination(settings)
 
 
 @dataclass
@@ -188,7 +164,7 @@ class LinkSettings:
     rates: list[float] = at_least(0.001, ())  # Mbit/s to measure at, besides the full rate
 
 
-def _run_data() -> DataSettings:  # of the run that a checkpoint is from
+def _run_data() -> DataSettings:  # those of a checkpoint's run, or none
     return DataSettings(name="", image_size=1, epochs=1)
 
 
@@ -265,6 +241,8 @@ class EvaluateSettings(RankSettings):
 class BenchmarkSettings(ProcessSettings):
     """The settings of ``modelpar.benchmark``."""
 
+    what: str = one_of("step", "data", default="step")  # a training step, or reading images
+    images: int = at_least(256, 1000)  # that are generated for what=data
     # Null: chosen for the device; batches are of all processes together.
     contenders: list[str] | None = _declare(None, choices=CONTENDERS, filled=True)
     precisions: list[str] | None = _declare(None, choices=PRECISIONS, filled=True)
@@ -312,6 +290,22 @@ class FiguresSettings:
     cache_dir: str | None = path(None)
 
 
+@dataclass
+class PrepareSettings:
+    """The settings of ``modelpar.prepare``."""
+
+    out: str = path()  # folder of the packed store
+    data: DataSettings = field(default_factory=_run_data)
+    size: int = at_least(1, 256)  # side of the stored squares in pixels (section 2)
+    format: str = one_of("jpeg", "raw", default="jpeg")  # of the stored images
+    bad: str = one_of("error", "skip", default="error")  # what an undecodable image is
+    max_bad: float = at_least(0, 0.001, below=1)  # share of a part that may be skipped
+    verify: bool = False  # read the finished store and compare it with its hashes
+    workers: int | None = at_least(0, None)  # processes; null: one per core; 0: this one
+    progress: bool = True
+    cache_dir: str | None = path(None)  # of downloads
+
+
 SCHEMAS: Final = {
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
@@ -319,26 +313,5 @@ SCHEMAS: Final = {
     "export": ExportSettings,
     "compare": CompareSettings,
     "figures": FiguresSettings,
+    "prepare": PrepareSettings,
 }
-
-
-def _check_combination(settings: Any) -> None:
-    """Raise SettingsError where settings of a command do not fit each other or the disk."""
-    if isinstance(settings, RankSettings):
-        if settings.columns == 1 and settings.crossing.dtype not in {None, settings.precision}:
-            wrong = f"crossing.dtype={settings.crossing.dtype}: one column has no crossings"
-            raise SettingsError(f"{wrong}; use columns=2 or crossing.dtype=null")
-    elif isinstance(settings, BenchmarkSettings):
-        odd = [size for size in settings.batch_sizes or [] if size % 2]
-        if odd and "ddp" in (settings.contenders or CONTENDERS):
-            raise SettingsError(f"batch_sizes={odd[0]}: ddp halves a batch; use even numbers")
-        if len(settings.link.hosts) not in ({2} if settings.link.rates else {0, 2}):
-            raise SettingsError("link: requires two hosts; use launch/slow_link.sh")
-    elif isinstance(settings, FiguresSettings) and not (settings.checkpoint or settings.runs):
-        raise SettingsError("checkpoint: missing; add checkpoint=RUN_DIR or runs=[RUN,RUN]")
-    if out := getattr(settings, "out", None):
-        files: dict[type, str] = {EvaluateSettings: ".json", ExportSettings: ".safetensors"}
-        suffix = files.get(type(settings))
-        if not out.endswith(suffix or ""):
-            raise SettingsError(f"out={out}: use a name that ends in {suffix}")
-        check_writable("out", Path(out).parent if suffix else Path(out))

@@ -4,30 +4,42 @@ Each means is measured alone, on one core and on all, and while the whole net tr
 """
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from io import StringIO
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from modelpar.device import num_cores
+from modelpar import config, tables
+from modelpar.bench.measure import machine, with_defaults
+from modelpar.device import num_cores, set_up
 from modelpar.distributed import Mesh
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, Reader, TrainLoader
 from modelpar.images.order import BatchOrder
+from modelpar.images.packing import prepare
 from modelpar.images.photos import PHOTOGRAPHS
 from modelpar.images.samples import ImageSet
+from modelpar.images.sets import STORED_PER_CROP, open_set
+from modelpar.images.statistics import statistics
+from modelpar.net.plan import Recipe, plan_for
+from modelpar.settings import BenchmarkSettings, DataSettings, ModelSettings, TrainSettings
+from modelpar.training.engine import Learner, compile_parts
 
 MEANS: Final = {
     "imagefolder": "torchvision's ImageFolder, its usual transforms, torch's DataLoader",
@@ -39,6 +51,8 @@ MEANS: Final = {
 SIDES: Final = (350, 600)
 QUALITY: Final = (75, 96)
 CLASSES: Final = 10
+FORMATS: Final = ("jpeg", "raw")
+SPEEDS: Final = ("one_core", "all_cores", "training")
 
 
 def write_photographs(root: Path, parts: dict[str, int], classes: int = CLASSES) -> None:
@@ -49,8 +63,8 @@ def write_photographs(root: Path, parts: dict[str, int], classes: int = CLASSES)
     pixels = [each[0] if isinstance(each, tuple) else each for each in found]
     photographs = [Image.fromarray(np.asarray(each)).convert("RGB") for each in pixels]
     draw = np.random.default_rng(0)
-    for part, count in parts.items():
-        for number in range(count):
+    for part, images in parts.items():
+        for number in range(images):
             folder = root / part / f"class{number % classes:04}"
             folder.mkdir(parents=True, exist_ok=True)
             photograph = photographs[draw.integers(len(photographs))]
@@ -58,7 +72,7 @@ def write_photographs(root: Path, parts: dict[str, int], classes: int = CLASSES)
             scale = max(1, width / photograph.width, height / photograph.height)
             box = (width / scale, height / scale)
             left, top = (
-                draw.uniform(0, room - side)
+                draw.uniform(0, max(0, room - side))
                 for room, side in zip(photograph.size, box, strict=True)
             )
             piece = photograph.resize(
@@ -66,6 +80,9 @@ def write_photographs(root: Path, parts: dict[str, int], classes: int = CLASSES)
             )
             quality = int(draw.integers(*QUALITY))
             piece.save(folder / f"{number:06}.jpg", quality=quality)
+
+
+# -- what is measured -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -81,11 +98,83 @@ class Setup:
     batches: int  # of a turn
 
 
-def rates(setup: Setup, rounds: int) -> list[dict[str, Any]]:
+def measure_reading(settings: BenchmarkSettings) -> dict[str, Any]:
+    """Return what ``benchmark.json`` holds: images/s of each means, and of preparing on one core.
+
+    Of generated photographs, by the net and the batch of the settings.
+    """
+    settings = with_defaults(settings)
+    batch_size, steps = (settings.batch_sizes or [128])[0], settings.steps or 2
+    with TemporaryDirectory() as place:
+        root = Path(place)
+        write_photographs(root, {"train": settings.images, "val": settings.images // 10})
+        preparing = [_preparing(root, settings) for _ in range(settings.rounds)]
+        setup = _setup(root, settings, batch_size, steps)
+        rows = _rates(setup, settings.rounds)
+    prepared = {name: median(each[name] for each in preparing) for name in preparing[0]}
+    about = {"machine": machine(), "settings": asdict(settings)}
+    return {**about, "rows": rows, "preparing": prepared}
+
+
+def _preparing(root: Path, settings: BenchmarkSettings) -> dict[str, float]:
+    """Return images/s on one core of decoding with Pillow alone, and of preparing each store."""
+    paths, found = [*root.glob("*/*/*.jpg")], dict[str, float]()
+    with _on_one_core():
+        began = time.perf_counter()
+        for path in paths:
+            with Image.open(path) as opened:
+                opened.convert("RGB")
+        found["pillow"] = len(paths) / (time.perf_counter() - began)
+        for form in FORMATS:
+            shutil.rmtree(root / form, ignore_errors=True)
+            began = time.perf_counter()
+            _prepare(root, form, settings)
+            found[form] = len(paths) / (time.perf_counter() - began)
+    return found
+
+
+def _prepare(root: Path, form: str, settings: BenchmarkSettings) -> None:
+    size = round(settings.image_size * STORED_PER_CROP)
+    words = ["data=imagefolder", f"data.root={root}", f"out={root / form}", f"format={form}"]
+    words += [f"size={size}", "workers=0", "progress=false"]
+    with redirect_stdout(StringIO()):
+        prepare(config.read("prepare", words))
+
+
+def _setup(root: Path, settings: BenchmarkSettings, batch_size: int, batches: int) -> Setup:
+    """Open all sets, and make the step of the whole net."""
+    mesh = Mesh(set_up(settings.device))
+    cache, size = root / "cache", settings.image_size
+    roots = {"folder": ("imagefolder", root)} | {form: ("packed", root / form) for form in FORMATS}
+    found = {
+        means: open_set(DataSettings(name, str(where), image_size=size), cache)
+        for means, (name, where) in roots.items()
+    }
+    plan = plan_for(Recipe(**asdict(settings.recipe)), ModelSettings(), CLASSES, size)
+    precision = (settings.precisions or ["float32"])[0]
+    trained = TrainSettings(
+        epochs=1, batch_size=batch_size, precision=precision, compile=settings.compile
+    )
+    learner, dtype = Learner(plan, trained, mesh), torch.float32
+    if precision == "bfloat16":
+        dtype = torch.bfloat16
+    stats = statistics(found["raw"], cache)
+    lens = Augmentation(stats, size, scaled=True, device=mesh.device, dtype=dtype)
+    if settings.compile:
+        compile_parts(mesh, [lens])
+    steps = count()
+
+    def step(batch: Batch) -> Tensor:
+        return learner.step(batch, next(steps), learner.schedule.rates(0))
+
+    return Setup(found, root / "train", mesh, lens, step, batch_size, batches)
+
+
+def _rates(setup: Setup, rounds: int) -> list[dict[str, Any]]:
     """Return images/s of each means: alone on one core and on all, and while the net trains.
 
-    ``waiting``: the share of a step that waits for the batch.  The medians are over ``rounds``, in
-    each of which every means has one turn.
+    ``waiting``: the share of the time that the steps wait for their batches.  The medians are over
+    ``rounds``, in each of which every means has one turn.
     """
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in MEANS}
     for _ in tqdm(range(rounds), "rounds", leave=False):
@@ -187,3 +276,43 @@ def _usual(setup: Setup, workers: int) -> Iterator[Batch]:
 def _wait(mesh: Mesh) -> None:
     if mesh.device.type == "cuda":
         torch.cuda.synchronize(mesh.device)
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+
+def reading_table(result: dict[str, Any]) -> str:
+    """Return the tables of ``measure_reading``."""
+    found, settings, rows = result["machine"], result["settings"], result["rows"]
+    base, cores, images = rows[0], f"{found['cores']} cores", settings["images"]
+    where = ", ".join([*found["gpus"], f"{found['processor']}, {cores}"])
+    about = (
+        f"{where}; torch {found['torch']}, Python {found['python']}; {images} generated "
+        f"photographs, crops of {settings['image_size']} pixels, batch "
+        f"{settings['batch_sizes'][0]}; medians over {settings['rounds']} rounds of "
+        f"{settings['steps']} batches. Images/s, and in brackets relative to imagefolder. The "
+        "whole net trains in one process."
+    )
+    head = ["means", "one core", cores, "while training", "waiting"]
+    cells = [
+        [
+            row["means"],
+            *(
+                f"{row[key]:,.0f} ({row[key] / base[key]:.1f})"
+                for key in ("one_core", "all_cores")
+            ),
+            f"{row['training']:,.1f} ({row['training'] / base['training']:.2f})",
+            f"{row['waiting']:.1%}",
+        ]
+        for row in rows
+    ]
+    prepared = result["preparing"]
+    alone = prepared["pillow"]
+    made = ", ".join(
+        f"{form} {prepared[form]:,.0f} ({prepared[form] / alone:.2f})" for form in FORMATS
+    )
+    preparing = (
+        f"Preparing on one core, images/s: decoding alone with Pillow {alone:,.0f}; {made}."
+    )
+    names = "\n".join(f"- {name}: {text}" for name, text in MEANS.items())
+    return "\n\n".join([about, tables.markdown(head, cells), preparing, names])

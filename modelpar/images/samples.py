@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from modelpar.errors import DataError, one_line
+from modelpar.images.augment import Statistics
 
 Sample = tuple["Tensor", int]  # (3, T, T) uint8, label
 MAX_PIXELS: Final = 89_478_485  # Pillow's limit; above it Pillow only warns of a bomb and decodes
@@ -58,7 +59,7 @@ class ImageSet:
     and sizes.  ``shuffled``: whether training may shuffle them.  ``test_groups``: for each test
     image a number that it shares with those it depends on; None: all are independent.
     ``folders``: those of the classes, if there are any.  ``skipped``: the files among the images
-    that are not used.
+    that are not used.  ``statistics``: those of the training images, where they are known already.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ImageSet:
     test_groups: Sequence[int] | None = None
     folders: Sequence[str] = ()
     skipped: str = ""
+    statistics: Statistics | None = None
 
     @property
     def groups(self) -> Sequence[int]:
@@ -91,7 +93,9 @@ class InMemory(Images):
 
     decoded = False
 
-    def __init__(self, pixels: Tensor, labels: Sequence[int], rows: Sequence[int]) -> None:
+    def __init__(
+        self, pixels: Tensor, labels: Sequence[int] | Tensor, rows: Sequence[int]
+    ) -> None:
         self.pixels, self.rows = pixels, torch.as_tensor(rows)
         self.side, self.labels = pixels.shape[-1], torch.as_tensor(labels)[self.rows]
 
@@ -109,12 +113,9 @@ class InMemory(Images):
 
 
 class Resized(Images):
-    """Images of any size and mode as RGB: shorter side resized, then central square (section 2).
+    """Images of any size and mode as squares of one size, see ``square``.
 
     ``source(i)`` returns a PIL image, or the path to one.
-
-    Differs: the filter is torchvision's bilinear one.  cuda-convnet2 used OpenCV's area filter, or
-    its cubic one to enlarge, and stored JPEG files of quality 95 (make-data, pyext.cpp).
     """
 
     def __init__(self, source: Callable[[int], Any], labels: Sequence[int], side: int) -> None:
@@ -122,9 +123,6 @@ class Resized(Images):
         warnings.filterwarnings("ignore", module=r"PIL\.")
         self.source, self.side = source, side
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        self.transform = v2.Compose(
-            [v2.Resize(side, antialias=True), v2.CenterCrop(side), v2.PILToTensor()]
-        )
 
     def image(self, index: int) -> Tensor:
         """Return one image as (3, T, T) uint8; raises DataError with its name."""
@@ -133,10 +131,23 @@ class Resized(Images):
         try:
             if is_path:
                 with Image.open(image) as opened:
-                    return self.transform(as_rgb(opened))
-            return self.transform(as_rgb(image))
+                    return functional.pil_to_tensor(square(opened, self.side))
+            return functional.pil_to_tensor(square(image, self.side))
         except Exception as error:  # noqa: BLE001 - Pillow's decoders raise almost any
             raise DataError(unreadable(image if is_path else f"image {index}", error)) from None
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """Return ``image`` as RGB: shorter side resized, then the central square (section 2).
+
+    Raises what Pillow's decoders raise, and ValueError, see ``as_rgb``.
+
+    Differs: the filter is torchvision's bilinear one.  cuda-convnet2 used OpenCV's area filter, or
+    its cubic one to enlarge, and stored JPEG files of quality 95 (make-data, pyext.cpp).
+    """
+    rgb: Any = as_rgb(image)  # torchvision's types know only tensors
+    cropped: Any = functional.center_crop(functional.resize(rgb, [size], antialias=True), [size])
+    return cropped
 
 
 def unreadable(name: object, error: Exception) -> str:

@@ -3,8 +3,8 @@
 import gzip
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,17 @@ from modelpar.images.archives import development_kit
 from modelpar.images.folders import check_same_classes, describe, list_part
 from modelpar.images.photos import photos
 from modelpar.images.samples import ImageSet, InMemory, Resized, sha256
+from modelpar.images.sources import Source, open_source
 from modelpar.images.statistics import locked
+from modelpar.images.store import SKIPPED, open_store
 from modelpar.seeding import generator
 from modelpar.settings import DataSettings
 
 # Differs: the paper stores images of 256 pixels for crops of 224 (section 4.1); other crop sizes
 # keep that ratio.
 STORED_PER_CROP: Final = 256 / 224
+# The names of Imagenette's classes by folder; torchvision has no public name for them.
+IMAGENETTE: Final[Mapping[str, Sequence[str]]] = vars(datasets.Imagenette)["_WNID_TO_CLASS"]
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -134,15 +138,20 @@ def cifar10(settings: DataSettings, cache: Path) -> ImageSet:
     return _in_memory(settings, root, "CIFAR-10", build)
 
 
-def imagenette(settings: DataSettings, cache: Path, parts: Sequence[str]) -> ImageSet:
-    """Imagenette: ten classes of ImageNet, shorter side 320 pixels as published by fast.ai."""
+def _imagenette(settings: DataSettings, cache: Path) -> tuple[Path, str]:
+    """Return the folder that contains Imagenette's, and its name, after a download."""
     root, within = _folder(settings, cache), "imagenette2-320"
     if not (root / within).is_dir():
         advice = "use the folder that contains it, or data.download=true"
         with readable(f"data.root={root}: no {within} there", advice):
             datasets.Imagenette(root, size="320px", download=settings.download)
-    names: Any = vars(datasets.Imagenette)["_WNID_TO_CLASS"]  # it has no public name
-    return _in_folders(settings, root, parts, within=within, names=names)
+    return root, within
+
+
+def imagenette(settings: DataSettings, cache: Path, parts: Sequence[str]) -> ImageSet:
+    """Imagenette: ten classes of ImageNet, shorter side 320 pixels as published by fast.ai."""
+    root, within = _imagenette(settings, cache)
+    return _in_folders(settings, root, parts, within=within, names=IMAGENETTE)
 
 
 def imagefolder(settings: DataSettings, cache: Path, parts: Sequence[str]) -> ImageSet:
@@ -166,6 +175,23 @@ def imagenet(settings: DataSettings, cache: Path, parts: Sequence[str]) -> Image
             with readable(f"data.root={root}: no folder {part}", "add the folder or the archive"):
                 unpack[part](root)
     return _in_folders(settings, root, parts, names=names)
+
+
+def packed(settings: DataSettings, cache: Path) -> ImageSet:
+    """A store that ``modelpar-prepare`` wrote, with its own mean image."""
+    found = open_store(_folder(settings, cache))
+    skipped = f"{found.root / SKIPPED}: {found.skipped} images that could not be decoded"
+    return ImageSet(
+        settings.name,
+        found.part("train"),
+        found.part("val"),
+        found.classes,
+        found.size,
+        found.fingerprint,
+        folders=found.folders,
+        skipped=skipped if found.skipped else "",
+        statistics=found.statistics(),
+    )
 
 
 def fashion_mnist(settings: DataSettings, cache: Path) -> ImageSet:
@@ -219,9 +245,58 @@ SETS: Final[dict[str, Callable[[DataSettings, Path], ImageSet]]] = {
     "photos": photos,
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
+    "packed": packed,
 }
 IN_FOLDERS: Final = {"imagenette": imagenette, "imagefolder": imagefolder, "imagenet": imagenet}
 DOWNLOADS: Final = ("fashion_mnist", "cifar10", "imagenette")
+
+
+@contextmanager
+def _reading(settings: DataSettings, cache: Path) -> Generator[None]:
+    """Lock the downloads, if there is one; raises DataError for files that cannot be read."""
+    if settings.download and settings.name in {*IN_FOLDERS, "packed"} - {*DOWNLOADS}:
+        raise SettingsError(
+            f"data.download=true: data={settings.name} has no download; use data.root=FOLDER"
+        )
+    try:
+        with locked(cache / "download.lock") if settings.download else nullcontext():
+            yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or settings.root}: cannot be read ({error.strerror or error}); "
+            "make it readable, or use another data.root"
+        ) from None
+
+
+def _check_classes(settings: DataSettings, number: int, group: str) -> None:
+    """Raise SettingsError if the images have not the number of classes that the settings want."""
+    if settings.num_classes not in {None, number}:
+        raise SettingsError(
+            f"data={settings.name}: has {number} classes, not {settings.num_classes}; "
+            f"use {group}.num_classes={number}"
+        )
+
+
+def open_images(settings: DataSettings, cache: Path) -> Source:
+    """Return the images of a set of folders, archives or Parquet files as they are.
+
+    Raises the errors of ``open_set``.
+    """
+    if settings.name not in IN_FOLDERS:
+        raise SettingsError(
+            f"data={settings.name or 'null'}: nothing to prepare; use one of "
+            + ", ".join(f"data={name}" for name in IN_FOLDERS)
+        )
+    with _reading(settings, cache):
+        if settings.name == "imagenette":
+            root, within = _imagenette(settings, cache)
+            source = open_source(root / within, "folders")
+            names = [IMAGENETTE.get(folder, [folder])[0] for folder in source.folders]
+            source = replace(source, classes=names)
+        else:
+            source = open_source(_folder(settings, cache))
+    _check_classes(settings, len(source.folders), "data")
+    return source
 
 
 def open_set(
@@ -234,33 +309,18 @@ def open_set(
     Raises DataError if images are missing or damaged, SettingsError if the name, the number of
     classes or the image size does not fit.
     """
-    if settings.download and settings.name in IN_FOLDERS.keys() - DOWNLOADS:
-        raise SettingsError(
-            f"data.download=true: data={settings.name} has no download; use data.root=FOLDER"
-        )
     if settings.name == "synthetic":
         found = synthetic(settings, seed, batch)
     elif settings.name in SETS or settings.name in IN_FOLDERS:
         parts = ("train", "val") if train else ("val",)
-        try:
-            with locked(cache / "download.lock") if settings.download else nullcontext():
-                if settings.name in SETS:
-                    found = SETS[settings.name](settings, cache)
-                else:
-                    found = IN_FOLDERS[settings.name](settings, cache, parts)
-        except OSError as error:
-            raise DataError(
-                f"{error.filename or settings.root}: cannot be read ({error.strerror or error}); "
-                "make it readable, or use another data.root"
-            ) from None
+        with _reading(settings, cache):
+            if settings.name in SETS:
+                found = SETS[settings.name](settings, cache)
+            else:
+                found = IN_FOLDERS[settings.name](settings, cache, parts)
     else:
         refuse_choice("data", settings.name, (*SETS, *IN_FOLDERS, "synthetic"))
-    wanted, number = settings.num_classes, len(found.classes)
-    if wanted not in {None, number}:
-        raise SettingsError(
-            f"data={found.name}: has {number} classes, not {wanted}; "
-            f"use model.num_classes={number}"
-        )
+    _check_classes(settings, len(found.classes), "model")
     if found.stored_size < settings.image_size:
         raise SettingsError(
             f"model.image_size={settings.image_size}: data={found.name} is stored at "

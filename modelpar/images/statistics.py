@@ -36,10 +36,13 @@ def locked(path: Path) -> AbstractContextManager[FileLock]:
 def statistics(images: ImageSet, cache: Path, workers: int = 0) -> Statistics:
     """Return the mean image and colour statistics of the training images.
 
-    The first call reads all images once and stores the result in ``cache`` under the set's
-    fingerprint; a file lock makes other processes wait for it.  Raises DataError for a damaged
-    image or cache file, CheckpointError if the result cannot be written.
+    A packed store has them.  Otherwise the first call reads all images once and stores the result
+    in ``cache`` under the set's fingerprint; a file lock makes other processes wait for it.
+    Raises DataError for a damaged image or cache file, CheckpointError if the result cannot be
+    written.
     """
+    if images.statistics is not None:
+        return images.statistics
     path = cache / "statistics" / f"{images.name}-{images.fingerprint[:16]}.safetensors"
     if not path.exists():
         with locked(path.with_suffix(".lock")):

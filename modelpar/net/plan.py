@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from modelpar import config
+from modelpar.checks import check
 from modelpar.errors import SettingsError, refuse_choice
 from modelpar.net import paper
-from modelpar.settings import ModelSettings, RecipeSettings, check
+from modelpar.settings import ModelSettings, RecipeSettings
 
 
 @dataclass

@@ -35,6 +35,7 @@ WITH = {
     "data=imagenet": ["model.image_size=64", "model.num_classes=2"],
     "experiment=wide_classes": ["model.image_size=64", "model.num_classes=2"],
     "search_images=10000": ["search_images=200"],
+    "what=data": ["images=256"],
     "search=rate": ["hydra.sweeper.n_trials=2"],
 }
 PAIRS = "torchrun|columns=|replicas=|crossing"  # what says itself how many ranks there are

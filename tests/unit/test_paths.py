@@ -30,7 +30,7 @@ ENDS = {"evaluate": ".json", "export": ".safetensors"}  # of the file that out n
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setattr("modelpar.settings.check_writable", lambda *_: None)
+    monkeypatch.setattr("modelpar.checks.check_writable", lambda *_: None)
 
 
 def refused(main: str, *words: str) -> str:

@@ -27,6 +27,7 @@ from small_imagenet import (
 
 from modelpar.errors import DataError, SettingsError
 from modelpar.images import archives, sets, sources
+from modelpar.images.samples import Resized
 from modelpar.images.sources import Item, Items, Source
 from modelpar.settings import DataSettings
 
@@ -97,8 +98,10 @@ def test_training_without_a_preparation_unpacks_the_archives(make: Callable[[str
     root = make("archives")
     settings = DataSettings("imagenet", str(root), image_size=64, epochs=1)
     found = sets.open_set(settings, root / "cache")
-    images = [found.test.source(number) for number in range(len(found.test))]
-    assert [(label, Path(path).read_bytes()) for path, label in images] == TESTS
+    assert isinstance(found.test, Resized)
+    paths = map(found.test.source, range(len(found.test)))
+    contents = [Path(path).read_bytes() for path in paths]
+    assert list(zip(found.test.labels.tolist(), contents, strict=True)) == TESTS
     assert not (root / "meta.bin").exists()
 
 

@@ -1,0 +1,60 @@
+"""Whether settings are allowed: each by its field, and all of a command together."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from modelpar.bench.contenders import CONTENDERS
+from modelpar.errors import SettingsError, refuse_choice
+from modelpar.files import check_writable
+from modelpar.settings import (
+    BenchmarkSettings,
+    EvaluateSettings,
+    ExportSettings,
+    FiguresSettings,
+    RankSettings,
+    walk,
+)
+
+
+def check(settings: Any, prefix: str = "") -> None:
+    """Raise SettingsError for the first value that its field or the other settings forbid."""
+    for key, entry, value in walk(settings, prefix):
+        limits = entry.metadata
+        if value == [] and limits.get("filled"):
+            raise SettingsError(f"{key}=[]: use one or more values")
+        values = value.values() if isinstance(value, dict) else value
+        for one in values if isinstance(value, (dict, list, tuple)) else [value]:
+            if one is not None and one not in limits.get("choices", [one]):
+                refuse_choice(key, one, limits["choices"])
+            if one is None or "minimum" not in limits:
+                continue
+            if not math.isfinite(one):
+                raise SettingsError(f"{key}={one}: use a finite number")
+            if one < limits["minimum"]:
+                raise SettingsError(f"{key}={one}: use {limits['minimum']} or more")
+            if one >= limits["below"]:
+                raise SettingsError(f"{key}={one}: use a number below {limits['below']}")
+    _check_combination(settings)
+
+
+def _check_combination(settings: Any) -> None:
+    """Raise SettingsError where settings of a command do not fit each other or the disk."""
+    if isinstance(settings, RankSettings):
+        if settings.columns == 1 and settings.crossing.dtype not in {None, settings.precision}:
+            wrong = f"crossing.dtype={settings.crossing.dtype}: one column has no crossings"
+            raise SettingsError(f"{wrong}; use columns=2 or crossing.dtype=null")
+    elif isinstance(settings, BenchmarkSettings):
+        odd = [size for size in settings.batch_sizes or [] if size % 2]
+        if odd and "ddp" in (settings.contenders or CONTENDERS):
+            raise SettingsError(f"batch_sizes={odd[0]}: ddp halves a batch; use even numbers")
+        if len(settings.link.hosts) not in ({2} if settings.link.rates else {0, 2}):
+            raise SettingsError("link: requires two hosts; use launch/slow_link.sh")
+    elif isinstance(settings, FiguresSettings) and not (settings.checkpoint or settings.runs):
+        raise SettingsError("checkpoint: missing; add checkpoint=RUN_DIR or runs=[RUN,RUN]")
+    if out := getattr(settings, "out", None):
+        files: dict[type, str] = {EvaluateSettings: ".json", ExportSettings: ".safetensors"}
+        suffix = files.get(type(settings))
+        if not out.endswith(suffix or ""):
+            raise SettingsError(f"out={out}: use a name that ends in {suffix}")
+        check_writable("out", Path(out).parent if suffix else Path(out))

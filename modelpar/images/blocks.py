@@ -1,0 +1,172 @@
+"""Blocks of images, prepared in worker processes: decoded, scaled, cut, and hashed."""
+
+import hashlib
+import io
+import os
+import signal
+import sys
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from PIL import Image
+
+from modelpar import environment
+from modelpar.errors import DataError, LaunchError, one_line
+from modelpar.images.journal import Line, Sums
+from modelpar.images.samples import sha256, square, unreadable
+from modelpar.images.sources import Item, read
+from modelpar.images.store import Block
+from modelpar.shutdown import SIGNALS
+
+BLOCK: Final = 256  # images that one worker decodes at a time, and that are hashed together
+AHEAD: Final = 2  # blocks per worker that are decoded or wait to be written
+QUALITY: Final = 95  # of JPEG files, as in make-data of the released code
+
+
+@dataclass(frozen=True)
+class Task:
+    """A block of images to prepare; ``skip`` those that cannot be decoded, or raise DataError."""
+
+    part: str
+    items: Sequence[Item]
+    size: int
+    images: str  # raw | jpeg
+    skip: bool
+
+
+def pack(task: Task) -> tuple[Line, bytearray, Sums | None]:
+    """Decode, scale and cut a block of images; return its bytes, and of train its sums.
+
+    The sums are those of the pixels before they become JPEG files.  Raises DataError.
+    """
+    pixel_sums = torch.zeros(3, task.size, task.size, dtype=torch.int32)
+    colour_sums = torch.zeros(3, 3, dtype=torch.float64)  # exact: far below 2 ** 53
+    content, lengths, skipped = bytearray(), list[int](), list[tuple[int, str]]()
+    for place, item in enumerate(task.items):
+        file = io.BytesIO(read(item))
+        try:
+            with Image.open(file) as opened:
+                image = square(opened, task.size)
+        except MemoryError:  # not the fault of the image
+            raise
+        except Exception as error:  # noqa: BLE001 - Pillow's decoders raise almost any
+            reason = one_line(error).partition(" <_io.BytesIO")[0]  # and where that is in memory
+            if not task.skip:
+                line = unreadable(item.where, ValueError(reason))
+                raise DataError(f"{line}, or use bad=skip") from None
+            skipped.append((place, reason))
+            continue
+        pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+        if task.part == "train":
+            pixel_sums += torch.from_numpy(pixels)
+            colours = torch.from_numpy(pixels).flatten(1).double()
+            colour_sums += colours @ colours.T
+        before = len(content)
+        content += pixels.data if task.images == "raw" else _jpeg(image)
+        lengths.append(len(content) - before)
+    block = Block(len(lengths), len(content), hashlib.sha256(content).hexdigest())
+    line = Line(task.part, block, lengths, skipped, hash_of(task.items))
+    sums = Sums(pixel_sums.long(), colour_sums.long()) if task.part == "train" else None
+    return line, content, sums
+
+
+def _jpeg(image: Image.Image) -> memoryview:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=QUALITY, subsampling=0, comment=b"")
+    return file.getbuffer()
+
+
+def hash_of(items: Sequence[Item]) -> str:
+    """Return a hash of the names, labels and sizes of images in their source."""
+    texts = [f"{item.name}\0{item.label}\0{item.num_bytes}\0" for item in items]
+    return sha256("".join(texts).encode(errors="surrogateescape"))
+
+
+# -- worker processes -----------------------------------------------------------------------------
+
+
+def packed(
+    tasks: Iterator[Task], workers: int, folder: Path
+) -> Generator[tuple[Line, bytearray, Sums | None]]:
+    """Yield the blocks in their order, made by so many processes; 0: by this one.
+
+    Workers leave their blocks in files of ``folder``: with a pipe this process would wait for ever
+    if a worker is killed while it writes.  Raises DataError, and LaunchError for a killed worker.
+    """
+    if not workers:
+        _set_up()
+        yield from map(pack, tasks)
+        return
+    waiting = deque[tuple[Path, Future[tuple[Line, int]]]]()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+    try:
+        for number, task in enumerate(tasks):
+            waiting.append(_submit(pool, task, folder / f".block-{number}.part"))
+            if len(waiting) == AHEAD * workers:
+                yield _received(*waiting.popleft())
+        while waiting:
+            yield _received(*waiting.popleft())
+    except BrokenProcessPool:
+        raise LaunchError(
+            "a worker process was killed, probably out of memory; use fewer workers, and the same "
+            "command continues"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for path, _ in waiting:
+            path.unlink(missing_ok=True)
+
+
+def _start_worker() -> None:
+    """Prepare a worker, which ends with its parent."""
+    environment.exit_with_parent()
+    if (parent := parent_process()) is not None and parent.pid != os.getppid():
+        sys.exit()  # it has ended already
+    _set_up()
+
+
+def _set_up() -> None:
+    torch.set_num_threads(1)
+    # Hide Pillow's warnings about metadata; an image that cannot be decoded is an error.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _submit(
+    pool: ProcessPoolExecutor, task: Task, path: Path
+) -> "tuple[Path, Future[tuple[Line, int]]]":
+    """Start on a task.  A worker that this starts gets no signals of the terminal."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS) - {signal.SIGTERM})
+    try:
+        return path, pool.submit(_pack_to, task, path)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _pack_to(task: Task, path: Path) -> tuple[Line, int]:
+    """Write a block and its sums to ``path``; return its line, and the size of its images."""
+    line, content, sums = pack(task)
+    with path.open("wb") as file:
+        file.write(content)
+        if sums is not None:
+            file.write(sums.to_bytes())
+    return line, task.size
+
+
+def _received(path: Path, made: "Future[tuple[Line, int]]") -> tuple[Line, bytearray, Sums | None]:
+    """Return a block that a worker has made, and delete its file."""
+    line, size = made.result()
+    content = bytearray(line.block.bytes)
+    with path.open("rb") as file:
+        file.readinto(content)
+        sums = Sums.from_bytes(file.read(), size) if line.part == "train" else None
+    path.unlink()
+    return line, content, sums
