@@ -271,7 +271,9 @@ def test_wrong_launch_is_one_line(
 
 
 @pytest.mark.usefixtures("place", "signals_kept")
-@pytest.mark.parametrize("address", ["nohost.invalid", "127.0.0.1"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", pytest.param("nohost.invalid", marks=pytest.mark.slow)]
+)
 def test_address_where_nobody_answers_is_one_line(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
