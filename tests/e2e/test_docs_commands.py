@@ -25,6 +25,7 @@ SMALL = {
     ],
     "evaluate": ["monitor.progress=false", "views=1"],
     "figures": ["training_images=50"],
+    "prepare": ["data.num_classes=2", "size=73", "workers=0", "progress=false"],
     "benchmark": [
         *("precisions=[float32]", "batch_sizes=[8]", "image_size=64", "compile=false"),
         *("rounds=1", "steps=1"),
@@ -33,6 +34,7 @@ SMALL = {
 WITH = {
     "data=synthetic": ["model.image_size=64"],
     "data=imagenet": ["model.image_size=64", "model.num_classes=2"],
+    "data=packed": ["model.image_size=64"],
     "experiment=wide_classes": ["model.image_size=64", "model.num_classes=2"],
     "search_images=10000": ["search_images=200"],
     "search=rate": ["hydra.sweeper.n_trials=2"],
@@ -129,7 +131,8 @@ def small(command: str) -> str:
     words = shlex.split(command.removeprefix(".venv/bin/"))
     if main not in SMALL or any(word.startswith("--") for word in own):
         return shlex.join(words)
-    extra = [*SMALL[main], *(word for key, more in WITH.items() if key in own for word in more)]
+    given = own if main != "prepare" else []
+    extra = [*SMALL[main], *(word for key, more in WITH.items() if key in given for word in more)]
     if main == "benchmark" and "contenders" not in command:
         extra.append("contenders=[layers,pair]")
     keys = {word.partition("=")[0] for word in extra}

@@ -21,6 +21,7 @@ WORDS = {
     "export": ["checkpoint=x", "out=x.safetensors"],
     "compare": ["runs=[x]"],
     "figures": ["checkpoint=x"],
+    "prepare": ["out=x"],
 }
 
 ENDS = {"evaluate": ".json", "export": ".safetensors"}  # of the file that out names
