@@ -229,8 +229,8 @@ def test_it_continues_after_every_block_with_the_same_bytes(
         add(self, *block)
 
     monkeypatch.setattr(journal.Journal, "add", stop)
-    for _ in range(5):  # of six blocks, four of train and two of val
-        left = 1
+    for written in (0, 1, 1, 1, 1, 1):  # of six blocks, four of train and two of val
+        left = written
         with pytest.raises(KeyboardInterrupt):
             packing.prepare(settings(root, **how))
         (out / ".manifest.json.1.part").write_bytes(b"of a write that was stopped")
