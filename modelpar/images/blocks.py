@@ -163,10 +163,12 @@ def _pack_to(task: Task, path: Path) -> tuple[Line, int]:
 
 def _received(path: Path, made: "Future[tuple[Line, int]]") -> tuple[Line, bytearray, Sums | None]:
     """Return a block that a worker has made, and delete its file."""
-    line, size = made.result()
-    content = bytearray(line.block.bytes)
-    with path.open("rb") as file:
-        file.readinto(content)
-        sums = Sums.from_bytes(file.read(), size) if line.part == "train" else None
-    path.unlink()
-    return line, content, sums
+    try:
+        line, size = made.result()
+        content = bytearray(line.block.bytes)
+        with path.open("rb") as file:
+            file.readinto(content)
+            sums = Sums.from_bytes(file.read(), size) if line.part == "train" else None
+        return line, content, sums
+    finally:
+        path.unlink(missing_ok=True)

@@ -75,6 +75,7 @@ def test_a_raw_store_has_the_pixels_and_the_statistics_of_its_source(made: Path)
     measured = vars(statistics(first, made / "cache"))
     for key, value in vars(statistics(packed, made / "nowhere")).items():
         assert torch.equal(value, measured[key]), key
+    assert not (made / "nowhere").exists()  # nothing was measured
 
 
 def test_a_jpeg_store_has_almost_the_pixels_of_its_source(made: Path) -> None:
