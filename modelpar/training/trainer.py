@@ -25,6 +25,7 @@ from modelpar.files import check_file_size, check_space, try_writing
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
+from modelpar.images.sets import IN_FOLDERS
 from modelpar.net.weights import check_state, of_layers
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint
@@ -39,6 +40,11 @@ from modelpar.training.readback import Launched, Readback
 from modelpar.training.run_dir import locked, trajectory_changes, write_config, written
 from modelpar.training.schedule import Plateau
 
+# The ratios are those of docs/benchmarks.md, on two cores.
+UNPREPARED: Final = (
+    "each epoch decodes and scales the images again; after modelpar-prepare, JPEG files were read "
+    "5 and pixels 47 times as fast"
+)
 STATS_IMAGES: Final = 128  # test images whose activations are summarized: one batch
 
 
@@ -63,6 +69,8 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
         if mesh.rank == 0:
             if prepared.images.skipped:
                 say(prepared.images.skipped)
+            if prepared.data.name in IN_FOLDERS:
+                show(f"modelpar: {UNPREPARED}")
             for change in trajectory_changes(run_dir, settings):
                 show(f"modelpar: {run_dir} continues with {change}, which alters its trajectory")
         write_config(run_dir, settings, mesh)

@@ -136,13 +136,16 @@ def test_run_resumed_at_its_last_step_has_one_evaluation(
     assert names_in(run_dir / "checkpoints") == ["step-00000002"]
 
 
-def test_longer_run_repeats_the_evaluation_with_one_view(images: Path, tmp_path: Path) -> None:
+def test_longer_run_repeats_the_evaluation_with_one_view(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     alone, run_dir = Mesh(torch.device("cpu")), tmp_path / "run"
     words = overrides(images, "columns=1", "recipe.lr=0.0005", "views=10")
     trained(alone, [*words, "epochs=1"], str(run_dir))
     trained(alone, [*words, "epochs=2"], str(run_dir))
     tests = [row for row in read_rows(run_dir) if row["kind"] == "test"]
     assert [(row["step"], row["views"]) for row in tests] == [(5, 1), (10, 10)]
+    assert "modelpar: each epoch decodes and scales the images again" in capsys.readouterr().out
 
 
 def names_in(folder: Path) -> list[str]:
