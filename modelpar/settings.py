@@ -193,9 +193,7 @@ class RankSettings(ProcessSettings):
     precision: str = one_of(*PRECISIONS, default="float32")
     tf32: bool = False  # let a GPU round float32 products
     deterministic: bool = False  # let a GPU use only kernels that always compute the same bits
-    workers: int | None = at_least(
-        0, None
-    )  # threads that read images, per rank; null: data.workers
+    workers: int | None = at_least(0, None)  # reading threads per rank; null: data.workers
     on_failure: str = one_of("continue", "stop", default="continue")  # of a job of a sweep
     cache_dir: str | None = path(None)  # null: modelpar in the XDG cache
 

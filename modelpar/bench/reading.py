@@ -101,10 +101,12 @@ class Setup:
 def measure_reading(settings: BenchmarkSettings) -> dict[str, Any]:
     """Return what ``benchmark.json`` holds: images/s of each means, and of preparing on one core.
 
-    Of generated photographs, by the net and the batch of the settings.
+    Of generated photographs, by the net and the batch of the settings.  Raises SettingsError if
+    they are less than one batch.
     """
     settings = with_defaults(settings)
     batch_size, steps = (settings.batch_sizes or [128])[0], settings.steps or 2
+    BatchOrder(settings.images, batch_size, 0)  # torch's loader would yield nothing, for ever
     with TemporaryDirectory() as place:
         root = Path(place)
         write_photographs(root, {"train": settings.images, "val": settings.images // 10})

@@ -5,7 +5,6 @@ import io
 import os
 import signal
 import sys
-import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,7 +21,7 @@ from PIL import Image
 from modelpar import environment
 from modelpar.errors import DataError, LaunchError, one_line
 from modelpar.images.journal import Line, Sums
-from modelpar.images.samples import sha256, square, unreadable
+from modelpar.images.samples import hide_warnings, sha256, square, unreadable
 from modelpar.images.sources import Item, read
 from modelpar.images.store import Block
 from modelpar.shutdown import SIGNALS
@@ -136,8 +135,7 @@ def _start_worker() -> None:
 
 def _set_up() -> None:
     torch.set_num_threads(1)
-    # Hide Pillow's warnings about metadata; an image that cannot be decoded is an error.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    hide_warnings()
 
 
 def _submit(

@@ -119,8 +119,7 @@ class Resized(Images):
     """
 
     def __init__(self, source: Callable[[int], Any], labels: Sequence[int], side: int) -> None:
-        # Hide Pillow's warnings about metadata; an image that cannot be decoded is an error.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+        hide_warnings()
         self.source, self.side = source, side
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
 
@@ -135,6 +134,11 @@ class Resized(Images):
             return functional.pil_to_tensor(square(image, self.side))
         except Exception as error:  # noqa: BLE001 - Pillow's decoders raise almost any
             raise DataError(unreadable(image if is_path else f"image {index}", error)) from None
+
+
+def hide_warnings() -> None:
+    """Hide Pillow's warnings about metadata; an image that cannot be decoded is an error."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def square(image: Image.Image, size: int) -> Image.Image:

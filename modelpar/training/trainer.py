@@ -102,9 +102,14 @@ class Trainer:
         )
         if settings.compile:
             compile_parts(mesh, [self.augmentation])
-        replica = {"replica": mesh.replica, "replicas": mesh.replicas}
-        shuffle = recipe.shuffle if images.shuffled else "never"
-        self.order = BatchOrder(len(images.train), size, settings.seed, **replica, shuffle=shuffle)
+        self.order = BatchOrder(
+            len(images.train),
+            size,
+            settings.seed,
+            replica=mesh.replica,
+            replicas=mesh.replicas,
+            shuffle=recipe.shuffle if images.shuffled else "never",
+        )
         workers = prepared.data.workers
         self.loader = TrainLoader(
             images.train, self.order, self.augmentation, mesh, crops=recipe.crops, workers=workers

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modelpar import AlexNet, config
-from modelpar.bench import measure
+from modelpar.bench import measure, reading
 from modelpar.bench.floor import floor, gflop
 from modelpar.bench.steps import Contender, Plain, make
 from modelpar.distributed import Mesh
@@ -233,3 +233,21 @@ def test_tables_show_what_was_measured() -> None:
     )
     assert "90 in float32" in text
     assert "- pair: the two columns" in text
+
+
+def test_fewer_generated_images_than_a_batch_are_refused() -> None:
+    settings = config.read("benchmark", ["what=data", "images=256", "batch_sizes=[512]"])
+    with pytest.raises(SettingsError, match="batch_size=512"):
+        reading.measure_reading(settings)
+
+
+@pytest.mark.slow
+def test_each_means_of_reading_is_measured() -> None:
+    how = ["what=data", "images=256", "batch_sizes=[8]", "rounds=1", "steps=1", *SMALL]
+    result = reading.measure_reading(config.read("benchmark", how))
+    assert [row["means"] for row in result["rows"]] == ["imagefolder", "folder", "jpeg", "raw"]
+    for row in result["rows"]:
+        assert min(row["one_core"], row["all_cores"], row["training"]) > 0
+        assert 0 <= row["waiting"] < 1
+        assert f"| {row['means']} | {row['one_core']:,.0f} (" in reading.reading_table(result)
+    assert min(result["preparing"].values()) > 0
