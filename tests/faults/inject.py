@@ -108,15 +108,16 @@ class Run:
         self, folder: Path, name: str, *words: str, start: list[str] = LAUNCHER, script: str = ""
     ) -> None:
         self.name, self.run_dir, self.log = name, folder / name, folder / f"{name}.log"
+        self.error_log = folder / f"{name}.errors.log"
         paths = [f"data.root={folder / 'images'}", f"run_dir={self.run_dir}"]
         command = [*start, *TRAIN, *paths, *words]
         if script:
             quoted = " ".join(f"'{word}'" for word in command)
             command = ["unshare", "-m", "sh", "-c", script.replace("COMMAND", quoted)]
         self.began = time.monotonic()
-        with self.log.open("a") as log:
+        with self.log.open("a") as log, self.error_log.open("a") as errors:
             self.process = subprocess.Popen(
-                command, cwd=folder, env=environment(folder), stdout=log, stderr=log
+                command, cwd=folder, env=environment(folder), stdout=log, stderr=errors
             )
 
     def ranks(self) -> list[int]:
@@ -163,9 +164,9 @@ class Run:
             self.process.wait()
             return None
 
-    def lines(self) -> list[str]:
-        """Return the lines that modelpar itself printed."""
-        text = self.log.read_text()
+    def errors(self) -> list[str]:
+        """Return the lines that modelpar itself printed to standard error."""
+        text = self.error_log.read_text()
         return [line for line in text.splitlines() if line.startswith("modelpar: ")]
 
 
@@ -201,9 +202,9 @@ class Injector:
         self.random = random.Random(seed)
         write_images(folder / "images", train=40, val=10)
         first = Run(folder, "first")  # also measures the mean image
-        assert (status := first.wait()) == 0, (status, first.log.read_text())
+        assert (status := first.wait()) == 0, (status, first.errors())
         reference = Run(folder, "reference")
-        assert (status := reference.wait()) == 0, (status, reference.log.read_text())
+        assert (status := reference.wait()) == 0, (status, reference.errors())
         self.seconds = time.monotonic() - reference.began
         self.expected = verify(reference.run_dir)
         assert self.expected == verify(first.run_dir), "two undisturbed runs differ"
@@ -213,7 +214,7 @@ class Injector:
         if status is None:
             return f"{run.name}: hung"
         if status != 0:
-            return f"{run.name}: exit status {status}: {run.lines()[-1:]}"
+            return f"{run.name}: exit status {status}: {run.errors()[-1:]}"
         ended = verify(run.run_dir)
         rows = (run.run_dir / "metrics.jsonl").read_text()
         if any(rows.count(f'"train", "step": {step},') != 1 for step in range(1, STEPS + 1)):
@@ -348,9 +349,9 @@ class Injector:
                 send(signal.SIGSTOP, draw.choice(ranks))
                 status = run.wait()
                 fault.noticed.append(time.monotonic() - now)
-                left, lines = still_alive(ranks), run.lines()[1:]  # the first names the device
-                if status != 6 or left or len(lines) != 1:
-                    return f"{run.name}: exit status {status}, left {left}, printed {lines}"
+                left, errors = still_alive(ranks), run.errors()
+                if status != 6 or left or len(errors) != 1:
+                    return f"{run.name}: exit status {status}, left {left}, printed {errors}"
             return self.resume(fault, run, step)
 
         return self.in_parallel(fault, attempt)
@@ -366,7 +367,7 @@ class Injector:
             step, now = run.step(), time.monotonic()
             link = ["ip", "-n", f"modelpar-{run.process.pid}-0", "link", "set", "wire", "down"]
             if subprocess.run(link, check=False, capture_output=True).returncode:
-                return f"{run.name}: did not run: {run.log.read_text().splitlines()[-3:]}"
+                return f"{run.name}: did not run: {run.error_log.read_text().splitlines()[-3:]}"
             run.wait()
             if left := still_alive(processes, HUNG_AFTER):
                 return f"{run.name}: hung, left {left}"
@@ -416,8 +417,8 @@ class Injector:
             settings = ["checkpoint_every=4", f"monitor.tensorboard={number % 3 == 0}"]
             run = Run(self.folder, f"disk-{number}/run", *settings, script=script)
             status = run.wait()
-            if status not in {0, 4} or (status == 4 and len(run.lines()) != 2):
-                return f"{run.name}: exit status {status}, printed {run.lines()}"
+            if status not in {0, 4} or (status == 4 and len(run.errors()) != 1):
+                return f"{run.name}: exit status {status}, printed {run.errors()}"
             if status == 4 and not (copy / "run").is_dir():
                 return ""  # refused before anything was written
             _, _, wrong = verify(copy / "run")
@@ -444,8 +445,8 @@ class Injector:
             path.unlink()
             path.write_bytes(content)
             run = Run(self.folder, "flipped", f"steps={STEPS + 1}")
-            status, text = run.wait(), " ".join(run.lines())
-            run.log.unlink()
+            status, text = run.wait(), " ".join(run.errors())
+            run.error_log.unlink()
             # The line names the damaged file and the checkpoint from which the run can continue.
             good = status == 4 and name in text and re.search(r"from step-000000\d\d", text)
             fault.add("" if good else f"{name}: exit status {status}, printed {text}")
