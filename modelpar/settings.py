@@ -63,6 +63,7 @@ class DataSettings:
     evaluate_every: int = at_least(1, 1)  # epochs
     checkpoint_every: int = at_least(0, 0)  # steps; 0: only at the end
     workers: int = at_least(0, 2)
+    resident: str = one_of("auto", "never", default="auto")  # training images stay on a GPU
 
 
 @dataclass

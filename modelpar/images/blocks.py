@@ -51,9 +51,11 @@ def pack(task: Task) -> tuple[Line, bytearray, Sums | None]:
     colour_sums = torch.zeros(3, 3, dtype=torch.float64)  # exact: far below 2 ** 53
     content, lengths, skipped = bytearray(), list[int](), list[tuple[int, str]]()
     for place, item in enumerate(task.items):
-        file = io.BytesIO(read(item))
+        found = read(item) if item.num_bytes else b""
         try:
-            with Image.open(file) as opened:
+            if not found:
+                raise ValueError("it is empty or cannot be opened")  # noqa: TRY301
+            with Image.open(io.BytesIO(found)) as opened:
                 image = square(opened, task.size)
         except MemoryError:  # not the fault of the image
             raise

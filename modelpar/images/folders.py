@@ -32,11 +32,12 @@ class Listing:
     skipped: Counter[str]  # files that are no samples, by ending
 
 
-def list_part(root: Path, part: str) -> Listing:
+def list_part(root: Path, part: str, *, strict: bool = True) -> Listing:
     """Return the images of ``root/part``, also those of folders in the folder of a class.
 
     Raises DataError if a class has no image, if there is only one class, and for what cannot be
     read: a folder or file without permission, an empty file, a broken link, a link to a parent.
+    Unless ``strict``, a file like this has the size 0.
     """
     folder = root / part
     if not folder.is_dir():
@@ -51,14 +52,16 @@ def list_part(root: Path, part: str) -> Listing:
     above = frozenset(map(_identity, (root, folder)))
     for label, name in enumerate(names):
         before, others = len(found.samples), Counter[str]()
-        for _, files, hidden in sorted(_walk(str(folder / name), above), key=itemgetter(0)):
+        for _, files, hidden in sorted(
+            _walk(str(folder / name), above, strict=strict), key=itemgetter(0)
+        ):
             others += hidden
             for entry in files:
                 if not _is_image(entry.name):
                     others[Path(entry.name).suffix.lower() or "without an ending"] += 1
                     continue
                 found.samples.append((entry.path, label))
-                found.sizes.append(_size(entry))
+                found.sizes.append(_size(entry, strict=strict))
         if len(found.samples) == before:
             reason = f"only {describe(others)}" if others else "it is empty"
             raise DataError(
@@ -124,14 +127,14 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _visible(folder: str) -> tuple[list[Entry], Counter[str]]:
+def _visible(folder: str, *, strict: bool = True) -> tuple[list[Entry], Counter[str]]:
     """Return the sorted entries that are not hidden, and the number of those that are."""
     try:
         with os.scandir(folder) as scanned:
             entries = sorted(scanned, key=attrgetter("name"))
         visible = [one for one in entries if one.name[0] != "." and one.name not in SYSTEM]
         for entry in visible:
-            if entry.is_symlink():
+            if entry.is_symlink() and (strict or not _is_image(entry.name)):
                 entry.stat()  # raises for a link to nothing
     except OSError as error:
         raise DataError(
@@ -142,31 +145,34 @@ def _visible(folder: str) -> tuple[list[Entry], Counter[str]]:
 
 
 def _walk(
-    folder: str, above: frozenset[tuple[int, int]]
+    folder: str, above: frozenset[tuple[int, int]], *, strict: bool
 ) -> Iterator[tuple[str, list[Entry], Counter[str]]]:
     """Yield ``folder`` and each folder below, with its files and the number of hidden ones."""
-    entries, hidden = _visible(folder)
+    entries, hidden = _visible(folder, strict=strict)
     here = _identity(folder)
     if here in above:
         raise DataError(f"{folder}: links to a folder that contains it; delete the link")
     yield folder, [entry for entry in entries if not entry.is_dir()], hidden
     for entry in entries:
         if entry.is_dir():
-            yield from _walk(entry.path, above | {here})
+            yield from _walk(entry.path, above | {here}, strict=strict)
 
 
-def _size(entry: Entry) -> int:
-    """Return the bytes of an image; raises DataError if it cannot be read or is empty."""
-    found, reason = entry.stat(), ""
+def _size(entry: Entry, *, strict: bool) -> int:
+    """Return the bytes of an image; 0 or, if ``strict``, DataError if it cannot be read."""
+    try:
+        found, reason = entry.stat(), ""
+    except OSError:  # a broken link
+        return 0
     if not stat.S_ISREG(found.st_mode):
         reason = "it is no regular file"
     elif not found.st_size:
         reason = "it is empty"
     elif not os.access(entry.path, os.R_OK):
         reason = "permission denied"
-    if reason:
+    if reason and strict:
         raise DataError(unreadable(entry.path, ValueError(reason)))
-    return found.st_size
+    return 0 if reason else found.st_size
 
 
 # -- advice ---------------------------------------------------------------------------------------

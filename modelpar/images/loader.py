@@ -215,7 +215,10 @@ class _Resident:
 
 
 class TrainLoader:
-    """The training batches of one replica; it can start at any batch of any epoch."""
+    """The training batches of one replica; it can start at any batch of any epoch.
+
+    If ``resident``, pixels that are in memory or mapped stay on a GPU if they fit, see ``_fits``.
+    """
 
     def __init__(
         self,
@@ -226,11 +229,12 @@ class TrainLoader:
         *,
         crops: str,
         workers: int = 0,
+        resident: bool = True,
     ) -> None:
         device = mesh.device
         self.order, self.crops = order, crops
         self.augmentation, self.device = augmentation, device
-        if isinstance(images, InMemory) and _fits(images, device):
+        if resident and isinstance(images, InMemory) and _fits(images, device):
             self.source: _Resident | _Loaded = _Resident(images, order, device)
         else:
             self.source = _Loaded(Reader(images, mesh, workers), order, device)

@@ -137,7 +137,7 @@ def _folders(root: Path) -> Source | None:
     """Return the images of ``train/CLASS`` and ``val/CLASS``."""
     if not (root / "train").is_dir() and not (root / "val").is_dir():
         return None
-    train, val = list_part(root, "train"), list_part(root, "val")
+    train, val = (list_part(root, part, strict=False) for part in ("train", "val"))
     check_same_classes(train, val)
     kit = development_kit(root)
     parts = {"train": _listed(train), "val": _listed(val)}
@@ -186,7 +186,7 @@ def _kaggle(root: Path) -> Source | None:
         sizes = {one.name: -1 if one.is_dir() else one.stat().st_size for one in entries}
     if -1 in sizes.values():  # someone has sorted the images: they are plain folders
         return None
-    train = list_part(base, "train")
+    train = list_part(base, "train", strict=False)
     with readable(f"{table}: is not Kaggle's table", "download it again"):
         rows = csv.DictReader(table.read_text("utf-8", "surrogateescape").splitlines())
         class_of = {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in rows}

@@ -112,7 +112,13 @@ class Trainer:
         )
         workers = prepared.data.workers
         self.loader = TrainLoader(
-            images.train, self.order, self.augmentation, mesh, crops=recipe.crops, workers=workers
+            images.train,
+            self.order,
+            self.augmentation,
+            mesh,
+            crops=recipe.crops,
+            workers=workers,
+            resident=prepared.data.resident == "auto",
         )
         self.tests = TestLoader(images.test, size, mesh, workers=workers)
         last, every, best = settings.keep_last, settings.keep_every, settings.keep_best

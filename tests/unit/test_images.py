@@ -107,7 +107,7 @@ def test_loaders_do_not_use_the_global_generators(workers: int) -> None:
     assert random.getstate() == before[1]
 
 
-def of_memory(channels: int, shuffle: str, replica: int) -> TrainLoader:
+def of_memory(channels: int, shuffle: str, replica: int, *, resident: bool = True) -> TrainLoader:
     """Return a loader over 50 images in memory, which hold 60 samples."""
     pixels = torch.randint(
         0,
@@ -118,7 +118,7 @@ def of_memory(channels: int, shuffle: str, replica: int) -> TrainLoader:
     )
     images = InMemory(pixels, list(range(100, 150)), [*range(50), *range(10)])
     order = BatchOrder(60, 4, seed=1, replica=replica, replicas=2, shuffle=shuffle)
-    return TrainLoader(images, order, augmentation(), CPU, crops="per_image")
+    return TrainLoader(images, order, augmentation(), CPU, crops="per_image", resident=resident)
 
 
 @pytest.mark.parametrize("shuffle", ["once", "every_epoch", "never"])
@@ -131,8 +131,9 @@ def test_images_that_stay_on_the_device_give_the_same_batches(
         read = of_memory(channels, shuffle, replica)
         with monkeypatch.context() as patched:
             patched.setattr(loaders, "_fits", lambda *_: True)
+            never = of_memory(channels, shuffle, replica, resident=False)
             resident = of_memory(channels, shuffle, replica)
-        assert type(read.source) is not type(resident.source)
+        assert type(read.source) is type(never.source) is not type(resident.source)
         for epoch, start in ((0, 0), (1, 0), (2, 4), (1, 0), (5, 3)):
             pairs = zip(
                 read.epoch(epoch, start, 0.1), resident.epoch(epoch, start, 0.1), strict=True

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import small_imagenet
 import torch
 from catalogue import contents
 from filelock import FileLock
@@ -130,6 +132,32 @@ def test_images_of_every_kind_are_those_that_folders_give(root: Path) -> None:
         assert torch.equal(train[row][0], first[row][0]), name
 
 
+@pytest.mark.parametrize("layout", small_imagenet.BUILD)
+def test_each_layout_becomes_a_store_of_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    images = [encoded(Image.new("RGB", (20, 24), (40 * n, 9, 9)), "PNG") for n in range(6)]
+    train, val = small_imagenet.TRAIN, small_imagenet.VAL
+    assert len(train) + len(val) <= len(images)
+    train = dict(zip(train, images, strict=False))
+    val = {name: (val[name][0], content) for name, content in zip(val, images[::-1], strict=False)}
+    monkeypatch.setattr(small_imagenet, "TRAIN", train)
+    monkeypatch.setattr(small_imagenet, "VAL", val)
+    (root := tmp_path / "images").mkdir()
+    small_imagenet.BUILD[layout](root)
+    small_imagenet.accept(root, monkeypatch)
+    packing.prepare(settings(root, format="raw"))
+    made = sets.open_set(DataSettings("packed", str(tmp_path / "out"), image_size=14), tmp_path)
+    found = [
+        sorted((label, int(image[0, 0, 0])) for image, label in part)
+        for part in (made.train, made.test)
+    ]
+    wanted = [(int("n02" in name), 40 * images.index(each)) for name, each in train.items()]
+    assert found[0] == sorted(wanted)
+    wanted = [(int(folder == "n02"), 40 * images.index(each)) for folder, each in val.values()]
+    assert found[1] == sorted(wanted)
+
+
 def test_jpeg_files_keep_nothing_but_the_pixels(root: Path) -> None:
     for name in ("rotated.jpg", "comment.jpg"):
         (root / "train" / "bee" / name).write_bytes(GOOD[name])
@@ -174,9 +202,20 @@ def test_an_image_that_cannot_be_decoded_is_named_or_skipped(root: Path, name: s
     assert images.skipped == f"{found.root / 'skipped.txt'}: 1 images that could not be decoded"
 
 
-def test_an_empty_file_is_named(root: Path) -> None:
-    (bad := root / "train" / "ant" / "2.jpg").write_bytes(b"")
-    assert f"{bad}: cannot read image (it is empty)" in refused(DataError, settings(root))
+@pytest.mark.parametrize(
+    "make",
+    [Path.touch, os.mkfifo, lambda path: path.symlink_to("nothing")],
+    ids=["empty", "pipe", "broken link"],
+)
+def test_a_file_that_cannot_be_read_is_named_or_skipped(
+    root: Path, make: Callable[[Path], None]
+) -> None:
+    (bad := root / "train" / "ant" / "2.jpg").unlink()
+    make(bad)
+    said = f"{bad}: cannot read image (it is empty or cannot be opened); fix or delete it, or use"
+    assert said in refused(DataError, settings(root))
+    packing.prepare(settings(root, bad="skip", max_bad=0.1))
+    assert "ant/2.jpg" not in open_store(root.parent / "out").names("train")
 
 
 def test_too_many_bad_images_are_an_error_also_when_it_continues(root: Path) -> None:

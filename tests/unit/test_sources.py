@@ -214,7 +214,7 @@ def test_a_folder_that_is_absent_or_unreadable_is_named(
     with pytest.raises(DataError, match=r"data.root=.*/absent: no such folder; use the folder of"):
         sources.open_source(root / "absent")
 
-    def denied(*_: object) -> None:
+    def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", f"{root}/train")
 
     monkeypatch.setattr(sources, "list_part", denied)

@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from modelpar.errors import DataError, SettingsError
 from modelpar.images import packing
@@ -76,6 +78,20 @@ def test_a_raw_store_has_the_pixels_and_the_statistics_of_its_source(made: Path)
     for key, value in vars(statistics(packed, made / "nowhere")).items():
         assert torch.equal(value, measured[key]), key
     assert not (made / "nowhere").exists()  # nothing was measured
+
+
+def test_the_statistics_are_those_of_a_slow_reference(made: Path) -> None:
+    images = opened("imagefolder", made / "images").train
+    pixels = np.stack([image.numpy() for image, _ in images]).astype(np.float64)
+    covariance = np.cov(pixels.transpose(1, 0, 2, 3).reshape(3, -1), bias=True)
+    for form in FORMATS:  # both are measured before an image becomes a JPEG file
+        found = load_file(made / form / "statistics.safetensors")
+        np.testing.assert_allclose(found["covariance"], covariance, rtol=1e-11)
+        np.testing.assert_allclose(found["mean"], pixels.mean(0), rtol=1e-7)
+        values, axes = np.linalg.eigh(covariance)
+        np.testing.assert_allclose(found["std"], np.sqrt(values[::-1]), rtol=1e-6)
+        along = np.abs((found["axes"].double().numpy() * axes.T[::-1]).sum(1))
+        np.testing.assert_allclose(along, 1, rtol=1e-6)  # an axis has no sign
 
 
 def test_a_jpeg_store_has_almost_the_pixels_of_its_source(made: Path) -> None:
