@@ -1,7 +1,9 @@
 """README and docs agree with the code: links, files, settings, values, defaults, commands."""
 
+import ast
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -255,3 +257,65 @@ def test_the_design_page_names_every_module() -> None:
         if path.name != "__init__.py"
     }
     assert sorted(package - set(links(DOCS / "design.md"))) == []
+
+
+# -- the walk through the paper ------------------------------------------------------------------
+
+PAPER = DOCS / "paper.md"
+SECTIONS = (
+    "1",
+    "2",
+    "3",
+    "3.1",
+    "3.2",
+    "3.3",
+    "3.4",
+    "3.5",
+    "4",
+    "4.1",
+    "4.2",
+    "5",
+    "6",
+    "6.1",
+    "7",
+)
+
+
+def sections() -> dict[str, str]:
+    """Return the text of each section of the walk, by its number in the paper."""
+    _, *parts = re.split(r"^#{2,3} ([\d.]+) .*\n", PAPER.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def defined(node: ast.Module | ast.ClassDef) -> Iterator[str]:
+    """Yield the names that a module defines, and ``Class.name`` of what its classes define."""
+    for entry in node.body:
+        if isinstance(entry, ast.ClassDef):
+            yield from (entry.name, *(f"{entry.name}.{name}" for name in defined(entry)))
+        elif isinstance(entry, ast.FunctionDef):
+            yield entry.name
+        elif isinstance(entry, ast.Assign | ast.AnnAssign):
+            targets = entry.targets if isinstance(entry, ast.Assign) else [entry.target]
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def test_the_walk_has_every_section_of_the_paper() -> None:
+    found = sections()
+    assert tuple(found) == SECTIONS
+    for number, text in found.items():
+        heads = re.findall(r"^\*\*(The paper|The code|Here|Not here)\.\*\*", text, re.MULTILINE)
+        within = any(other.startswith(f"{number}.") for other in SECTIONS)
+        assert (not heads and within) or heads[:3] == ["The paper", "The code", "Here"], number
+
+
+@pytest.mark.parametrize("number", SECTIONS)
+def test_every_name_in_the_walk_is_defined_in_the_file_before_it(number: str) -> None:
+    here = re.findall(
+        r"^\*\*Here\.\*\*.*?(?=\n\n|\Z)", sections()[number], re.MULTILINE | re.DOTALL
+    )
+    names = set[str]()  # of the file that was linked last
+    for target, name in re.findall(r"\[`[^`]+`\]\(([^)#]+)\)|`([^`]+)`", "".join(here)):
+        if target:
+            names = set(defined(ast.parse((DOCS / target).read_text())))
+        elif "=" not in name:  # settings with a value are checked above
+            assert name in names or known("train", name), name
