@@ -240,7 +240,7 @@ class PredictSettings(RankSettings):
     """The settings of ``modelpar.predict``."""
 
     checkpoint: str = path()  # RUN_DIR | STEP_DIR | FILE.safetensors
-    images: Any = path()  # files, folders and globs: one or a list
+    images: Any = _declare(MISSING, path=(), as_given=True)  # files, folders, globs: one or a list
     out: str | None = path(None)  # FILE.html or FILE.csv; null: print the answers
     neighbours: int = at_least(0, 0)  # nearest training images of each image, in FILE.html
     training_images: int = at_least(1, 2000)  # searched for neighbours

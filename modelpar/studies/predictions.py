@@ -108,14 +108,15 @@ def _bar(share: float, width: int) -> str:
 
 def shortened(text: str, width: int | None) -> str:
     """Return ``text``, cut to ``width`` columns of a terminal; some characters need two."""
-    if width is None or _columns(text) <= width:
+    if width is None or width_of(text) <= width:
         return text
-    while text and _columns(text) > width - 3:
+    while text and width_of(text) > width - 3:
         text = text[:-1]
     return f"{text}..."
 
 
-def _columns(text: str) -> int:
+def width_of(text: str) -> int:
+    """Return how many columns of a terminal ``text`` takes."""
     return sum(1 + (east_asian_width(one) in "WF") for one in text)
 
 

@@ -25,7 +25,11 @@ WORDS = {
     "predict": ["checkpoint=x", "images=x"],
 }
 
-ENDS = {"evaluate": ".json", "export": ".safetensors", "predict": ".csv"}  # of the file that out names
+ENDS = {
+    "evaluate": ".json",
+    "export": ".safetensors",
+    "predict": ".csv",
+}  # of the file that out names
 
 
 @pytest.fixture(autouse=True)
