@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from modelpar.bench.contenders import CONTENDERS
 from modelpar.errors import SettingsError, refuse_choice
@@ -12,9 +12,17 @@ from modelpar.settings import (
     EvaluateSettings,
     ExportSettings,
     FiguresSettings,
+    PredictSettings,
     RankSettings,
     walk,
 )
+
+# What the file that ``out`` names may end in.
+FILES: Final[dict[type, tuple[str, ...]]] = {
+    EvaluateSettings: (".json",),
+    ExportSettings: (".safetensors",),
+    PredictSettings: (".html", ".csv"),
+}
 
 
 def check(settings: Any, prefix: str = "") -> None:
@@ -44,6 +52,9 @@ def _check_combination(settings: Any) -> None:
         if settings.columns == 1 and settings.crossing.dtype not in {None, settings.precision}:
             wrong = f"crossing.dtype={settings.crossing.dtype}: one column has no crossings"
             raise SettingsError(f"{wrong}; use columns=2 or crossing.dtype=null")
+        shown = str(getattr(settings, "out", "")).endswith(".html")
+        if (count := getattr(settings, "neighbours", 0)) and not shown:
+            raise SettingsError(f"neighbours={count}: requires out=FILE.html")
     elif isinstance(settings, BenchmarkSettings):
         odd = [size for size in settings.batch_sizes or [] if size % 2]
         if odd and "ddp" in (settings.contenders or CONTENDERS):
@@ -53,8 +64,7 @@ def _check_combination(settings: Any) -> None:
     elif isinstance(settings, FiguresSettings) and not (settings.checkpoint or settings.runs):
         raise SettingsError("checkpoint: missing; add checkpoint=RUN_DIR or runs=[RUN,RUN]")
     if out := getattr(settings, "out", None):
-        files: dict[type, str] = {EvaluateSettings: ".json", ExportSettings: ".safetensors"}
-        suffix = files.get(type(settings))
-        if not out.endswith(suffix or ""):
-            raise SettingsError(f"out={out}: use a name that ends in {suffix}")
-        check_writable("out", Path(out).parent if suffix else Path(out))
+        ends = FILES.get(type(settings), ())
+        if ends and not out.endswith(ends):
+            raise SettingsError(f"out={out}: use a name that ends in {' or '.join(ends)}")
+        check_writable("out", Path(out).parent if ends else Path(out))

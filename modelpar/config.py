@@ -83,8 +83,9 @@ def compose_settings(main: str, words: Sequence[str]) -> DictConfig:
 def typed(composed: DictConfig) -> Any:
     """Return composed settings as the dataclass of their command, resolved and checked.
 
-    Paths are absolute, see ``files.local_path``; those of a list, which may be globs, are not,
-    since tables show them.  Raises SettingsError for a value that is missing or not allowed.
+    Paths are absolute, see ``files.local_path``; those of a list, which may be globs, and others
+    that are declared ``as_given``, are not, since tables show them.  Raises SettingsError for a
+    value that is missing or not allowed.
     """
     with _one_line_errors():
         own = composed.copy()
@@ -98,12 +99,13 @@ def typed(composed: DictConfig) -> Any:
             continue
         *groups, name = key.split(".")
         owner = reduce(getattr, groups, settings)
-        if isinstance(value, list):
-            texts = [str(each) for each in cast("list[Any]", value)]
-            paths = [(text, str(local_path(key, text))) for text in texts]
-            setattr(owner, name, [path if text[0] == "~" else text for text, path in paths])
-        else:
-            setattr(owner, name, str(local_path(key, str(value))))
+        several = isinstance(value, list)
+        texts = [str(each) for each in (cast("list[Any]", value) if several else [value])]
+        paths = [str(local_path(key, text)) for text in texts]
+        if several or "as_given" in entry.metadata:
+            pairs = zip(texts, paths, strict=True)
+            paths = [path if text[0] == "~" else text for text, path in pairs]
+        setattr(owner, name, paths if several else paths[0])
     check(settings)
     return settings
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from modelpar.errors import CheckpointError, LaunchError, SettingsError
+from modelpar.errors import CheckpointError, LaunchError, SettingsError, one_line
 
 ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # s3://, and its form without a /
 SPARE: Final = 1.1  # free space that is required, as a multiple of what will be written
@@ -52,6 +52,18 @@ def write_texts(out: str, texts: Mapping[str, str]) -> None:
         # A name of a class may hold bytes that are no UTF-8.
         content = f"{text.rstrip()}\n".encode(errors="backslashreplace")
         atomic_write(Path(out, name), content)
+
+
+def write_out(out: str, content: bytes | str) -> None:
+    """Write the file that ``out`` names; raises CheckpointError."""
+    path = Path(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A name of a file or a class may hold bytes that are no UTF-8.
+        text = isinstance(content, str)
+        atomic_write(path, content.encode(errors="backslashreplace") if text else content)
+    except OSError as error:
+        raise CheckpointError(f"out={out}: not written ({one_line(error)})") from None
 
 
 def fsync_folder(folder: Path) -> None:

@@ -237,6 +237,20 @@ class EvaluateSettings(RankSettings):
 
 
 @dataclass
+class PredictSettings(RankSettings):
+    """The settings of ``modelpar.predict``."""
+
+    checkpoint: str = path()  # RUN_DIR | STEP_DIR | FILE.safetensors
+    images: Any = _declare(MISSING, path=(), as_given=True)  # files, folders, globs: one or a list
+    out: str | None = path(None)  # FILE.html or FILE.csv; null: print the answers
+    neighbours: int = at_least(0, 0)  # nearest training images of each image, in FILE.html
+    training_images: int = at_least(1, 2000)  # searched for neighbours
+    bad: str = one_of("error", "skip", default="error")  # what an undecodable image is
+    columns: int = one_of(1, 2, default=1)  # one process is the faster start
+    data: DataSettings = field(default_factory=_run_data)  # of the neighbours
+
+
+@dataclass
 class BenchmarkSettings(ProcessSettings):
     """The settings of ``modelpar.benchmark``."""
 
@@ -308,6 +322,7 @@ class PrepareSettings:
 SCHEMAS: Final = {
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
+    "predict": PredictSettings,
     "benchmark": BenchmarkSettings,
     "export": ExportSettings,
     "compare": CompareSettings,

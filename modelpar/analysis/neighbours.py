@@ -5,7 +5,7 @@ we can say that the higher levels of the neural network consider them to be simi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modelpar.analysis.activations import activations_of
-from modelpar.distributed import Mesh
+from modelpar.distributed import Mesh, all_reduce_sum
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import TestLoader
 from modelpar.images.samples import Images, ImageSet, Sample
@@ -83,17 +83,50 @@ def features(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return logits, torch.cat(units)
 
 
+def most_likely(probabilities: Tensor) -> list[tuple[list[int], list[float]]]:
+    """Return the ``TOP`` classes of each row of (N, classes) with their values, largest first.
+
+    Of equal values the class with the lower number is first, as errors are counted.
+    """
+    top = probabilities.sort(dim=1, descending=True, stable=True)
+    best = (part[:, :TOP].tolist() for part in (top.indices, top.values))
+    return [*zip(*best, strict=True)]
+
+
 def top_predictions(samples: Sequence[Sample], logits: Tensor) -> list[Prediction]:
     """Return the most probable classes of each stored image; ``logits`` is (N, classes)."""
-    top = functional.softmax(logits.double(), dim=1).topk(min(TOP, logits.shape[1]), dim=1)
-    each = zip(samples, top.indices.tolist(), top.values.tolist(), strict=True)
-    return [Prediction(*sample, classes, shares) for sample, classes, shares in each]
+    each = zip(samples, most_likely(functional.softmax(logits.double(), dim=1)), strict=True)
+    return [Prediction(*sample, *found) for sample, found in each]
+
+
+def distances(
+    net: nn.Module,
+    queries: Tensor,
+    images: Images,
+    augmentation: Augmentation,
+    rows: Sequence[int],
+    mesh: Mesh,
+    **reading: int,
+) -> Tensor:
+    """Return the distances (Q, M) in float64 from ``queries`` (Q, D) to the images ``rows``.
+
+    ``queries`` are units as ``features`` returns them.  One batch of images is in memory at a
+    time; ``reading`` has ``batch_size`` and ``workers``.  A collective of the pair, whose columns
+    each have half of the units.  Replicas do not share the images, since each has its own queries.
+    """
+    parts: list[Tensor] = []
+    alone, queries = replace(mesh, replicas=1, replica=0), queries.double()
+    for batch, _ in TestLoader(images, mesh=alone, rows=rows, **reading):
+        units = features(net, augmentation.center_crop(batch))[1].double()
+        squares = torch.cdist(queries, units, compute_mode="donot_use_mm_for_euclid_dist").square()
+        parts.append(all_reduce_sum(squares, mesh.pair).sqrt())
+    return torch.cat(parts, dim=1).cpu()
 
 
 def nearest_distinct(
-    images: Images, rows: Sequence[int], distances: Tensor
+    images: Images, rows: Sequence[int], distances: Tensor, count: int = NEAREST
 ) -> list[tuple[Tensor, int, float]]:
-    """Return stored images, classes and distances of the ``NEAREST`` nearest of ``rows``.
+    """Return stored images, classes and distances of the ``count`` nearest of ``rows``.
 
     ``distances`` (M,) of all rows.  An image that appears several times in the data set is
     returned once.
@@ -103,7 +136,7 @@ def nearest_distinct(
         image, label = images[rows[place]]
         if not any(torch.equal(image, other) for other, *_ in found):
             found.append((image, label, float(distances[place])))
-        if len(found) == NEAREST:
+        if len(found) == count:
             break
     return found
 
@@ -125,14 +158,11 @@ def figure4(
     queries = [test[row] for row in evenly_spaced(len(test), QUERIES)]
     stored = torch.stack([image for image, _ in (*shown, *queries)]).to(device)
     logits, units = features(net, augmentation.center_crop(stored))
-    wide = units[len(shown) :].double()
-    parts: list[Tensor] = []  # (queries, images of the batch)
-    for batch, _ in TestLoader(images.train, batch_size, Mesh(device), rows=rows, workers=workers):
-        units = features(net, augmentation.center_crop(batch))[1].double()
-        parts.append(torch.cdist(wide, units, compute_mode="donot_use_mm_for_euclid_dist"))
-    distances = torch.cat(parts, dim=1).cpu()
+    reading = {"batch_size": batch_size, "workers": workers}
+    wide, mesh = units[len(shown) :], Mesh(device)
+    found = distances(net, wide, images.train, augmentation, rows, mesh, **reading)
     neighbours = [
         Neighbours(query, label, nearest_distinct(images.train, rows, row))
-        for (query, label), row in zip(queries, distances, strict=True)
+        for (query, label), row in zip(queries, found, strict=True)
     ]
     return Figure4(top_predictions(shown, logits[: len(shown)].cpu()), neighbours, len(rows))

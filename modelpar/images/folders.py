@@ -5,6 +5,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob, has_magic
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Final
@@ -61,7 +62,7 @@ def list_part(root: Path, part: str, *, strict: bool = True) -> Listing:
                     others[Path(entry.name).suffix.lower() or "without an ending"] += 1
                     continue
                 found.samples.append((entry.path, label))
-                found.sizes.append(_size(entry, strict=strict))
+                found.sizes.append(size_of(entry.path, strict=strict))
         if len(found.samples) == before:
             reason = f"only {describe(others)}" if others else "it is empty"
             raise DataError(
@@ -70,6 +71,34 @@ def list_part(root: Path, part: str, *, strict: bool = True) -> Listing:
             )
         skipped.update(others)
     return found
+
+
+def find_images(patterns: Sequence[str], key: str = "images") -> list[str]:
+    """Return the paths of the images that files, folders and globs name, each once.
+
+    A folder stands for the images in it and in its folders, which end in one of
+    ``IMG_EXTENSIONS``; so do the files of a glob.  A file has any name.  Raises DataError for a
+    pattern that names none, and for a folder that cannot be read.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        exists = os.path.lexists(pattern)  # then its brackets are part of a name
+        images: list[str] = []
+        for place in [pattern] if exists else sorted(glob(pattern, recursive=True)):  # noqa: PTH207
+            if Path(place).is_dir():
+                below = _walk(place, frozenset(), strict=False)
+                for _, files, _ in sorted(below, key=itemgetter(0)):
+                    images += [entry.path for entry in files if _is_image(entry.name)]
+            elif exists or _is_image(place):
+                images.append(place)
+        if not images:
+            reason = "no image there" if exists or has_magic(pattern) else "no such file or folder"
+            raise DataError(
+                f"{key}={pattern}: {reason}; use files, or folders and globs with names that end "
+                f"in {', '.join(IMG_EXTENSIONS)}"
+            )
+        found |= dict.fromkeys(images)
+    return list(found)
 
 
 def describe(skipped: Counter[str]) -> str:
@@ -158,21 +187,21 @@ def _walk(
             yield from _walk(entry.path, above | {here}, strict=strict)
 
 
-def _size(entry: Entry, *, strict: bool) -> int:
+def size_of(path: str, *, strict: bool = True) -> int:
     """Return the bytes of an image; 0 or, if ``strict``, DataError if it cannot be read."""
+    size = 0
     try:
-        found, reason = entry.stat(), ""
-    except OSError:  # a broken link
-        return 0
-    if not stat.S_ISREG(found.st_mode):
-        reason = "it is no regular file"
-    elif not found.st_size:
-        reason = "it is empty"
-    elif not os.access(entry.path, os.R_OK):
-        reason = "permission denied"
+        found = os.stat(path)  # noqa: PTH116 - also of text
+        size, reason = found.st_size, "" if found.st_size else "it is empty"
+        if not stat.S_ISREG(found.st_mode):
+            reason = "it is no regular file"
+        elif not os.access(path, os.R_OK):
+            reason = "permission denied"
+    except OSError as error:  # also of a broken link
+        reason = str(error.strerror)
     if reason and strict:
-        raise DataError(unreadable(entry.path, ValueError(reason)))
-    return 0 if reason else found.st_size
+        raise DataError(unreadable(path, ValueError(reason)))
+    return 0 if reason else size
 
 
 # -- advice ---------------------------------------------------------------------------------------

@@ -3,12 +3,15 @@
 Compare the two ``forward`` methods: they differ only where the columns exchange maps.
 """
 
+import os
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import modelpar
 from modelpar.gpu.block import block
 from modelpar.net import paper
 from modelpar.net.blocks import Blocks
@@ -42,12 +45,18 @@ def _layer(plan: Plan, name: str, column: int | None) -> nn.Module:
 
 
 class _Layers(nn.Module):
-    """The layers of ``column`` with their initial weights; None: those of all columns."""
+    """The layers of ``column`` with their initial weights; None: those of all columns.
+
+    ``classes`` are the names, and ``statistics`` the mean image (3, T, T) with its colours, of the
+    data that a loaded net was trained on.
+    """
 
     conv1: nn.Conv2d
     conv2: nn.Conv2d
     conv5: nn.Conv2d
     fc8: nn.Linear
+    classes: Sequence[str] = ()
+    statistics: Any = None
 
     def __init__(self, plan: Plan, seed: int | None, column: int | None) -> None:
         super().__init__()
@@ -64,6 +73,16 @@ class _Layers(nn.Module):
     def run_eager(self) -> None:
         """Use nothing that is compiled, and no kernel."""
         self.blocks.run_eager()
+
+    def predict(self, images: Any, *, views: int = 1) -> list[Any]:
+        """Return a ``modelpar.training.prediction.Prediction`` of each image.
+
+        ``images`` is a path, a PIL image, or a list of them, of any size.  Each is prepared as for
+        an evaluation: its central square, scaled, minus the mean image.  ``views`` is 1, 9 or 10.
+        Raises DataError for an image that cannot be read, SettingsError for a net without mean
+        image.  Of a Column it is a collective of the pair, with the same images on both.
+        """
+        return modelpar.load("training.prediction:predict")(self, images, views)
 
 
 class AlexNet(_Layers):
@@ -91,15 +110,32 @@ class AlexNet(_Layers):
         """
         return cls(Plan(Recipe.named(recipe), num_classes, image_size, **switches), seed)
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Return a trained net in evaluation mode, with its ``classes`` and ``statistics``.
+
+        ``path`` is a run (its newest step), the folder of a step, or an exported file.
+        ``statistics`` is None for a file of a version that did not record it.  Raises
+        CheckpointError, and SettingsError for a net of another kind.
+        """
+        return modelpar.load("training.prediction:load")(cls, path)
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, classes) of ``images`` (N, 3, S, S)."""
+        return self.fc8(self.fc7_units(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return conv5's maps after its pool, (N, 256, 6, 6) at 224 pixels."""
         blocks = self.blocks
         x = blocks.pad(images, self.conv1.weight)
-        x = self._by_column(x) if blocks.fuses else self._grouped(x)
-        x = x.flatten(1)  # (N, 9216)
+        return self._by_column(x) if blocks.fuses else self._grouped(x)
+
+    def fc7_units(self, images: Tensor) -> Tensor:
+        """Return the units of fc7 as fc8 reads them, (N, 4096); in evaluation half of each."""
+        blocks = self.blocks
+        x = self.features(images).flatten(1)  # (N, 9216)
         x = blocks.after("fc6", self._units("fc6", x))  # (N, 4096), reads both
-        x = blocks.after("fc7", self._units("fc7", x))  # (N, 4096), reads both
-        return self.fc8(x)
+        return blocks.after("fc7", self._units("fc7", x))  # (N, 4096), reads both
 
     def _grouped(self, x: Tensor) -> Tensor:
         """Return conv5's maps, after its pool, of padded images."""
@@ -172,6 +208,11 @@ class Column(_Layers):
         Without a ``seed``, torch's generator must be in the same state in both processes.
         """
         return cls(Plan(Recipe.named(recipe), num_classes, image_size, **switches), link, seed)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], link: Link) -> Self:
+        """Return column ``link.column`` of the net that ``AlexNet.load`` returns."""
+        return modelpar.load("training.prediction:load")(cls, path, link)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, classes) of ``images`` (N, 3, S, S), the same on both columns.

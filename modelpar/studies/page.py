@@ -3,28 +3,22 @@
 import io
 from collections.abc import Iterable, Sequence
 from html import escape
-from string import Template
 from typing import Final
 
 from modelpar import tables
 from modelpar.files import write_texts
 from modelpar.settings import CompareSettings
-from modelpar.studies import averages, comparison, plots, runs
+from modelpar.studies import averages, comparison, html, plots, runs
 from modelpar.studies.comparison import Group
 
-PAGE: Final = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>modelpar: comparison of runs</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
+TITLE: Final = "modelpar: comparison of runs"
+STYLE: Final = """\
 table { border-collapse: collapse; display: block; font-size: 14px; overflow-x: auto }
 tr:first-child { font-weight: bold }
-td { border-bottom: 1px solid #ddd; padding: .35rem .7rem; white-space: nowrap }
+td { border-bottom: 1px solid #8884; padding: .35rem .7rem; white-space: nowrap }
 td:first-child, td:last-child { min-width: 14rem; white-space: normal }
-svg { height: auto; max-width: 100% }
-</style></head><body>
-$body
-</body></html>
-""")
+svg { background: white; height: auto; max-width: 100% }
+"""
 
 
 def compare(settings: CompareSettings) -> None:
@@ -58,7 +52,7 @@ def page(sets: dict[str, list[Group]], averaged: Sequence[Sequence[str]] = ()) -
         parts.append(_table(averages.TITLE, averages.HEAD, averaged))
         notes.append(averages.NOTE)
     parts += [f"<p>{escape(note)}</p>" for note in notes]
-    return PAGE.substitute(body="\n".join(parts))
+    return html.page(TITLE, STYLE, "\n".join(parts))
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

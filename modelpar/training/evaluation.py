@@ -1,79 +1,28 @@
-"""Evaluates and exports trained weights: of a run, of one of its steps, or of one file."""
+"""Evaluates trained weights: of a run, of one of its steps, or of one file."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
 
-import safetensors
-import safetensors.torch
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
-from torch import Tensor
 
 from modelpar import config
 from modelpar.distributed import Mesh
-from modelpar.errors import CheckpointError, DataError, SettingsError, one_line, say
-from modelpar.files import atomic_write
+from modelpar.errors import DataError, SettingsError, say
+from modelpar.files import write_out
 from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.folders import first_difference
 from modelpar.images.loader import check_open_files
 from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
-from modelpar.net.four_layer import whole_net
-from modelpar.net.plan import Plan, plan_of, settings_of
 from modelpar.net.weights import check_state
-from modelpar.settings import DataSettings, EvaluateSettings, ExportSettings
-from modelpar.training import checkpoint
+from modelpar.settings import DataSettings, EvaluateSettings, RankSettings
 from modelpar.training.averaging import Member, Pass, split
-from modelpar.training.checkpoint import Checkpoint
 from modelpar.training.engine import Net, build
 from modelpar.training.metrics import Errors
-
-RUN_KEYS: Final = ("step", "seed", "images_a_step")  # numbers that a manifest records of its run
-METADATA: Final = "modelpar"  # of an exported file: plan, data and RUN_KEYS as JSON
-NO_RECORD: Final = (SafetensorError, KeyError, TypeError, ValueError)  # if a file is no export
-
-
-@dataclass(frozen=True)
-class TrainedNet:
-    """Weights, with what the manifest of their run or the metadata of their file records."""
-
-    path: str  # as the settings name it
-    source: Checkpoint | Path
-    plan: Plan
-    data: DataSettings
-    step: int
-    seed: int
-    images_a_step: int
-    classes: list[str] | None  # None: of a version that did not record them
-
-    def weights(self, column: int | None) -> dict[str, Tensor]:
-        """Return a column's weights, or the whole net's for None; raises CheckpointError."""
-        return checkpoint.read_part(self.source, "weights", column)
-
-
-def find(path: str) -> TrainedNet:
-    """Resolve RUN_DIR, STEP_DIR or FILE.safetensors; raises CheckpointError."""
-    source = checkpoint.find(path)
-    try:
-        if isinstance(source, Checkpoint):
-            record = source.manifest
-        else:
-            with safetensors.safe_open(source, framework="pt") as file:
-                record = json.loads((file.metadata() or {})[METADATA])
-        schema = OmegaConf.structured(DataSettings)
-        data: Any = OmegaConf.to_object(OmegaConf.merge(schema, record["data"]))
-        plan, numbers = plan_of(record["plan"]), [int(record[key]) for key in RUN_KEYS]
-        return TrainedNet(path, source, plan, data, *numbers, classes=record.get("classes"))
-    except (*NO_RECORD, OmegaConfBaseException, SettingsError) as error:
-        raise CheckpointError(
-            f"checkpoint={path}: does not describe the net it holds ({one_line(error)})"
-        ) from None
+from modelpar.training.trained import TrainedNet, find
 
 
 @dataclass(frozen=True)
@@ -103,20 +52,27 @@ def prepare(
         raise SettingsError("weights=search: one net has no weights; use checkpoint=[PATH,PATH]")
     if settings.search_images and settings.weights != "search":
         raise SettingsError(f"search_images={settings.search_images}: requires weights=search")
-    first = _prepare(settings, paths[0], train=train)
-    found = [first, *(_prepare(settings, path, first, train=train) for path in paths[1:])]
+    first = prepare_one(settings, paths[0], train=train)
+    found = [first, *(prepare_one(settings, path, first, train=train) for path in paths[1:])]
     if settings.weights == "search":
         rows(settings, found)
     return found
 
 
-def _prepare(
-    settings: EvaluateSettings, path: str, first: Prepared | None = None, *, train: bool
-) -> Prepared:
-    """Return what one net needs; raises SettingsError if it cannot be averaged with ``first``."""
+def find_for(settings: RankSettings, path: str) -> TrainedNet:
+    """Resolve ``path`` as ``find`` does; raises SettingsError for a net that cannot be split."""
     trained = find(path)
     if settings.columns > trained.plan.columns:
         raise SettingsError(f"checkpoint={path}: its net has one column; use columns=1")
+    check_open_files(settings.columns * settings.replicas)
+    return trained
+
+
+def prepare_one(
+    settings: RankSettings, path: str, first: Prepared | None = None, *, train: bool
+) -> Prepared:
+    """Return what one net needs; raises SettingsError if it cannot be averaged with ``first``."""
+    trained = find_for(settings, path)
     data = settings.data
     if not data.name:  # those of the run, with the settings that were given
         data = replace(trained.data, download=data.download, root=data.root or trained.data.root)
@@ -124,23 +80,21 @@ def _prepare(
     number = plan.num_classes if data.name == "synthetic" else None  # else that of the images
     data = replace(data, image_size=plan.image_size, num_classes=number)
     cache = config.cache_dir(settings.cache_dir)
-    train = train or not isinstance(trained.source, Checkpoint)  # to measure the mean image
+    stats = trained.statistics()
+    train = train or stats is None  # to measure the mean image
     source = first.trained if first else trained  # of synthetic images: the same for all nets
     images = open_set(data, cache, source.seed, source.images_a_step, train=train)
     check_classes(images, trained, path)
     if first is not None:
         _check_same_images(first, path, data, images)
-    if isinstance(trained.source, Checkpoint):  # the mean image that the net was trained with
-        stats = Statistics(**checkpoint.read_statistics(trained.source))
-        if stats.mean.shape[-1] != images.stored_size:
-            raise SettingsError(
-                f"data={data.name}: its images are stored at another size than those of "
-                f"{trained.source.folder}; use the data it was trained on"
-            )
-    else:
+    if stats is None:
         stats = statistics(images, cache, data.workers)
+    elif stats.mean.shape[-1] != images.stored_size:
+        raise SettingsError(
+            f"data={data.name}: its images are stored at another size than those of {path}; "
+            "use the data it was trained on"
+        )
     workers = data.workers if settings.workers is None else settings.workers
-    check_open_files(settings.columns * settings.replicas)
     return Prepared(trained, data, images, stats, workers)
 
 
@@ -200,7 +154,7 @@ def check_classes(images: ImageSet, trained: TrainedNet, checkpoint: str) -> Non
         )
 
 
-def loaded(settings: EvaluateSettings, trained: TrainedNet, mesh: Mesh) -> Net:
+def loaded(settings: RankSettings, trained: TrainedNet, mesh: Mesh) -> Net:
     """Return this process's part of the trained net; raises CheckpointError."""
     net = build(trained.plan, mesh, settings, seed=0)
     weights = trained.weights(mesh.column if mesh.pair is not None else None)
@@ -250,15 +204,6 @@ def evaluate_checkpoint(
     return Evaluation(data, settings.views, paths, errors, mean, weights, len(searched))
 
 
-def write_out(out: Path, content: bytes | str) -> None:
-    """Write what ``out`` names; raises CheckpointError."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(out, content)
-    except OSError as error:
-        raise CheckpointError(f"out={out}: not written ({one_line(error)})") from None
-
-
 def run(
     settings: EvaluateSettings, prepared: Sequence[Prepared], mesh: Mesh, _run_dir: None
 ) -> None:
@@ -272,7 +217,7 @@ def run(
             print("\n".join(lines(found)), flush=True)  # noqa: T201
             if settings.out is not None:
                 content = config.without_secrets(asdict(found))
-                write_out(Path(settings.out), json.dumps(content, indent=1) + "\n")
+                write_out(settings.out, json.dumps(content, indent=1) + "\n")
 
 
 def lines(found: Evaluation) -> list[str]:
@@ -287,23 +232,3 @@ def lines(found: Evaluation) -> list[str]:
         how = f"weights {shares} searched on {found.searched} other test images"
     named = [f"{path}: {text}" for path, text in zip(found.checkpoints, each, strict=True)]
     return [*named, f"average of {len(each)} nets, {how}: {found.average.text}"]
-
-
-def export(settings: ExportSettings) -> None:
-    """Write the whole net to one safetensors file, and print a line that describes it.
-
-    Raises CheckpointError.
-    """
-    trained, out = find(settings.checkpoint), Path(settings.out)
-    weights = trained.weights(None)
-    check_state(whole_net(trained.plan, seed=0), weights, settings.checkpoint)
-    record = {
-        "plan": settings_of(trained.plan),
-        "data": config.without_secrets(asdict(trained.data)),
-        **{key: getattr(trained, key) for key in (*RUN_KEYS, "classes")},
-    }
-    content = safetensors.torch.save(weights, {METADATA: json.dumps(record)})
-    write_out(out, content)
-    parameters = sum(value.numel() for value in weights.values())
-    name = trained.plan.recipe.name
-    print(f"{out}: {len(weights)} tensors, {parameters:,} parameters, {name}")  # noqa: T201

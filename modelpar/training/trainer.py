@@ -316,6 +316,7 @@ class Trainer:
             "schedule": asdict(self.learner.schedule.plateau),
             "data": without_secrets(asdict(self.prepared.data)),
             "classes": self.prepared.images.class_ids,
+            "names": list(self.prepared.images.classes),
             **self.prepared.identity,
         }
         self.checkpointer.start(state, vars(self.prepared.statistics), manifest)

@@ -55,12 +55,13 @@ FLOORS = [
     ["training.graph"],
     ["training.engine"],
     ["training.nonfinite", "training.prepare"],
-    ["training.trainer", "training.averaging"],
+    ["training.trainer", "training.averaging", "training.trained"],
     ["training.evaluation"],
-    ["studies.runs", "studies.averages"],
+    ["training.prediction"],
+    ["studies.runs", "studies.averages", "studies.html"],
     ["studies.comparison", "studies.snapshots"],
     ["studies.plots"],
-    ["studies.page", "studies.figures"],
+    ["studies.page", "studies.figures", "studies.predictions"],
     ["bench.steps", "bench.floor"],
     ["bench.workers"],
     ["bench.measure"],
@@ -68,7 +69,7 @@ FLOORS = [
     ["bench.report"],
     ["sweep"],
     ["launch"],
-    ["train", "evaluate", "benchmark", "export", "compare", "figures", "prepare"],
+    ["train", "evaluate", "benchmark", "export", "compare", "figures", "prepare", "predict"],
 ]
 HEIGHT = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(

@@ -22,9 +22,14 @@ WORDS = {
     "compare": ["runs=[x]"],
     "figures": ["checkpoint=x"],
     "prepare": ["out=x"],
+    "predict": ["checkpoint=x", "images=x"],
 }
 
-ENDS = {"evaluate": ".json", "export": ".safetensors"}  # of the file that out names
+ENDS = {
+    "evaluate": ".json",
+    "export": ".safetensors",
+    "predict": ".csv",
+}  # of the file that out names
 
 
 @pytest.fixture(autouse=True)
