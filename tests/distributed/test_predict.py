@@ -23,6 +23,7 @@ from modelpar.errors import CheckpointError, DataError, SettingsError
 from modelpar.images.augment import Augmentation
 from modelpar.studies import predictions
 from modelpar.training import evaluation, prediction, prepare, trainer
+from modelpar.training.checkpoint import Checkpoint
 from modelpar.training.prediction import Answer, Prediction
 from modelpar.training.trained import export, find
 
@@ -117,7 +118,8 @@ def test_an_export_needs_no_training_images_and_keeps_mean_and_names(place: Path
     settings = config.read("evaluate", [f"checkpoint={place}/net.safetensors", "columns=1"])
     (prepared,) = evaluation.prepare(settings)
     assert len(prepared.images.train) == 0
-    assert file.names == run.names == ["dark", "light"]
+    assert isinstance(run.source, Checkpoint)
+    assert file.names == run.names == run.source.manifest["names"] == ["dark", "light"]
     for kept in (file.statistics(), prepared.statistics):
         pairs = zip(vars(kept).values(), vars(run.statistics()).values(), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
