@@ -255,9 +255,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, encoding: str, columns: int | None)
     monkeypatch.setattr(stream, "isatty", lambda: columns is not None)
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setenv("COLUMNS", str(columns or 80))
-    found = [*predictions.lines(ANSWER)]
-    "".join(found).encode(encoding, "backslashreplace")
-    return found
+    return [*predictions.lines(ANSWER)]
 
 
 def test_bars_are_aligned_and_fit_40_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,8 +267,7 @@ def test_bars_are_aligned_and_fit_40_columns(monkeypatch: pytest.MonkeyPatch) ->
     assert rows[1] == "    6.2 %  \u258b           " + "\u732b" * 7 + "..."
     assert max(map(predictions.width_of, rows)) <= 40
     assert predictions.width_of(rows[2]) == 40
-    rows = printed(monkeypatch, "utf-8", 80)[1:]
-    assert rows[0].index("tabby") == 33
+    assert printed(monkeypatch, "utf-8", 80)[1].index("tabby") == 33
 
 
 def test_output_without_a_terminal_is_whole_and_ascii_where_it_must_be(
@@ -284,11 +281,10 @@ def test_output_without_a_terminal_is_whole_and_ascii_where_it_must_be(
 # -- the command in this process ------------------------------------------------------------------
 
 
-def shown(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[Any, str, str]:
+def shown(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
     settings = config.read("predict", [*HOW, *words])
     predictions.run(settings, prediction.prepare(settings), ALONE, None)
-    out, err = capfd.readouterr()
-    return settings, out, err
+    return capfd.readouterr()
 
 
 def test_page_has_everything_in_one_file_and_table_a_row_for_each_class(
@@ -299,7 +295,7 @@ def test_page_has_everything_in_one_file_and_table_a_row_for_each_class(
     (tmp_path / "bad.png").write_bytes(b"no image")
     out = tmp_path / "new" / "page.html"
     how = [f"checkpoint={place}/net.safetensors", f"images={tmp_path}", "bad=skip"]
-    _, said, skipped = shown(capfd, *how, f"out={out}", "neighbours=4")
+    said, skipped = shown(capfd, *how, f"out={out}", "neighbours=4")
     assert said == f"{out}: 1 image\n"
     assert skipped.startswith(f"modelpar: skipped: {tmp_path}/bad.png: cannot read image")
     page = out.read_text("utf-8")
@@ -311,14 +307,12 @@ def test_page_has_everything_in_one_file_and_table_a_row_for_each_class(
     assert "color-scheme: light dark" in page
     first, *_, last = map(float, re.findall(r"<br>([^<]+)</figcaption>", page))
     assert first < 0.01 * last  # the nearest is the image itself
-    _, said, _ = shown(capfd, *how, f"out={tmp_path}/table.csv")
-    text = (tmp_path / "table.csv").read_text("utf-8")
-    rows = [*csv.DictReader(io.StringIO(text))]
+    shown(capfd, *how, f"out={tmp_path}/table.csv")
+    rows = [*csv.DictReader((tmp_path / "table.csv").read_text("utf-8").splitlines())]
     assert [row["rank"] for row in rows] == ["1", "2"]
     assert {row["label"]: row["class"] for row in rows} == {"0": "dark", "1": "light"}
     assert sum(float(row["probability"]) for row in rows) == pytest.approx(1, abs=1e-5)
-    _, said, _ = shown(capfd, *how)
-    assert len(said.splitlines()) == 3
+    assert len(shown(capfd, *how)[0].splitlines()) == 3
 
 
 BAD = [
