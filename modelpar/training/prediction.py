@@ -53,14 +53,15 @@ class Answer:
 
 
 class Pictures(Resized):
-    """Files or PIL images as the net's data stores them; with ``skip`` a bad one is grey.
+    """Files or PIL images as the net's data stores them.
 
-    ``bad`` has the reason for each bad one that has been read, by its number.
+    ``bad``: what one is that cannot be read, the setting of the command, or None.  With ``skip``
+    it is grey, and ``skipped`` has the reason, by the number of the picture.
     """
 
-    def __init__(self, pictures: Sequence[Any], side: int, *, skip: bool = False) -> None:
+    def __init__(self, pictures: Sequence[Any], side: int, bad: str | None = None) -> None:
         super().__init__(pictures.__getitem__, [0] * len(pictures), side)
-        self.skip, self.bad = skip, dict[int, str]()
+        self.bad, self.skipped = bad, dict[int, str]()
 
     def image(self, index: int) -> Tensor:
         """Return one image as (3, T, T) uint8; raises DataError with its name."""
@@ -70,9 +71,9 @@ class Pictures(Resized):
                 size_of(os.fspath(picture))
             return super().image(index)
         except DataError as error:
-            if not self.skip:
-                raise
-            self.bad[index] = str(error)
+            if self.bad != "skip":
+                raise DataError(f"{error}, or use bad=skip" if self.bad else error) from None
+            self.skipped[index] = str(error)
             return torch.full((3, self.side, self.side), 128, dtype=torch.uint8)
 
 
@@ -111,8 +112,8 @@ def prepare(settings: PredictSettings, _run_dir: Path | None = None) -> Prepared
     trained = evaluation.find_for(settings, settings.checkpoint)
     if (stats := trained.statistics()) is None:
         raise CheckpointError(
-            f"checkpoint={settings.checkpoint}: has no mean image, which modelpar-export did not "
-            "write before version 0.2; export it again"
+            f"checkpoint={settings.checkpoint}: has no mean image, as files of older versions; "
+            "export it again"
         )
     given = settings.images
     files = find_images(given if isinstance(given, list) else [given])
@@ -133,7 +134,7 @@ def predict_files(
     net = evaluation.loaded(settings, trained, mesh).eval()
     lens = Augmentation(stats, trained.plan.image_size, scaled=False, device=mesh.device)
     workers = trained.data.workers if settings.workers is None else settings.workers
-    pictures = Pictures(prepared.files, stats.mean.shape[-1], skip=settings.bad == "skip")
+    pictures = Pictures(prepared.files, stats.mean.shape[-1], settings.bad)
     loader = TestLoader(pictures, settings.batch_size, mesh, workers=workers)
     found, units = list[Prediction](), list[Tensor]()
     for stored, some in predictions(net, loader, lens, settings.views, trained.names):
@@ -150,7 +151,7 @@ def predict_files(
     files = [prepared.files[row] for row in loader.rows]
     answers = [Answer(*parts) for parts in zip(files, found, nearest, strict=True)]
     own = dict(zip(loader.rows, answers, strict=True)) if mesh.column == 0 else {}
-    parts = mesh.gather_objects((own, pictures.bad))
+    parts = mesh.gather_objects((own, pictures.skipped))
     bad = {row: why for _, some in parts for row, why in some.items()}
     answered = {row: answer for some, _ in parts for row, answer in some.items() if row not in bad}
     if not answered:

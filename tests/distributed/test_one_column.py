@@ -16,7 +16,7 @@ from modelpar.distributed import Mesh
 from modelpar.errors import SettingsError
 from modelpar.images.loader import Batch
 from modelpar.net.plan import plan_for
-from modelpar.training import evaluation, prepare, trainer
+from modelpar.training import evaluation, prediction, prepare, trainer
 from modelpar.training.checkpoint import newest, read_conv1, read_part
 from modelpar.training.engine import Learner
 from modelpar.training.trained import export
@@ -111,6 +111,12 @@ def test_run_resumes_exactly_and_is_evaluated_and_exported(
         (errors,) = found.members
         assert errors.top1 == last["top1"]
         assert errors.loss == pytest.approx(last["loss"], rel=1e-5)
+    request = [f"checkpoint={file}", f"images={images}/val", "neighbours=1", "training_images=4"]
+    settings = config.read("predict", [*request, f"out={tmp_path}/page.html"])
+    answers, _ = prediction.predict_files(settings, prediction.prepare(settings), ALONE)
+    wrong = [Path(one.file).parent.name != one.prediction.classes[0] for one in answers]
+    assert 100 * sum(wrong) / len(wrong) == last["top1"]
+    assert all(len(one.nearest) == 1 for one in answers)
     with pytest.raises(SettingsError, match="its net has one column; use columns=1"):
         evaluation.prepare(config.read("evaluate", [f"checkpoint={file}"]))
 

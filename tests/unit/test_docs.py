@@ -135,6 +135,7 @@ PLACES = [
     ("train", "settings.md", TRAIN),
     ("evaluate", "settings.md", ("Evaluate",)),
     ("export", "settings.md", ("Export",)),
+    ("predict", "settings.md", ("Predict",)),
     ("prepare", "settings.md", ("Prepare",)),
     ("compare", "experiments.md", ("Compare runs",)),
     ("figures", "figures.md", ()),
@@ -174,7 +175,7 @@ def test_every_setting_of_the_other_commands_is_named(
 ) -> None:
     del sections
     text = (DOCS / name).read_text()
-    if main in {"evaluate", "export", "prepare"}:  # one section of the page
+    if main in {"evaluate", "export", "prepare", "predict"}:  # one section of the page
         text = text.partition(f"## {main.capitalize()}\n")[2].partition("\n## ")[0]
     keys = [key if key.startswith("link.") else key.partition(".")[0] for key in SETTINGS[main]]
     assert not [key for key in keys if f"`{key}`" not in text]

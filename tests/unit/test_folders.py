@@ -283,3 +283,32 @@ def test_the_first_difference_of_classes(
     ours: list[str], theirs: list[str], expected: tuple[int, str, str] | None
 ) -> None:
     assert folders.first_difference(ours, theirs) == expected
+
+
+def test_files_folders_and_globs_name_each_image_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.png", "deep/er/c.JPG", "deep/.hidden.png", "deep/notes.txt", "[1].png"):
+        picture(tmp_path / "photos" / "x.png")
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / "x.png").rename(path)
+
+    def found(*patterns: str) -> list[str]:
+        return folders.find_images(patterns)
+
+    everything = ["photos/[1].png", "photos/b.png", "photos/deep/er/c.JPG"]
+    assert found("photos") == everything
+    assert found("photos/b.png", "photos/*") == [everything[1], everything[0], everything[2]]
+    assert found("photos/[1].png") == everything[:1]  # is a name, although it could be a glob
+    assert found("photos/deep/notes.txt") == ["photos/deep/notes.txt"]  # was asked for
+    assert found("**/*.JPG") == everything[2:]
+    for pattern in ("photos/deep/*.png", "photos/?.txt", "nowhere"):
+        with pytest.raises(
+            DataError, match=r"use files, or folders and globs with names that end"
+        ):
+            found("photos", pattern)
+    (tmp_path / "photos/deep/loop").symlink_to(tmp_path / "photos")
+    with pytest.raises(DataError, match="links to a folder that contains it"):
+        found("photos")
