@@ -5,16 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from modelpar.bench.contenders import CONTENDERS
+from modelpar.declare import walk
 from modelpar.errors import SettingsError, refuse_choice
 from modelpar.files import check_writable
-from modelpar.settings import (
-    BenchmarkSettings,
-    EvaluateSettings,
-    ExportSettings,
-    FiguresSettings,
-    RankSettings,
-    walk,
-)
+from modelpar.schemas import BenchmarkSettings, ExportSettings, FiguresSettings
+from modelpar.settings import EvaluateSettings, RankSettings
 
 
 def check(settings: Any, prefix: str = "") -> None:

@@ -13,9 +13,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
+from modelpar.declare import flatten, walk
 from modelpar.errors import SettingsError, refuse_choice
 from modelpar.files import local_path
-from modelpar.settings import SCHEMAS, flatten, walk
+from modelpar.schemas import SCHEMAS
 
 REMOVED: Final = {  # earlier settings, and what to do instead
     "comm.check": "set TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment",

@@ -18,6 +18,7 @@ from modelpar import config
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, DataError, SettingsError, one_line, say
 from modelpar.files import atomic_write
+from modelpar.groups import DataSettings
 from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.folders import first_difference
 from modelpar.images.loader import check_open_files
@@ -27,7 +28,8 @@ from modelpar.images.statistics import statistics
 from modelpar.net.four_layer import whole_net
 from modelpar.net.plan import Plan, plan_of, settings_of
 from modelpar.net.weights import check_state
-from modelpar.settings import DataSettings, EvaluateSettings, ExportSettings
+from modelpar.schemas import ExportSettings
+from modelpar.settings import EvaluateSettings
 from modelpar.training import checkpoint
 from modelpar.training.averaging import Member, Pass, split
 from modelpar.training.checkpoint import Checkpoint

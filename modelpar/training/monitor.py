@@ -19,10 +19,10 @@ from modelpar.analysis.activations import MEASURES, Activity
 from modelpar.analysis.kernels import colour_difference, kernel_picture, specialisation
 from modelpar.errors import one_line, say
 from modelpar.files import atomic_write
+from modelpar.groups import MonitorSettings
 from modelpar.images.loader import Batch
 from modelpar.net.exchange import Link
 from modelpar.net.paper import COLUMNS
-from modelpar.settings import MonitorSettings
 from modelpar.training.metrics import METRICS, Errors, read_rows
 
 KERNELS: Final = "conv1.png"

@@ -9,6 +9,7 @@ from modelpar import config, environment
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, DataError, SettingsError
 from modelpar.files import check_space, check_writable
+from modelpar.groups import DataSettings, InitSettings
 from modelpar.images import loader
 from modelpar.images.augment import Statistics
 from modelpar.images.order import BatchOrder
@@ -17,7 +18,7 @@ from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
 from modelpar.net.plan import Plan, Recipe, plan_for, plan_of, settings_of
 from modelpar.seeding import digest
-from modelpar.settings import DataSettings, InitSettings, TrainSettings
+from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint
 from modelpar.training.metrics import top1_errors

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modelpar.analysis.activations import Activity
 from modelpar.analysis.kernels import kernel_picture
-from modelpar.settings import MonitorSettings
+from modelpar.groups import MonitorSettings
 from modelpar.training.metrics import Errors, read_rows, top1_errors
 from modelpar.training.monitor import KERNELS, Monitor
 
