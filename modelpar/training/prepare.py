@@ -37,6 +37,7 @@ class Prepared:
     statistics: Statistics
     plan: Plan
     steps: int  # at which the run ends
+    epoch_steps: int  # of one epoch
     identity: dict[str, Any]  # what a checkpoint must have in common with a run that resumes it
     start: Checkpoint | None = None  # to resume, see ``agreed_start``
     finished: bool = False  # ``start`` is the run's last step, and its evaluation is recorded
@@ -84,7 +85,7 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
         "fingerprint": images.fingerprint,
     }
     stats = statistics(images, cache, data.workers)
-    prepared = Prepared(data, images, stats, plan, steps, identity)
+    prepared = Prepared(data, images, stats, plan, steps, len(order), identity)
     if resume_point(settings, prepared, run_dir) is None and run_dir is not None:
         _check_init(settings.init)
     return prepared

@@ -58,6 +58,7 @@ FLOORS = [
     ["training.graph"],
     ["training.engine"],
     ["training.nonfinite", "training.prepare"],
+    ["training.report"],
     ["training.trainer", "training.averaging"],
     ["training.evaluation"],
     ["studies.runs", "studies.averages"],
