@@ -1,4 +1,9 @@
-"""Time a training step by several means: ``python -m modelpar.benchmark [key=value ...]``."""
+"""Time a training step by several means, or how fast images are read.
+
+modelpar-benchmark
+modelpar-benchmark contenders=[plain,pair] precisions=[float32] batch_sizes=[64]
+modelpar-benchmark what=data
+"""
 
 from functools import partial
 

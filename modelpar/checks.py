@@ -5,17 +5,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelpar.bench.contenders import CONTENDERS
+from modelpar.declare import walk
 from modelpar.errors import SettingsError, refuse_choice
 from modelpar.files import check_writable
-from modelpar.settings import (
-    BenchmarkSettings,
-    EvaluateSettings,
-    ExportSettings,
-    FiguresSettings,
-    PredictSettings,
-    RankSettings,
-    walk,
-)
+from modelpar.schemas import BenchmarkSettings, ExportSettings, FiguresSettings, PredictSettings
+from modelpar.settings import EvaluateSettings, RankSettings
 
 # What the file that ``out`` names may end in.
 FILES: Final[dict[type, tuple[str, ...]]] = {

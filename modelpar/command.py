@@ -26,6 +26,13 @@ from modelpar import errors
 from modelpar.errors import LaunchError
 
 TORCH_BYTES: Final = 4 << 30  # torch 2.14 for CPUs aborts a process that may have 3 GB
+# What shows something and returns, before torch is imported.
+SHOWS: Final = {
+    **dict.fromkeys(("--help", "-h"), "help:show"),
+    "--version": "help:version",
+    **dict.fromkeys(("--shell-completion", "-sc"), "config:complete"),
+    **dict.fromkeys(("--hydra-help", "--cfg", "-c", "--info", "-i"), "config:show"),
+}
 # Matplotlib's notes about text: glyphs that its font lacks, names that are too long for a panel.
 NOTES: Final = "Glyph|constrained_layout|Tight layout"
 
@@ -48,7 +55,11 @@ def main(name: str, work: str, prepare: str = "") -> NoReturn:
     sys.exit(status)
 
 
-def _run(name: str, *parts: str) -> int:
+def _run(name: str, work: str, prepare: str) -> int:
+    flags = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("-")}
+    if flags & SHOWS.keys() and not (prepare and "RANK" in os.environ):  # a rank refuses flags
+        modelpar.load(next(show for flag, show in SHOWS.items() if flag in flags))(name)
+        return 0
     set_variables()
     allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
     if TORCH_BYTES > allowed != resource.RLIM_INFINITY:
@@ -59,7 +70,7 @@ def _run(name: str, *parts: str) -> int:
     _start_threads()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its cache need not be writable
     warnings.filterwarnings("ignore", NOTES, UserWarning)
-    run, *functions = [modelpar.load(part) for part in ("launch:run", *parts) if part]
+    run, *functions = [modelpar.load(part) for part in ("launch:run", work, prepare) if part]
     gc.freeze()  # imported objects live until exit, so no collection needs to search them
     return run(name, *functions)
 

@@ -1,4 +1,9 @@
-"""Compare runs: ``python -m modelpar.compare runs=[RUN,SWEEP,'runs/*',AVERAGE.json]``."""
+"""Compare runs: mean and standard deviation over seeds, and the difference to the control.
+
+modelpar-compare runs=[runs/lrn]
+modelpar-compare runs=[runs/a,runs/b,'multirun/*/*']
+modelpar-compare runs=[average.json]
+"""
 
 from functools import partial
 

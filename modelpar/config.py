@@ -18,10 +18,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from modelpar.checks import check
+from modelpar.declare import flatten, walk
 from modelpar.errors import SettingsError, one_line, refuse_choice
 from modelpar.files import local_path
 from modelpar.overrides import conf_dir, parsed, path_keys, quote_it, values_of, with_search_path
-from modelpar.settings import SCHEMAS, flatten, walk
+from modelpar.schemas import SCHEMAS
 
 
 @cache
@@ -148,10 +149,15 @@ def run_hydra(main: str, task: Callable[[DictConfig], Any]) -> None:
 
 
 def show(main: str) -> None:
-    """Let Hydra answer ``--help``, ``--cfg`` and the like; raises SettingsError."""
+    """Let Hydra answer ``--cfg``, ``--info`` and ``--hydra-help``; raises SettingsError."""
     words = sys.argv[1:] = with_search_path(sys.argv[1:])
     with hydra_started():
         parsed(main, [word for word in words if "=" in word and not word.startswith("-")])
+    run_hydra(main, lambda _: None)
+
+
+def complete(main: str) -> None:
+    """Let Hydra print the script that completes words in a shell, or the words for it."""
     run_hydra(main, lambda _: None)
 
 

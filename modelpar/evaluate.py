@@ -1,7 +1,10 @@
-"""Exact top-1 and top-5 error of a checkpoint: ``modelpar-evaluate checkpoint=RUN_DIR``.
+"""Print the exact top-1 and top-5 error of a checkpoint over all test images.
 
-With two processes or one, under torchrun or not, with one view or the paper's ten.  A list of
-checkpoints gives the errors of each, and of their average.
+A list of checkpoints gives the errors of each net, and those of their average.
+
+    modelpar-evaluate checkpoint=runs/first views=10
+    modelpar-evaluate checkpoint=[runs/a,runs/b] out=average.json
+    torchrun --standalone --nproc-per-node 2 -m modelpar.evaluate checkpoint=runs/first
 """
 
 from functools import partial

@@ -1,4 +1,7 @@
-"""The whole net as one file: ``python -m modelpar.export checkpoint=RUN_DIR out=FILE``."""
+"""Write the whole net to one safetensors file, whose metadata has the recipe.
+
+modelpar-export checkpoint=runs/first out=net.safetensors
+"""
 
 from functools import partial
 

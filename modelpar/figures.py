@@ -1,6 +1,9 @@
-"""Draw figures 1, 3 and 4 of trainings: ``python -m modelpar.figures checkpoint=RUN_DIR``.
+"""Draw figures 1, 3 and 4 of the paper from trainings.
 
-``runs=[RUN,SWEEP,'runs/*']`` adds these runs to figure 3 and draws figure 1 of them.
+``runs`` adds runs to figure 3, and draws figure 1 of them.
+
+    modelpar-figures checkpoint=runs/first
+    modelpar-figures runs=[runs/relu,runs/tanh,'multirun/*/*']
 """
 
 from functools import partial

@@ -30,13 +30,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import modelpar
 from modelpar import config, device, environment, errors, limits, overrides, shutdown, sweep
+from modelpar.declare import flatten
 from modelpar.distributed import Mesh, process_mesh
 from modelpar.environment import Environment
 from modelpar.errors import CheckpointError, LaunchError, PeerLostError, StoppedError
 from modelpar.files import atomic_write
-from modelpar.settings import flatten
 
-SHOWS: Final = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
 EXIT: Final = "log/exit.json"  # in the directory of a run that failed
 LOCAL: Final = "127.0.0.1"  # where the ranks of one host meet
 CONNECT_SECONDS: Final = 5.0  # in which this host must connect to itself
@@ -59,13 +58,6 @@ def run(name: str, work: Callable[..., None], prepare: Prepare | None = None) ->
     words = sys.argv[1:]
     if "RANK" in os.environ and prepare is not None:
         return run_rank(name, prepare, work, words)
-    flags = {word.partition("=")[0] for word in words if word.startswith("-")}
-    if "--version" in flags:
-        print("modelpar", modelpar.__version__)  # noqa: T201
-        return 0
-    if flags & SHOWS:
-        config.show(name)
-        return 0
     if prepare is None:
         work(config.read(name, overrides.with_search_path(words)))
         return 0

@@ -13,13 +13,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
+from modelpar.declare import flatten, walk
 from modelpar.errors import SettingsError, refuse_choice
 from modelpar.files import local_path
-from modelpar.settings import SCHEMAS, flatten, walk
+from modelpar.schemas import SCHEMAS
 
 REMOVED: Final = {  # earlier settings, and what to do instead
     "comm.check": "set TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment",
 }
+PLAIN: Final = re.compile(r"/[A-Za-z0-9_./-]*")  # a path that needs no quotes
 # The options of Hydra's groups, and the extra of this package that installs each.
 PLUGINS: Final = {
     "hydra/launcher": {
@@ -141,13 +143,19 @@ def quoted(key: str, value: object) -> str:
     return f"{key}='{text}'"
 
 
-def quote_it(key: str, text: str) -> str:
-    """Return the advice to quote a value, for Hydra and for the shell."""
+def shell_word(key: str, text: str) -> str:
+    """Return ``KEY=VALUE`` with the quotes that Hydra and the shell need to read this text."""
+    if PLAIN.fullmatch(text):
+        return f"{key}={text}"
     escaped = re.sub(
         r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), text
     )
-    word = f'{key}="{escaped}"'
-    return f"quote it, {shlex.quote(word)}"
+    return shlex.quote(f'{key}="{escaped}"')
+
+
+def quote_it(key: str, text: str) -> str:
+    """Return the advice to quote a value."""
+    return f"quote it, {shell_word(key, text)}"
 
 
 # -- a search path of the user's own --------------------------------------------------------------

@@ -1,6 +1,11 @@
-"""The most likely classes of images: ``modelpar-predict checkpoint=RUN_DIR images=[FILE,FOLDER]``.
+"""Print the most likely classes of images, or write them to a page or a table.
 
-With one process or two, under torchrun or not, with one view or the paper's ten.
+The images are prepared as an evaluation prepares them.  It works with one process or two, under
+torchrun or not, and with one view of each image or the paper's ten.
+
+    modelpar-predict checkpoint=runs/first images=photo.jpg
+    modelpar-predict checkpoint=runs/first images=[photos,'scans/*.png'] out=page.html neighbours=6
+    modelpar-predict checkpoint=net.safetensors images=photos out=table.csv views=10
 """
 
 from functools import partial

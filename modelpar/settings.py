@@ -1,172 +1,30 @@
-"""All settings with their defaults and the values that are allowed; ``conf/`` holds the groups."""
+"""The settings of training and evaluation; ``schemas.py`` has those of the other commands."""
 
-import math
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields, is_dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any
 
-from omegaconf import MISSING
-
-from modelpar.bench.contenders import CONTENDERS
-from modelpar.net.paper import BASELINES, MOMENTUM, NETS, RATE, SCHEDULES, WEIGHT_DECAY
-
-PRECISIONS: Final = ("float32", "bfloat16", "float64")
-
-
-def at_least(minimum: float, default: Any = MISSING, *, below: float = math.inf) -> Any:
-    """Declare a finite number, ``minimum`` or more; with a tuple as default, a list of them."""
-    return _declare(default, minimum=minimum, below=below)
-
-
-def one_of(*choices: object, default: Any = MISSING) -> Any:
-    """Declare one of a few values; with a tuple as default, a list of them."""
-    return _declare(default, choices=choices)
+from modelpar.declare import at_least, declare, one_of, path
+from modelpar.groups import (
+    BY_DATA,
+    PRECISIONS,
+    XDG,
+    CommSettings,
+    CrossingSettings,
+    DataSettings,
+    InitSettings,
+    ModelSettings,
+    MonitorSettings,
+    PublishedSettings,
+    RecipeSettings,
+)
 
 
-def path(default: Any = MISSING, *words: str) -> Any:
-    """Declare a path of this machine, see ``config.typed``; ``words`` have their own meaning."""
-    return _declare(default, path=words)
-
-
-def _declare(default: Any, **metadata: Any) -> Any:
-    if isinstance(default, tuple):
-        metadata |= {"filled": bool(default)}
-        return field(default_factory=lambda: [*default], metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, "Field[Any]", Any]]:
-    """Yield the dotted key, the field and the value of each setting."""
-    for entry in fields(settings):
-        value = getattr(settings, entry.name)
-        if is_dataclass(value):
-            yield from walk(value, f"{prefix}{entry.name}.")
-        else:
-            yield prefix + entry.name, entry, value
-
-
-def flatten(settings: Any) -> dict[str, Any]:
-    """Return the settings by dotted key."""
-    return {key: value for key, _, value in walk(settings)}
-
-
-@dataclass
-class DataSettings:
-    """The images, and what depends on them; ``conf/data/*.yaml``."""
-
-    name: str = MISSING
-    root: str | None = path(None)  # folder of the images; photos and synthetic need none
-    download: bool = False
-    image_size: int = at_least(1)  # side of a crop in pixels
-    num_classes: int | None = at_least(1, None)  # null: as many as the data has
-    epochs: int | None = at_least(1, None)  # null: as many as the run of recipe.schedule had
-    evaluate_every: int = at_least(1, 1)  # epochs
-    checkpoint_every: int = at_least(0, 0)  # steps; 0: only at the end
-    workers: int = at_least(0, 2)
-    resident: str = one_of("auto", "never", default="auto")  # training images stay on a GPU
-
-
-@dataclass
-class RecipeSettings:
-    """The training rules: one switch for each place where paper and code differ.
-
-    ``conf/recipe/*.yaml`` chooses a side for each recipe.  The first value of each switch is the
-    paper's, the second the code's (for ``norm2_input`` run 166's; for ``conv1_padding`` the first
-    is torchvision's); the other values are neither's.
-    """
-
-    name: str = MISSING
-    weight_std: str = one_of("same", "wider_conv3_5")
-    norm_alpha: str = one_of("per_term", "per_window")
-    norm1_input: str = one_of("rectified", "linear")
-    norm2_input: str = one_of("rectified", "linear")
-    norms: str = one_of("across", "across_and_within")
-    rates: str = one_of("equal", "double_bias")
-    schedule: str = one_of(*SCHEDULES)
-    decay: str = one_of("all", "weights")
-    colour_noise: str = one_of("added", "added_and_scaled", "none")
-    crops: str = one_of("per_image", "per_32", "central")
-    shuffle: str = one_of("every_epoch", "once")
-    conv1_padding: str = one_of("around", "bottom_right")
-    lr: float = at_least(0, RATE)  # of the weights; what the schedule multiplies
-    bias_drop: str | None = one_of("none", "first", "last", default=None)  # null: the schedule's
-    rates_by_layer: dict[str, float] = field(  # what multiplies a layer's rates
-        default_factory=dict[str, float], metadata={"minimum": 0, "below": math.inf}
+def run_data(*keys: str, **about: Any) -> Any:
+    """Declare ``data`` of a command that uses a run's, or only a few ``keys`` of it."""
+    metadata = {"keys": keys, **about}
+    return field(
+        default_factory=lambda: DataSettings(name="", image_size=1, epochs=1), metadata=metadata
     )
-    momentum: float = at_least(0, MOMENTUM)
-    weight_decay: float = at_least(0, WEIGHT_DECAY)
-
-
-@dataclass
-class ModelSettings:
-    """Switches of the net, see ``net.plan.Plan``; null: chosen by recipe, data or net."""
-
-    net: str | None = one_of(*NETS, *BASELINES, default=None)
-    norm: str | None = one_of(
-        "response", "first_only", "within_channel", "batch", "none", default=None
-    )
-    activation: str | None = one_of("relu", "tanh", "sigmoid", "elu", default=None)
-    pool: str | None = one_of("overlapping", "non_overlapping", "average", default=None)
-    dropout: float | None = at_least(0, None, below=1)  # share of the units of fc6 and fc7
-    conv4_dropout: float | None = at_least(0, None, below=1)  # share of conv4's units
-    crossing_at: list[str] | None = None  # layers that read both columns
-    num_classes: int | None = at_least(1, None)
-    image_size: int | None = at_least(1, None)  # side of a crop in pixels
-
-
-@dataclass
-class InitSettings:
-    """Trained weights that a new run starts from, in some of its layers."""
-
-    checkpoint: str | None = path(None)  # RUN_DIR | STEP_DIR | FILE.safetensors, of any training
-    layers: list[str] = field(default_factory=list[str])  # conv1 to fc8
-
-
-@dataclass
-class CrossingSettings:
-    """How the columns exchange maps."""
-
-    dtype: str | None = one_of(*PRECISIONS, "float16", default=None)  # null: the precision's
-    overlap: bool = True  # compute with this column's maps while the peer's are on their way
-    chunks: int | None = at_least(1, None)  # of a batch, sent in turn; null: 1 on a GPU, else 2
-
-
-@dataclass
-class CommSettings:
-    """Communication between processes."""
-
-    timeout: float = at_least(0.001, 120.0)  # seconds to wait for another process
-
-
-@dataclass
-class MonitorSettings:
-    """What a run shows besides metrics.jsonl."""
-
-    progress: bool = True
-    tensorboard: bool = True
-
-
-@dataclass
-class PublishedSettings:
-    """What was published about an experiment: errors in %, their images and number of views."""
-
-    top1: float | None = None
-    top5: float | None = None
-    set: str | None = None
-    views: int | None = None
-    source: str | None = None
-
-
-@dataclass
-class LinkSettings:
-    """The network of a benchmark that runs on the two hosts of ``launch/slow_link.sh``."""
-
-    hosts: list[str] = field(default_factory=list[str])  # network namespaces, one per process
-    rates: list[float] = at_least(0.001, ())  # Mbit/s to measure at, besides the full rate
-
-
-def _run_data() -> DataSettings:  # those of a checkpoint's run, or none
-    return DataSettings(name="", image_size=1, epochs=1)
 
 
 @dataclass
@@ -175,9 +33,17 @@ class ProcessSettings:
 
     crossing: CrossingSettings = field(default_factory=CrossingSettings)
     comm: CommSettings = field(default_factory=CommSettings)
-    device: str = one_of("auto", "cpu", "cuda", default="auto")
-    channels_last: bool = True  # memory layout of maps
-    threads: int | None = at_least(1, None)  # per process; null: its share of the cores
+    device: str = one_of(
+        "auto",
+        "cpu",
+        "cuda",
+        default="auto",
+        means="`auto`: GPUs if there is one for each process, see docs/settings.md",
+    )
+    channels_last: bool = declare(True, means="memory format of the maps")
+    threads: int | None = at_least(
+        1, None, unset="its share of the cores", means="CPU threads of a process"
+    )
 
 
 @dataclass
@@ -186,17 +52,52 @@ class RankSettings(ProcessSettings):
 
     data: DataSettings = field(default_factory=DataSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
-    columns: int = one_of(1, 2, default=2)  # 2: one process per column; 1: the whole net in one
-    replicas: int = at_least(1, 1)  # pairs that share the weights and split the batch
-    batch_size: int = at_least(1, 128)  # images per pair (section 5)
-    views: int = one_of(1, 9, 10, default=1)  # per image of the final evaluation; paper: 10
-    share_gpu: bool = False  # let several ranks use one GPU: for tests, it is slow
-    precision: str = one_of(*PRECISIONS, default="float32")
-    tf32: bool = False  # let a GPU round float32 products
-    deterministic: bool = False  # let a GPU use only kernels that always compute the same bits
-    workers: int | None = at_least(0, None)  # reading threads per rank; null: data.workers
-    on_failure: str = one_of("continue", "stop", default="continue")  # of a job of a sweep
-    cache_dir: str | None = path(None)  # null: modelpar in the XDG cache
+    columns: int = one_of(
+        1,
+        2,
+        default=2,
+        means="`2`: two columns, one process each; `1`: the whole net in one process",
+    )
+    replicas: int = at_least(
+        1,
+        1,
+        means="copies of the net with the same weights; each trains on its own part of the global "
+        "batch",
+    )
+    batch_size: int = at_least(
+        1, 128, unit="images", means="images per step of one replica (section 5 of the paper)"
+    )
+    views: int = one_of(
+        1,
+        9,
+        10,
+        default=1,
+        means="views per image in the evaluation at the end of a run: the central one, ten as in "
+        "the paper, or the nine of the code for CIFAR",
+    )
+    share_gpu: bool = declare(
+        False,
+        means="let processes share GPUs, to try or to test the split; slower than one process",
+    )
+    precision: str = one_of(
+        *PRECISIONS, default="float32", means="`bfloat16` keeps float32 weights in the optimizer"
+    )
+    tf32: bool = declare(False, means="let a GPU round the factors of float32 products to TF32")
+    deterministic: bool = declare(
+        False,
+        means="let a GPU use only kernels that compute the same bits each time, so that a resumed "
+        "run ends with the bits of an uninterrupted one; slower. A CPU does so anyway",
+    )
+    workers: int | None = at_least(
+        0,
+        None,
+        unset=BY_DATA,
+        means="threads of each rank that read images ahead; `0`: an image is read when it is used",
+    )
+    on_failure: str = one_of(
+        "continue", "stop", default="continue", means="what a sweep does after a job failed"
+    )
+    cache_dir: str | None = path(None, unit="folder", unset=XDG, means="mean images and downloads")
 
 
 @dataclass
@@ -205,127 +106,115 @@ class TrainSettings(RankSettings):
 
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    experiment: str | None = None  # name of the experiment
-    control: str | None = None  # name of the experiment that it is compared with
-    published: PublishedSettings = field(default_factory=PublishedSettings)
-    control_published: PublishedSettings | None = None  # if the control's is of other images
-    epochs: int | None = at_least(1, None)  # in total, resumed ones included; null: data.epochs
-    steps: int | None = at_least(1, None)  # ends the run before its epochs do
-    seed: int = at_least(0, 0)
-    compile: bool = True  # fuse the operations between products with torch.compile
-    cuda_graph: str = one_of("auto", "on", "off", default="auto")  # record a GPU's step once
-    run_dir: str | None = path(None)  # null: a new folder for each run
+    experiment: str | None = declare(
+        None,
+        means="a run or ablation by its name, which sets `control` and `published`; "
+        "docs/experiments.md",
+    )
+    control: str | None = declare(None, means="the experiment that this one is compared with")
+    published: PublishedSettings = field(
+        default_factory=PublishedSettings,
+        metadata={
+            "means": "the published error: `published.top1`, `published.top5`, `published.set`, "
+            "`published.views`, `published.source`"
+        },
+    )
+    control_published: PublishedSettings | None = declare(
+        None, means="the same of the control, if it was published for other images"
+    )
+    epochs: int | None = at_least(
+        1,
+        None,
+        unset=BY_DATA,
+        means="total number of epochs, counted from the beginning of the run",
+    )
+    steps: int | None = at_least(
+        1, None, means="total number of steps; ends the run before its epochs are over"
+    )
+    seed: int = at_least(
+        0,
+        0,
+        means="determines weights, order, crops, colours and dropout, the same for one process "
+        "and for many",
+    )
+    compile: bool = declare(
+        True,
+        means="let torch.compile fuse the operations between the matrix products; the first start "
+        "on a machine takes up to half a minute longer",
+    )
+    cuda_graph: str = one_of(
+        "auto",
+        "on",
+        "off",
+        default="auto",
+        means="`auto`: a GPU records the training step of a single process as a CUDA graph and "
+        "replays it; `on`: also that of a pair, whose exchanges inside a graph were not tested on "
+        "two GPUs; needs `compile=true` and float32 or bfloat16",
+    )
+    run_dir: str | None = path(
+        None,
+        unit="folder",
+        unset="Hydra's output directory",
+        means="one run per folder; without it each start is a new run in `outputs/DATE/TIME`",
+    )
     init: InitSettings = field(default_factory=InitSettings)
-    resume: str = path("auto", "auto", "never")  # or the path of a run or step to start from
-    checkpoint_every: int | None = at_least(0, None)  # steps; null: data.checkpoint_every
-    keep_last: int = at_least(2, 2)  # checkpoints
-    keep_every: int = at_least(0, 0)  # keep the checkpoints of multiples of this step; 0: none
-    keep_best: bool = True  # keep the checkpoint with the lowest test error
-    log_every: int = at_least(1, 1)  # steps
-    restarts: int = at_least(0, 0)  # how often the launcher starts again after a lost process
+    resume: str = path(
+        "auto",
+        "auto",
+        "never",
+        means="`auto`: continue the run found in `run_dir`, or return at once if it is finished; "
+        "`never`: refuse a folder that has a run; PATH: continue the same training from that run "
+        "or step, in a new `run_dir`",
+    )
+    checkpoint_every: int | None = at_least(
+        0,
+        None,
+        unit="steps",
+        unset=BY_DATA,
+        means="how often a checkpoint is saved; `0`: only at the end",
+    )
+    keep_last: int = at_least(
+        2, 2, means="how many of the newest checkpoints are kept, at least 2"
+    )
+    keep_every: int = at_least(
+        0,
+        0,
+        unit="steps",
+        means="also keep the checkpoint of each multiple of this number; `0`: none",
+    )
+    keep_best: bool = declare(
+        True, means="also keep the checkpoint with the lowest top-1 test error"
+    )
+    log_every: int = at_least(
+        1, 1, unit="steps", means="steps between two rows of `metrics.jsonl`"
+    )
+    restarts: int = at_least(
+        0,
+        0,
+        means="how often `modelpar-train` starts a run again that lost a process, see "
+        "docs/reliability.md",
+    )
 
 
 @dataclass
 class EvaluateSettings(RankSettings):
     """The settings of ``modelpar.evaluate``."""
 
-    checkpoint: Any = path()  # RUN_DIR | STEP_DIR | FILE.safetensors, or a list of them
-    weights: str = one_of("equal", "search", default="equal")  # of the nets in their average
-    search_images: int | None = at_least(1, None)  # test images to search on; null: a fifth
-    out: str | None = path(None)  # FILE.json with the errors, for modelpar-compare
-    data: DataSettings = field(default_factory=_run_data)
-
-
-@dataclass
-class PredictSettings(RankSettings):
-    """The settings of ``modelpar.predict``."""
-
-    checkpoint: str = path()  # RUN_DIR | STEP_DIR | FILE.safetensors
-    images: Any = _declare(MISSING, path=(), as_given=True)  # files, folders, globs: one or a list
-    out: str | None = path(None)  # FILE.html or FILE.csv; null: print the answers
-    neighbours: int = at_least(0, 0)  # nearest training images of each image, in FILE.html
-    training_images: int = at_least(1, 2000)  # searched for neighbours
-    bad: str = one_of("error", "skip", default="error")  # what an undecodable image is
-    columns: int = one_of(1, 2, default=1)  # one process is the faster start
-    data: DataSettings = field(default_factory=_run_data)  # of the neighbours
-
-
-@dataclass
-class BenchmarkSettings(ProcessSettings):
-    """The settings of ``modelpar.benchmark``."""
-
-    what: str = one_of("step", "data", default="step")  # a training step, or reading images
-    images: int = at_least(256, 1000)  # that are generated for what=data
-    # Null: chosen for the device; batches are of all processes together.
-    contenders: list[str] | None = _declare(None, choices=CONTENDERS, filled=True)
-    precisions: list[str] | None = _declare(None, choices=PRECISIONS, filled=True)
-    batch_sizes: list[int] | None = _declare(None, minimum=1, below=math.inf, filled=True)
-    image_size: int = at_least(1, 224)  # side of a crop in pixels
-    num_classes: int = at_least(1, 1000)
-    rounds: int = at_least(1, 3)  # each contender has one turn in each round
-    steps: int | None = at_least(1, None)  # measured steps per turn; null: by the device
-    breakdown: bool = False  # write a profiler trace of one step of each rank
-    out: str = path("benchmark")  # folder of benchmark.json, benchmark.md and trace/
-    recipe: RecipeSettings = field(default_factory=RecipeSettings)
-    link: LinkSettings = field(default_factory=LinkSettings)
-    seed: int = at_least(0, 0)
-    compile: bool = True
-
-
-@dataclass
-class ExportSettings:
-    """The settings of ``modelpar.export``."""
-
-    checkpoint: str = path()
-    out: str = path()
-
-
-@dataclass
-class CompareSettings:
-    """The settings of ``modelpar.compare``."""
-
-    runs: list[str] = _declare(MISSING, filled=True, path=())  # run directories, sweeps, globs
-    out: str = path("compare")  # folder of compare.csv and compare.html
-
-
-@dataclass
-class FiguresSettings:
-    """The settings of ``modelpar.figures``."""
-
-    checkpoint: str | None = path(None)  # RUN_DIR | STEP_DIR | FILE.safetensors
-    runs: list[str] = _declare((), path=())  # for figures 1 and 3, as in compare
-    training_images: int = at_least(1, 2000)  # searched for figure 4
-    out: str = path("figures")  # folder of the pictures and tables
-    data: DataSettings = field(default_factory=_run_data)
-    batch_size: int = at_least(1, 128)
-    device: str = one_of("auto", "cpu", "cuda", default="auto")
-    workers: int | None = at_least(0, None)
-    cache_dir: str | None = path(None)
-
-
-@dataclass
-class PrepareSettings:
-    """The settings of ``modelpar.prepare``."""
-
-    out: str = path()  # folder of the packed store
-    data: DataSettings = field(default_factory=_run_data)
-    size: int = at_least(1, 256)  # side of the stored squares in pixels (section 2)
-    format: str = one_of("jpeg", "raw", default="jpeg")  # of the stored images
-    bad: str = one_of("error", "skip", default="error")  # what an undecodable image is
-    max_bad: float = at_least(0, 0.001, below=1)  # share of a part that may be skipped
-    verify: bool = False  # read the finished store and compare it with its hashes
-    workers: int | None = at_least(0, None)  # processes; null: one per core; 0: this one
-    progress: bool = True
-    cache_dir: str | None = path(None)  # of downloads
-
-
-SCHEMAS: Final = {
-    "train": TrainSettings,
-    "evaluate": EvaluateSettings,
-    "predict": PredictSettings,
-    "benchmark": BenchmarkSettings,
-    "export": ExportSettings,
-    "compare": CompareSettings,
-    "figures": FiguresSettings,
-    "prepare": PrepareSettings,
-}
+    checkpoint: Any = path(
+        unit="path or list of paths", means="which weights; several nets are also averaged"
+    )
+    weights: str = one_of("equal", "search", default="equal", means="of the nets in their average")
+    search_images: int | None = at_least(
+        1,
+        None,
+        unit="images",
+        unset="a fifth",
+        means="test images on which `weights=search` searches, and that are in no error",
+    )
+    views: int = one_of(1, 9, 10, default=1, means="views per image")
+    out: str | None = path(
+        None,
+        unit="file",
+        means="where the errors are written as JSON, for `modelpar-compare`; ends in `.json`",
+    )
+    data: DataSettings = run_data("root", "download", unset="that of the run")

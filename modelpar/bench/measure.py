@@ -20,7 +20,7 @@ from modelpar.bench.steps import Contender
 from modelpar.bench.workers import Workers, limit_link
 from modelpar.device import choose_device, num_cores
 from modelpar.errors import LaunchError, say
-from modelpar.settings import BenchmarkSettings
+from modelpar.schemas import BenchmarkSettings
 
 # A contender without a precision is one at the same precision.
 RATIOS: Final = ("plain float32", "plain", "ddp", "full rate")

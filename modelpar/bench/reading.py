@@ -29,6 +29,7 @@ from modelpar import config, tables
 from modelpar.bench.measure import machine, with_defaults
 from modelpar.device import num_cores, set_up
 from modelpar.distributed import Mesh
+from modelpar.groups import DataSettings, ModelSettings
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, Reader, TrainLoader
 from modelpar.images.order import BatchOrder
@@ -38,7 +39,8 @@ from modelpar.images.samples import ImageSet
 from modelpar.images.sets import STORED_PER_CROP, open_set
 from modelpar.images.statistics import statistics
 from modelpar.net.plan import Recipe, plan_for
-from modelpar.settings import BenchmarkSettings, DataSettings, ModelSettings, TrainSettings
+from modelpar.schemas import BenchmarkSettings
+from modelpar.settings import TrainSettings
 from modelpar.training.engine import Learner, compile_parts
 
 MEANS: Final = {

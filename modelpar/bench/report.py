@@ -5,7 +5,7 @@ import json
 from modelpar.bench.measure import markdown, measure
 from modelpar.bench.reading import measure_reading, reading_table
 from modelpar.files import write_texts
-from modelpar.settings import BenchmarkSettings
+from modelpar.schemas import BenchmarkSettings
 
 
 def benchmark(settings: BenchmarkSettings) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from modelpar.bench.contenders import CONTENDERS
 from modelpar.distributed import Mesh
+from modelpar.groups import ModelSettings
 from modelpar.images.loader import Batch
 from modelpar.net import paper
 from modelpar.net.alexnet import AlexNet
@@ -23,8 +24,9 @@ from modelpar.net.exchange import Link
 from modelpar.net.layers import as_weight
 from modelpar.net.paper import COLUMNS, LAYERS
 from modelpar.net.plan import Plan, Recipe, plan_for
+from modelpar.schemas import BenchmarkSettings
 from modelpar.seeding import generator
-from modelpar.settings import BenchmarkSettings, ModelSettings, TrainSettings
+from modelpar.settings import TrainSettings
 from modelpar.training.engine import Learner, compile_parts
 
 Step = Callable[[], object]

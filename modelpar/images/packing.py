@@ -49,7 +49,7 @@ from modelpar.images.store import (
     verify,
     write_manifest,
 )
-from modelpar.settings import PrepareSettings
+from modelpar.schemas import PrepareSettings
 from modelpar.shutdown import Request, signals_noted
 
 

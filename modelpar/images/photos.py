@@ -10,9 +10,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_image
 
 from modelpar.errors import DataError, one_line
+from modelpar.groups import DataSettings
 from modelpar.images.samples import ImageSet, InMemory, sha256
 from modelpar.seeding import generator
-from modelpar.settings import DataSettings
 
 # The photographs in the scikit-image wheel, by the names of the functions that return them.
 PHOTOGRAPHS: Final = (

@@ -17,6 +17,7 @@ from torchvision import datasets
 from torchvision.datasets import imagenet as published
 
 from modelpar.errors import DataError, SettingsError, one_line, readable, refuse_choice
+from modelpar.groups import DataSettings
 from modelpar.images.archives import development_kit
 from modelpar.images.folders import check_same_classes, describe, list_part
 from modelpar.images.photos import photos
@@ -25,7 +26,6 @@ from modelpar.images.sources import Source, open_source
 from modelpar.images.statistics import locked
 from modelpar.images.store import SKIPPED, open_store
 from modelpar.seeding import generator
-from modelpar.settings import DataSettings
 
 # Differs: the paper stores images of 256 pixels for crops of 224 (section 4.1); other crop sizes
 # keep that ratio.

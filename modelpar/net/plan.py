@@ -7,8 +7,8 @@ from typing import Any
 from modelpar import config
 from modelpar.checks import check
 from modelpar.errors import SettingsError, refuse_choice
+from modelpar.groups import ModelSettings, RecipeSettings
 from modelpar.net import paper
-from modelpar.settings import ModelSettings, RecipeSettings
 
 
 @dataclass

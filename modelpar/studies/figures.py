@@ -9,7 +9,7 @@ from modelpar import tables
 from modelpar.analysis.activations import MEASURES
 from modelpar.errors import DataError
 from modelpar.files import write_texts
-from modelpar.settings import FiguresSettings
+from modelpar.schemas import FiguresSettings
 from modelpar.studies import plots, snapshots
 from modelpar.studies.runs import find, read
 

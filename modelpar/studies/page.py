@@ -7,7 +7,7 @@ from typing import Final
 
 from modelpar import tables
 from modelpar.files import write_texts
-from modelpar.settings import CompareSettings
+from modelpar.schemas import CompareSettings
 from modelpar.studies import averages, comparison, html, plots, runs
 from modelpar.studies.comparison import Group
 

@@ -18,7 +18,7 @@ from modelpar.distributed import Mesh
 from modelpar.errors import say
 from modelpar.files import write_out
 from modelpar.images.samples import square
-from modelpar.settings import PredictSettings
+from modelpar.schemas import PredictSettings
 from modelpar.studies import html
 from modelpar.training.prediction import Answer, Prepared, predict_files
 

@@ -14,7 +14,8 @@ from modelpar.analysis.kernels import Specialisation, specialisation
 from modelpar.distributed import Mesh
 from modelpar.images.augment import Augmentation
 from modelpar.net.plan import plan_of
-from modelpar.settings import EvaluateSettings, FiguresSettings
+from modelpar.schemas import FiguresSettings
+from modelpar.settings import EvaluateSettings
 from modelpar.studies.runs import GOAL, Run
 from modelpar.training import checkpoint, evaluation
 from modelpar.training.checkpoint import Checkpoint

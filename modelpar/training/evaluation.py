@@ -11,6 +11,7 @@ from modelpar import config
 from modelpar.distributed import Mesh
 from modelpar.errors import DataError, SettingsError, say
 from modelpar.files import write_out
+from modelpar.groups import DataSettings
 from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.folders import first_difference
 from modelpar.images.loader import check_open_files
@@ -18,7 +19,7 @@ from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
 from modelpar.net.weights import check_state
-from modelpar.settings import DataSettings, EvaluateSettings, RankSettings
+from modelpar.settings import EvaluateSettings, RankSettings
 from modelpar.training.averaging import Member, Pass, split
 from modelpar.training.engine import Net, build
 from modelpar.training.metrics import Errors

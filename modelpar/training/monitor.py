@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -19,10 +20,10 @@ from modelpar.analysis.activations import MEASURES, Activity
 from modelpar.analysis.kernels import colour_difference, kernel_picture, specialisation
 from modelpar.errors import one_line, say
 from modelpar.files import atomic_write
+from modelpar.groups import MonitorSettings
 from modelpar.images.loader import Batch
 from modelpar.net.exchange import Link
 from modelpar.net.paper import COLUMNS
-from modelpar.settings import MonitorSettings
 from modelpar.training.metrics import METRICS, Errors, read_rows
 
 KERNELS: Final = "conv1.png"
@@ -44,17 +45,20 @@ class Monitor:
         last = {"train": step, "test": step - repeats}
         kept = [row for row in read_rows(run_dir) if row["step"] <= last.get(row["kind"], -1)]
         atomic_write(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        self.best = min((row["top1"] for row in kept if row["kind"] == "test"), default=math.inf)
         self.file = (run_dir / METRICS).open("a", buffering=1, encoding="utf-8")
         self.board: SummaryWriter | None = None
         if settings.tensorboard:
             self.board = SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
+        terminal = sys.stderr.isatty()
         self.bar: Any = tqdm(
             total=total,
             initial=step,
             unit="step",
-            dynamic_ncols=True,
+            file=None if terminal else LogFile(),
+            dynamic_ncols=terminal,
             disable=not settings.progress,
-            mininterval=0.5 if sys.stderr.isatty() else LOGFILE_INTERVAL,
+            mininterval=0.5 if terminal else LOGFILE_INTERVAL,
         )
 
     def train(self, row: Mapping[str, Any], rates: Mapping[str, float]) -> None:
@@ -71,16 +75,20 @@ class Monitor:
         self._scalars({f"train/{key}": row[key] for key in keys}, row["step"])
         self._scalars({f"rate/{name}": rate for name, rate in rates.items()}, row["step"])
 
-    def test(self, step: int, errors: Errors, num_classes: int, views: int = 1) -> None:
-        """Record and print an evaluation with ``views`` views: errors in %, loss in nats."""
+    def test(self, step: int, epochs: int, errors: Errors, views: int = 1) -> None:
+        """Record and print an evaluation with ``views`` views: errors in %, loss in nats.
+
+        ``epochs``: how many are over.
+        """
         keys = ("loss", "top1", "top5", "standard_error")
         row = {"step": step, **{key: getattr(errors, key) for key in keys}}
         self.file.write(json.dumps({"kind": "test", **row, "views": views}) + "\n")
-        chance = 100 - 100 / num_classes
+        mark = "  best" if errors.top1 < self.best else ""
+        self.best = min(self.best, errors.top1)
         show(
-            f"step {step}: test top-1 error {errors.top1:.2f} % (standard error "
-            f"{errors.standard_error:.2f} %, chance {chance:.2f} %), top-5 {errors.top5:.2f} %, "
-            f"loss {errors.loss:.4f}, {errors.samples} images"
+            f"step {step:{len(str(self.bar.total))}}  epoch {epochs:3}  error {errors.top1:5.2f} "
+            f"+- {errors.standard_error:.2f} %  top-5 {errors.top5:5.2f} %  "
+            f"loss {errors.loss:.4f}{mark}"
         )
         self._scalars({f"test/{key}": row[key] for key in ("loss", "top1", "top5")}, step)
 
@@ -149,6 +157,19 @@ class Monitor:
             if board := self.board:
                 for name, value in values.items():
                     board.add_scalar(name, value, step)
+
+
+class LogFile:
+    """Standard error that is no terminal: each state of a progress bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        """Write a state of the bar, which begins with a carriage return."""
+        if line := text.strip():
+            print(line, file=sys.stderr)  # noqa: T201
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        sys.stderr.flush()
 
 
 def show(line: str) -> None:

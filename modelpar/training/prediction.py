@@ -25,7 +25,7 @@ from modelpar.images.loader import TestLoader
 from modelpar.images.samples import ImageSet, Resized
 from modelpar.net.paper import BASELINES
 from modelpar.net.weights import check_state
-from modelpar.settings import PredictSettings
+from modelpar.schemas import PredictSettings
 from modelpar.training import evaluation
 from modelpar.training.engine import Net, log_probabilities
 from modelpar.training.trained import TrainedNet, find

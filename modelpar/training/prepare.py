@@ -9,6 +9,7 @@ from modelpar import config, environment
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, DataError, SettingsError
 from modelpar.files import check_space, check_writable
+from modelpar.groups import DataSettings, InitSettings
 from modelpar.images import loader
 from modelpar.images.augment import Statistics
 from modelpar.images.order import BatchOrder
@@ -17,7 +18,7 @@ from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
 from modelpar.net.plan import Plan, Recipe, plan_for, plan_of, settings_of
 from modelpar.seeding import digest
-from modelpar.settings import DataSettings, InitSettings, TrainSettings
+from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint
 from modelpar.training.metrics import top1_errors
@@ -36,6 +37,7 @@ class Prepared:
     statistics: Statistics
     plan: Plan
     steps: int  # at which the run ends
+    epoch_steps: int  # of one epoch
     identity: dict[str, Any]  # what a checkpoint must have in common with a run that resumes it
     start: Checkpoint | None = None  # to resume, see ``agreed_start``
     finished: bool = False  # ``start`` is the run's last step, and its evaluation is recorded
@@ -83,7 +85,7 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
         "fingerprint": images.fingerprint,
     }
     stats = statistics(images, cache, data.workers)
-    prepared = Prepared(data, images, stats, plan, steps, identity)
+    prepared = Prepared(data, images, stats, plan, steps, len(order), identity)
     if resume_point(settings, prepared, run_dir) is None and run_dir is not None:
         _check_init(settings.init)
     return prepared

@@ -13,10 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from modelpar.config import without_secrets
+from modelpar.declare import flatten
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, SettingsError, one_line
 from modelpar.files import atomic_write
-from modelpar.settings import TrainSettings, flatten
+from modelpar.settings import TrainSettings
 
 CONFIG: Final = "config.yaml"
 # These settings make two starts the same run; the others may change.

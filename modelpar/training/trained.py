@@ -18,11 +18,12 @@ from torch import Tensor
 from modelpar import config
 from modelpar.errors import CheckpointError, SettingsError, one_line
 from modelpar.files import write_out
+from modelpar.groups import DataSettings
 from modelpar.images.augment import Statistics
 from modelpar.net.four_layer import whole_net
 from modelpar.net.plan import Plan, plan_of, settings_of
 from modelpar.net.weights import check_state
-from modelpar.settings import DataSettings, ExportSettings
+from modelpar.schemas import ExportSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint
 

@@ -6,6 +6,7 @@ at s evaluates again.  metrics.jsonl alone records the errors.
 
 import math
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from modelpar.images.order import BatchOrder
 from modelpar.images.sets import IN_FOLDERS
 from modelpar.net.weights import check_state, of_layers
 from modelpar.settings import TrainSettings
-from modelpar.training import checkpoint
+from modelpar.training import checkpoint, report
 from modelpar.training.checkpoint import Checkpoint, Checkpointer, num_bytes
 from modelpar.training.consistency import StepCheck
 from modelpar.training.engine import Learner, all_finite, compile_parts, evaluate
@@ -59,7 +60,7 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
         start = prepared.start
         if start is not None and prepared.finished:
             if mesh.rank == 0:
-                show(f"finished: {run_dir} is at step {start.step} of {prepared.steps}")
+                report.ended(settings, prepared, run_dir)
             return
         trainer = Trainer(settings, prepared, run_dir, StepCheck(mesh, request))
         if start is not None:
@@ -67,6 +68,8 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
         elif settings.init.checkpoint is not None:
             trainer.load_layers(settings.init.checkpoint, settings.init.layers)
         if mesh.rank == 0:
+            own = sum(weight.numel() for weight in trainer.learner.net.parameters())
+            report.started(settings, prepared, mesh, run_dir, own)
             if prepared.images.skipped:
                 say(prepared.images.skipped)
             if prepared.data.name in IN_FOLDERS:
@@ -169,6 +172,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end; raises StoppedError if a signal asked to stop, and DivergedError."""
+        began = time.perf_counter()
         self.meter.pause()
         if self.step and self._evaluation_due():
             self._evaluate()
@@ -176,10 +180,9 @@ class Trainer:
             self._epoch()
         self._show_kernels(self.checkpointer.finish())
         if self.monitor:
-            show(
-                f"{self.run_dir}: checkpoints, metrics.jsonl, conv1.png; "
-                f"tensorboard --logdir {self.run_dir}"
-            )
+            self.monitor.bar.close()
+            seconds = time.perf_counter() - began
+            report.ended(self.settings, self.prepared, self.run_dir, seconds)
 
     def _epoch(self) -> None:
         """Train from the present step to the end of its epoch, or of the run."""
@@ -285,7 +288,7 @@ class Trainer:
         rows = stats.result() if stats else []
         if self.monitor:
             self.monitor.activations(rows, self.step)
-            self.monitor.test(self.step, errors, self.plan.num_classes, views)
+            self.monitor.test(self.step, self.step // len(self.order), errors, views)
         self.meter.pause()
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from modelpar import AlexNet, merge, split
 from modelpar.distributed import Mesh
+from modelpar.groups import CrossingSettings
 from modelpar.images.loader import Batch
 from modelpar.net.plan import Plan, Recipe
-from modelpar.settings import CrossingSettings, TrainSettings
+from modelpar.settings import TrainSettings
 from modelpar.training.engine import Learner, build
 
 CLASSES = 10

@@ -13,9 +13,10 @@ from ranks import Ranks
 
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, PeerLostError
+from modelpar.groups import ModelSettings
 from modelpar.images.loader import Batch
 from modelpar.net.plan import Recipe, plan_for
-from modelpar.settings import ModelSettings, TrainSettings
+from modelpar.settings import TrainSettings
 from modelpar.training.checkpoint import Checkpointer
 from modelpar.training.engine import Learner
 

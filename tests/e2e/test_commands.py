@@ -78,6 +78,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = fine(ours(folder, *COMPILED, "steps=6", "run_dir=run", "checkpoint_every=2"))
     assert out.startswith(f"modelpar: two columns on 2 CPU processes (gloo), {HOW}, float32\n")
     assert "modelpar: compiling; " in out
+    assert "\nnet       two_columns, recipe code2012, 20,225,422 parameters\n" in out
+    assert "\nlength    6 steps of 16 images, " in out
+    assert "\nstart     new run\n" in out
+    assert f"\nstep 6  epoch   0  error {rows(folder / 'run', 'test')[0]['top1']:5.2f} +- " in out
+    assert "\nfinished  step 6 of 6; 6 steps in 0:0" in out
+    assert f"  modelpar-evaluate checkpoint={folder}/run views=10\n" in out
     return folder / "run"
 
 
@@ -160,7 +166,7 @@ def test_finished_run_exits_0_and_changes_nothing(trained: Path) -> None:
 
     before = contents()
     out = fine(ours(trained.parent, *SMALL, "steps=4", "run_dir=run", "checkpoint_every=2"))
-    assert "finished" in out
+    assert "finished  step 6 of 4\n" in out
     assert contents() == before
 
 

@@ -50,6 +50,7 @@ LEFT_OUT = {
     r"\.venv/bin/(pytest|ruff|pyright)": TESTS,
     r"bash \.ci/run": TESTS,
     r"python tests/faults/inject\.py": "takes minutes; tests/faults/test_faults.py runs it",
+    r"eval": "changes the shell; tests/unit/test_help.py tests what it runs",
     r"docker": "needs Docker",
     r"launch/gpu_check\.sh": "needs a GPU",
     r"sbatch": "needs Slurm",

@@ -188,6 +188,7 @@ def test_too_little_address_space_for_torch_is_one_line(
     variables: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     variables.setattr(resource, "getrlimit", lambda _: (10**9, 10**9))
+    variables.setattr(sys, "argv", ["modelpar-train"])
     with pytest.raises(SystemExit) as end:
         command.main("train", "nothing:needed")
     assert end.value.code == 5

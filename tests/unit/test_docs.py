@@ -6,15 +6,14 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
-from omegaconf import MISSING, ListConfig, OmegaConf
 from pages import PAGES, ROOT, code, commands, links, program, spans, tables
 
 from modelpar import config, errors
+from modelpar.declare import default_text, flatten, values_text, walk
 from modelpar.net.plan import Plan
-from modelpar.settings import SCHEMAS, flatten, walk
+from modelpar.schemas import SCHEMAS
 
 DOCS = ROOT / "docs"
 IDS = [page.name for page in PAGES]
@@ -91,32 +90,19 @@ def test_the_settings_of_every_command_are_accepted(command: str) -> None:
 # -- the tables of settings ----------------------------------------------------------------------
 
 
-def shown(value: Any) -> str:
-    """Return a value as a command line has it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple, ListConfig)):
-        return f"[{','.join(map(str, value))}]"
-    return str(value)
+def without_links(cell: str) -> str:
+    """Return a cell as a declaration has it: a link is its text, that of a page its path."""
+    named = re.sub(r"\[([a-z]+\.md)\]\([^)]*\)", r"docs/\1", cell)
+    return re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", named)
 
 
-def default(main: str, key: str) -> Any:
-    """Return a setting's default; of a switch of the net that of ``Plan``."""
-    value = SETTINGS[main][key]
-    first, _, last = key.partition(".")
-    plan = {entry.name: entry.default for entry in fields(Plan)}
-    if value is None and first == "model" and last not in {"num_classes", "image_size"}:
-        return plan[last]
-    if value == MISSING:
-        value = OmegaConf.select(config.compose_settings(main, []), key)
-    return value
-
-
-def choices(main: str, key: str) -> list[str]:
-    """Return the values a setting may have, as text; an empty list if there is no such list."""
-    entries = {name: entry for name, entry, _ in walk(SCHEMAS[main]())}
-    found = entries[key].metadata.get("choices") if key in entries else None
-    return [shown(value) for value in found or ()]
+def row_of(main: str, key: str) -> list[str]:
+    """Return the row of a table for a setting, from its declaration."""
+    settings = SCHEMAS[main]()
+    found = {entry.name: (entry, None) for entry in fields(settings)}
+    found |= {name: (entry, value) for name, entry, value in walk(settings)}
+    entry, value = found[key]
+    return [f"`{key}`", values_text(entry), default_text(entry, value), entry.metadata["means"]]
 
 
 def rows_of(page: Path, main: str, sections: tuple[str, ...] = ()) -> list[list[str]]:
@@ -144,22 +130,26 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("main", "name", "sections"), PLACES)
-def test_tables_of_settings_agree_with_the_schema(
+def test_tables_of_settings_agree_with_the_declarations(
     main: str, name: str, sections: tuple[str, ...]
 ) -> None:
-    for key, values, first, _ in rows_of(DOCS / name, main, sections):
-        (setting,) = code(key)
-        assert known(main, setting), setting
-        if listed := choices(main, setting):
-            assert sorted(code(values)) == sorted(listed), setting
-        written = code(first)
-        expected = default(main, setting) if setting in SETTINGS[main] else None
-        by_group = first.startswith("by ") or first == "required"
-        if written and not by_group and "XDG" not in first and first != "as `precision`":
-            assert written == [shown(expected)], setting
-        else:
-            everything = code(values) if first == "all" else None
-            assert by_group or expected in (None, [], everything), setting
+    for row in rows_of(DOCS / name, main, sections):
+        assert [without_links(cell) for cell in row] == row_of(main, code(row[0])[0])
+
+
+def test_what_stands_for_a_default_agrees_with_the_net_and_the_groups() -> None:
+    plan = {entry.name: entry.default for entry in fields(Plan)}
+    composed = config.compose_settings("train", [])
+    for key, entry, value in walk(SCHEMAS["train"]()):
+        first, _, last = key.partition(".")
+        unset = entry.metadata.get("unset", "")
+        if first == "model" and code(unset):
+            assert code(unset) == [str(plan[last])], key
+        if unset == "by data" and first == "data":
+            group = config.load_group("data", composed.hydra.runtime.choices.data)
+            assert last in group or value is None, key
+        if unset == "by recipe":
+            assert last in config.load_group("recipe", "paper"), key
 
 
 def test_the_table_of_training_settings_is_complete() -> None:
@@ -188,7 +178,7 @@ def test_the_readme_has_ten_settings_with_their_defaults() -> None:
         (setting,) = code(key)
         composed = config.compose_settings("train", [])
         value = composed.hydra.runtime.choices[setting] if setting in GROUPS else composed[setting]
-        assert code(first) == ([] if value is None else [shown(value)]), setting
+        assert code(first) == ([] if value is None else [str(value)]), setting
 
 
 # -- tables of groups ----------------------------------------------------------------------------

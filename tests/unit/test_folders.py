@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from modelpar.errors import DataError, SettingsError
+from modelpar.groups import DataSettings
 from modelpar.images import folders, sets
 from modelpar.images.samples import ImageSet
-from modelpar.settings import DataSettings
 
 
 def picture(path: Path) -> None:

@@ -24,9 +24,12 @@ FLOORS = [
     ],
     ["gpu.within_kernels"],
     ["gpu.block"],
-    ["settings", "device"],
+    ["declare", "device"],
+    ["groups"],
+    ["settings"],
+    ["schemas"],
     ["overrides", "checks"],
-    ["config"],
+    ["config", "help"],
     ["distributed"],
     ["net.plan"],
     ["net.exchange", "net.layers", "net.weights"],
@@ -55,6 +58,7 @@ FLOORS = [
     ["training.graph"],
     ["training.engine"],
     ["training.nonfinite", "training.prepare"],
+    ["training.report"],
     ["training.trainer", "training.averaging", "training.trained"],
     ["training.evaluation"],
     ["training.prediction"],
@@ -164,5 +168,5 @@ def test_only_distributed_calls_collectives() -> None:
 
 
 def test_settings_and_numbers_need_no_torch() -> None:
-    for module in ("settings", "config", "errors", "net.paper", "net.plan"):
+    for module in ("schemas", "config", "help", "errors", "net.paper", "net.plan"):
         assert not [name for name in names(module) if name.partition(".")[0].startswith("torch")]

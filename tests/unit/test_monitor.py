@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modelpar.analysis.activations import Activity
 from modelpar.analysis.kernels import kernel_picture
-from modelpar.settings import MonitorSettings
+from modelpar.groups import MonitorSettings
 from modelpar.training.metrics import Errors, read_rows, top1_errors
 from modelpar.training.monitor import KERNELS, Monitor
 
@@ -39,9 +39,7 @@ def watched(run_dir: Path, start: int, end: int, *, repeats: bool = False) -> No
     monitor = opened(run_dir, start, end, repeats=repeats)
     for step in range(start + 1, end + 1):
         monitor.train(row(step), RATES)
-    monitor.test(
-        end, Errors(top1=50.0, top5=10.0, loss=1.5, samples=20, standard_error=1.0), num_classes=10
-    )
+    monitor.test(end, 1, Errors(top1=50.0, top5=10.0, loss=1.5, samples=20, standard_error=1.0))
     monitor.kernels(torch.randn(96, 3, 11, 11), end)
     monitor.close()
 

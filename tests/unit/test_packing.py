@@ -23,9 +23,10 @@ from PIL import Image
 
 from modelpar import config
 from modelpar.errors import CheckpointError, DataError, LaunchError, SettingsError, StoppedError
+from modelpar.groups import DataSettings
 from modelpar.images import blocks, journal, packing, samples, sets
 from modelpar.images.store import open_store
-from modelpar.settings import DataSettings, PrepareSettings
+from modelpar.schemas import PrepareSettings
 
 SIZE = 16
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import modelpar
-from modelpar import config, errors, launch, overrides, sweep
+from modelpar import command, config, overrides, sweep
+from modelpar.declare import walk
 from modelpar.errors import SettingsError
 from modelpar.files import local_path
-from modelpar.settings import SCHEMAS, walk
+from modelpar.schemas import SCHEMAS
 
 # A command line that each command accepts, but for its paths.
 WORDS = {
@@ -207,8 +208,9 @@ def test_a_folder_that_cannot_be_used_is_named(own: Path) -> None:
 def shown(*words: str, capfd: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
     """Return exit status, stdout and stderr of ``modelpar-train``."""
     sys.argv = ["modelpar-train", *words]
-    status = errors.status_of(lambda: launch.run("train", lambda *_: None, lambda *_: None))
-    return status, *capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        command.main("train", "nothing:needed", "nothing:needed")
+    return end.value.code, *capfd.readouterr()
 
 
 def test_settings_are_shown_with_the_errors_of_a_run(

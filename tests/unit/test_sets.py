@@ -13,12 +13,12 @@ from PIL import Image
 from torchvision import datasets
 
 from modelpar.errors import DataError, SettingsError
+from modelpar.groups import DataSettings
 from modelpar.images import sets
 from modelpar.images.order import BatchOrder
 from modelpar.images.samples import Resized, as_rgb
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
-from modelpar.settings import DataSettings
 
 
 def settings(name: str, **how: Any) -> DataSettings:

@@ -26,10 +26,10 @@ from small_imagenet import (
 )
 
 from modelpar.errors import DataError, SettingsError
+from modelpar.groups import DataSettings
 from modelpar.images import archives, sets, sources
 from modelpar.images.samples import Resized
 from modelpar.images.sources import Item, Items, Source
-from modelpar.settings import DataSettings
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from modelpar.errors import DataError, SettingsError
+from modelpar.groups import DataSettings
 from modelpar.images import packing
 from modelpar.images.samples import ImageSet, InMemory
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
 from modelpar.images.store import open_store, verify
-from modelpar.settings import DataSettings, PrepareSettings
+from modelpar.schemas import PrepareSettings
 
 SIZE = 32  # stored, for crops of 28 pixels
 FORMATS = ["raw", "jpeg"]
