@@ -132,6 +132,7 @@ def set_variables() -> None:
     # Figures are files: neither a notebook's backend nor the user's style belongs to them.
     os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # pages about names and connections
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes
     _set_threads()
     try:
         getpass.getuser()

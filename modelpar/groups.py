@@ -264,6 +264,19 @@ class MonitorSettings:
 
 
 @dataclass
+class DebugSettings:
+    """Ways to look for faults; ``conf/debug/*.yaml``."""
+
+    one_batch: bool = declare(
+        False, means="train on the first batch again and again, until the loss is near zero"
+    )
+    trace: int = at_least(
+        0, 0, unit="steps", means="write a trace of so many steps of each rank to `run_dir/trace`"
+    )
+    dry: bool = declare(False, means="print a table of the layers, and train nothing")
+
+
+@dataclass
 class PublishedSettings:
     """What was published about an experiment."""
 

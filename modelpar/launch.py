@@ -35,6 +35,8 @@ from modelpar.distributed import Mesh, process_mesh
 from modelpar.environment import Environment
 from modelpar.errors import CheckpointError, LaunchError, PeerLostError, StoppedError
 from modelpar.files import atomic_write
+from modelpar.settings import TrainSettings
+from modelpar.training import dry
 
 EXIT: Final = "log/exit.json"  # in the directory of a run that failed
 LOCAL: Final = "127.0.0.1"  # where the ranks of one host meet
@@ -72,6 +74,9 @@ def run(name: str, work: Callable[..., None], prepare: Prepare | None = None) ->
 def run_launcher(name: str, prepare: Prepare, words: list[str]) -> int:
     """Check everything in this process, then start the ranks; return the exit status."""
     settings, run_dir = config.read_run(name, words)
+    if isinstance(settings, TrainSettings) and settings.debug.dry:
+        dry.show(settings)
+        return 0
     one_gpu = settings.device == "auto" and torch.cuda.device_count() == 1
     pair = (settings.columns, settings.replicas) == (2, 1)
     if one_gpu and pair and not settings.share_gpu:  # the pair would not use it
@@ -225,6 +230,8 @@ def _rank_settings(name: str, words: list[str], env: Environment) -> tuple[Any, 
             f"flags do not work under torchrun; use python -m modelpar.{name} {shown}"
         )
     settings, run_dir = config.read_run(name, words)
+    if isinstance(settings, TrainSettings) and settings.debug.dry:
+        raise errors.SettingsError("debug.dry=true: starts no ranks; use modelpar-train")
     settings.replicas = env.num_replicas(settings.columns, settings.replicas)
     kind = device.choose_device(settings.device, env.local_size, share_gpu=settings.share_gpu)
     note = device.unused_gpus(settings.device, env.local_size)

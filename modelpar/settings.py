@@ -11,6 +11,7 @@ from modelpar.groups import (
     CommSettings,
     CrossingSettings,
     DataSettings,
+    DebugSettings,
     InitSettings,
     ModelSettings,
     MonitorSettings,
@@ -157,6 +158,7 @@ class TrainSettings(RankSettings):
         unset="Hydra's output directory",
         means="one run per folder; without it each start is a new run in `outputs/DATE/TIME`",
     )
+    debug: DebugSettings = field(default_factory=DebugSettings)
     init: InitSettings = field(default_factory=InitSettings)
     resume: str = path(
         "auto",

@@ -13,6 +13,20 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def aligned(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table for a terminal: numbers on the right, words on the left of their column."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    words = [column[1][:1].isalpha() for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{width}}" if left else f"{cell:>{width}}"
+            for cell, width, left in zip(line, widths, words, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
 def comma_separated(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return a CSV table."""
     text = io.StringIO()

@@ -29,6 +29,7 @@ from modelpar.bench.steps import Contender, Step, make
 from modelpar.device import check_precision, choose_device, num_cores
 from modelpar.distributed import Mesh, process_mesh
 from modelpar.errors import LaunchError, RunError, one_line
+from modelpar.tracing import traced
 
 ANSWER_SECONDS: Final = 600.0  # for one answer: a slow link, a cold compile
 PEAK_SIDE: Final = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product gives the peak
@@ -51,7 +52,6 @@ class Workers:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # quiet profilers, inherited by workers
         for rank in range(contender.processes):
             pipe, other = context.Pipe()
             arguments = (contender, rank, port, other, time.time())
@@ -271,10 +271,8 @@ class _Worker:
     def trace(self, prefix: str) -> str:
         """Write a Chrome trace of one step, for Perfetto or chrome://tracing; return its path."""
         path = Path(f"{prefix}-rank{self.mesh.rank}.json.gz")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with profile() as profiler:
+        with traced(path):
             self._take()
-        profiler.export_chrome_trace(str(path))
         return str(path)
 
 

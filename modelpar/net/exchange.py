@@ -25,6 +25,7 @@ from torch.autograd import Function
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.profiler import record_function
 
 from modelpar.distributed import exchange
 
@@ -85,11 +86,12 @@ class Crossing:
         """Start exchanging ``tensor``; ``direction`` is forward or backward."""
         began, link = time.perf_counter(), self.link
         scale = self._scale(tensor, direction)
-        packed = (tensor if scale == 1 else tensor * scale).to(link.dtype)
-        if packed.dim() > 2:  # noqa: PLR2004 - maps are sent channels last, whatever they are here
-            packed = packed.movedim(1, -1)
-        packed = packed.contiguous()
-        received, wait = link.transport(packed)
+        with record_function(f"exchange of {self.layer}, {direction}: start"):
+            packed = (tensor if scale == 1 else tensor * scale).to(link.dtype)
+            if packed.dim() > 2:  # noqa: PLR2004 - maps are sent channels last
+                packed = packed.movedim(1, -1)
+            packed = packed.contiguous()
+            received, wait = link.transport(packed)
         link.sent[self.layer, direction] += packed.numel() * packed.element_size()
         link.swaps[self.layer, direction] += 1
         if not link.overlap:
@@ -107,7 +109,8 @@ class Crossing:
         started = self.started.pop(direction)
         if started.wait is not None:
             began = time.perf_counter()
-            started.wait()
+            with record_function(f"exchange of {self.layer}, {direction}: wait"):
+                started.wait()
             self.link.seconds += time.perf_counter() - began
         received = started.received.to(started.dtype)
         scale = self._scale(received, direction)

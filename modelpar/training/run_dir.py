@@ -21,7 +21,16 @@ from modelpar.settings import TrainSettings
 
 CONFIG: Final = "config.yaml"
 # These settings make two starts the same run; the others may change.
-FIXED: Final = ("data.name", "data.image_size", "recipe", "model", "init", "seed", "precision")
+FIXED: Final = (
+    "data.name",
+    "data.image_size",
+    "recipe",
+    "model",
+    "init",
+    "seed",
+    "precision",
+    "debug.one_batch",
+)
 # These may change, but alter the trajectory: a resumed run names them.
 ALLOWED: Final = ("epochs", "data.epochs", "data.evaluate_every", "crossing.dtype", "tf32")
 HARMLESS: Final = frozenset({"log"})  # left by Hydra and by starts that failed

@@ -32,6 +32,7 @@ from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint, report
 from modelpar.training.checkpoint import Checkpoint, Checkpointer, num_bytes
 from modelpar.training.consistency import StepCheck
+from modelpar.training.debug import Debugging
 from modelpar.training.engine import Learner, all_finite, compile_parts, evaluate
 from modelpar.training.metrics import rank_of_label
 from modelpar.training.monitor import Meter, Monitor, show
@@ -128,6 +129,7 @@ class Trainer:
         self.checkpointer = Checkpointer(run_dir, mesh, last=last, every=every, best=best)
         self.meter, self.readback = Meter(self.learner.link, size), Readback(mesh)
         self.monitor: Monitor | None = None  # of rank 0
+        self.debug = Debugging(settings.debug, run_dir, mesh.rank)
         self.step = 0
 
     def resume(self, start: Checkpoint) -> None:
@@ -178,11 +180,13 @@ class Trainer:
             self._evaluate()
         while self.step < self.total:
             self._epoch()
+        found = self.debug.end(self.step)
         self._show_kernels(self.checkpointer.finish())
         if self.monitor:
             self.monitor.bar.close()
             seconds = time.perf_counter() - began
             report.ended(self.settings, self.prepared, self.run_dir, seconds)
+            report.show_rows(found)
 
     def _epoch(self) -> None:
         """Train from the present step to the end of its epoch, or of the run."""
@@ -190,7 +194,7 @@ class Trainer:
         rates = self.learner.schedule.rates(epoch)
         noise = self.learner.schedule.colour_noise(epoch)
         every = self.prepared.data.checkpoint_every
-        for batch in self.loader.epoch(epoch, first, noise):
+        for batch in self.debug.batches(self.loader, epoch, first, noise):
             if self.monitor and self.step == 0:
                 self.monitor.batch(batch.images)
             stop = self._train_step(batch, epoch, rates)
@@ -243,6 +247,8 @@ class Trainer:
         """
         step, batch, epoch, rates, counts = launched
         shown, replicas = self.learner.schedule.shown, self.mesh.replicas
+        if self.debug.learned(loss / replicas):
+            self.total = self.step
         row = {
             "step": step,
             "epoch": epoch,

@@ -18,7 +18,7 @@ from modelpar.schemas import SCHEMAS
 DOCS = ROOT / "docs"
 IDS = [page.name for page in PAGES]
 TOP = ("modelpar/", "conf/", "docs/", "launch/", "tests/", ".ci/", ".github/")
-GROUPS = ("data", "recipe", "experiment", "search")
+GROUPS = ("data", "recipe", "experiment", "search", "debug")
 SETTINGS = {name: flatten(schema()) for name, schema in SCHEMAS.items()}
 # A word of a command line that stands for any value: FOLDER, PATH, N, NAME.
 PLACEHOLDER = re.compile(r"[A-Z]+|\.\.\.|")
@@ -116,7 +116,12 @@ def rows_of(page: Path, main: str, sections: tuple[str, ...] = ()) -> list[list[
     ]
 
 
-TRAIN = ("What is trained", "How it is computed", "What is kept and shown")
+TRAIN = (
+    "What is trained",
+    "How it is computed",
+    "What is kept and shown",
+    "Look for faults",
+)
 PLACES = [
     ("train", "settings.md", TRAIN),
     ("evaluate", "settings.md", ("Evaluate",)),
@@ -234,6 +239,10 @@ def test_the_table_of_experiments_agrees_with_conf() -> None:
                 ], name
             if values["views"] == 1 and name != "one_view":
                 assert "one view" in published
+
+
+def test_the_table_of_debug_agrees_with_conf() -> None:
+    assert {code(row[0])[0] for row in table("settings.md", "`debug=`")} == stems("debug")
 
 
 def test_the_table_of_exit_statuses_is_complete() -> None:

@@ -41,7 +41,7 @@ def test_help_has_every_setting_and_every_choice(name: str) -> None:
         if key != "data" or name == "train":
             assert not set(own) - set(keys), key
     text = " ".join(help.page(name, 100).split())
-    for group in ("data", "recipe", "experiment", "search") if name == "train" else ():
+    for group in ("data", "recipe", "experiment", "search", "debug") if name == "train" else ():
         names = ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
         assert f"[{names}" in text
     assert ("-m, --multirun" in text) == ("on_failure" in settings)

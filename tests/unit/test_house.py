@@ -10,7 +10,7 @@ import modelpar
 PACKAGE = Path(modelpar.__file__).parent
 # From the ground up; a module may import what stands before it.
 FLOORS = [
-    ["limits", "seeding", "tables", "net.paper", "gpu.language", "bench.contenders"],
+    ["limits", "seeding", "tables", "tracing", "net.paper", "gpu.language", "bench.contenders"],
     ["errors"],
     [
         "command",
@@ -55,9 +55,9 @@ FLOORS = [
         "training.consistency",
         "training.readback",
     ],
-    ["training.graph"],
+    ["training.graph", "training.debug"],
     ["training.engine"],
-    ["training.nonfinite", "training.prepare"],
+    ["training.nonfinite", "training.prepare", "training.dry"],
     ["training.report"],
     ["training.trainer", "training.averaging", "training.trained"],
     ["training.evaluation"],
