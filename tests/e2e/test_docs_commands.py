@@ -50,6 +50,7 @@ LEFT_OUT = {
     r"bash \.ci/run": TESTS,
     r"python tests/faults/inject\.py": "takes minutes; tests/faults/test_faults.py runs it",
     r"docker": "needs Docker",
+    r"tensorboard": "is a server, which does not end",
     r"launch/gpu_check\.sh": "needs a GPU",
     r"sbatch": "needs Slurm",
     r".*submitit_slurm": "needs Slurm",
