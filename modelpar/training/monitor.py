@@ -245,13 +245,15 @@ def yaml_of(values: Mapping[str, Any]) -> str:
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
-    """Return nested settings by dotted key, without those that are null."""
+    """Return nested settings by dotted key; null is a value like others, so runs can differ."""
     found: dict[str, bool | float | str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
             found |= dotted(value, f"{prefix}{key}.")
-        elif value is not None:
-            found[prefix + key] = value if isinstance(value, (bool, int, float)) else str(value)
+        elif isinstance(value, (bool, int, float)):
+            found[prefix + key] = value
+        else:
+            found[prefix + key] = "null" if value is None else str(value)
     return found
 
 
