@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,3 +87,22 @@ def exit_with_parent() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
         raise LaunchError("the launcher has ended; start the run again")
+
+
+def commit(package: Path) -> str | None:
+    """Return the commit that ``package`` is at, with ``-dirty`` if files differ; None: no commit.
+
+    A package that is installed inside another project's working tree is not of its commits.
+    """
+    git = ["git", "-C", str(package)]
+    for words in (
+        ["ls-files", "--error-unmatch", "__init__.py"],
+        ["describe", "--always", "--dirty"],
+    ):
+        try:
+            found = subprocess.run(  # noqa: S603
+                [*git, *words], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+    return found.stdout.strip()

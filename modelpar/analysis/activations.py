@@ -8,6 +8,7 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
+from modelpar.analysis.histograms import sample
 from modelpar.distributed import Mesh, all_reduce_sum
 from modelpar.net.layers import Activation
 
@@ -51,16 +52,21 @@ class ActivationStats(ExitStack):
     """Context manager that collects statistics of the first ``images`` of each batch.
 
     Its forward hooks do not change the net's results and are removed on exit.  The net may run a
-    batch in parts, as the pair's chunks are.
+    batch in parts, as the pair's chunks are.  ``samples`` has about ``kept`` values of each part,
+    by layer and column of this process, see ``histograms``.
     """
 
-    def __init__(self, net: nn.Module, columns: int, mesh: Mesh, images: int) -> None:
+    def __init__(
+        self, net: nn.Module, columns: int, mesh: Mesh, images: int, kept: int = 0
+    ) -> None:
         super().__init__()
         self.net, self.columns, self.mesh, self.images = net, columns, mesh, images
         self.layers = {**activations_of(net), LOGITS: net}
         # By layer, (local columns, maps, 4): number of values, their sum, squares, zeros.
         self.sums: dict[str, Tensor] = {}
         self.passed: dict[str, int] = {}  # images of the current batch
+        self.kept = kept
+        self.samples: dict[str, list[Tensor]] = {}
 
     def __enter__(self) -> Self:
         """Register the hooks."""
@@ -84,6 +90,10 @@ class ActivationStats(ExitStack):
         measures = (torch.ones_like(maps), maps, maps.square(), maps == 0)
         sums = [measure.sum((0, 3), dtype=torch.float64) for measure in measures]
         self.sums[name] = self.sums.get(name, 0) + torch.stack(sums, dim=2)
+        if self.kept and name != LOGITS:
+            new = [sample(column, self.kept) for column in maps.unbind(1)]
+            old = self.samples.get(name, [column[:0] for column in new])
+            self.samples[name] = [torch.cat(both) for both in zip(old, new, strict=True)]
 
     def result(self) -> list[Activity]:
         """Return the statistics of all layers and columns.  Collective over the pair."""

@@ -99,18 +99,27 @@ class Learner:
         if fused and mesh.replicas == 1 and graphs:
             self.run = Graphed(self._step, self.link)
 
-    def step(self, batch: Batch, step: int, rates: dict[str, float]) -> Tensor:
+    def step(
+        self,
+        batch: Batch,
+        step: int,
+        rates: dict[str, float],
+        see: Callable[[], None] | None = None,
+    ) -> Tensor:
         """Train on one batch; return its mean loss over this replica, a scalar.
 
         ``step`` counts from 0 and fixes the dropout masks; ``rates`` are by parameter.  Where the
         loss or a gradient of any rank is not finite, ``good`` becomes 0 on all ranks, and neither
         this step nor a later one changes a weight.  On a GPU the host does not wait, and the next
-        step may overwrite the loss.  A collective of the whole mesh.
+        step may overwrite the loss.  ``see`` is called while the net has the step's gradients.  A
+        collective of the whole mesh.
         """
         self._draw_masks(step)
         self.optimizer.set_rates(rates)
         with comm_errors("gradients"):  # DistributedDataParallel averages them
             loss, self.last_logits = self.run(batch.images, batch.labels)
+        if see:
+            see()
         if not isinstance(self.run, Graphed) or self.run.graph is None:
             self.optimizer.zero_grad(set_to_none=True)  # a recorded backward keeps its gradients
         return loss
@@ -210,12 +219,19 @@ def evaluate(
     augmentation: Augmentation,
     groups: Sequence[int],
     views: int = 1,
+    *,
+    confusion: Tensor | None = None,
 ) -> Errors:
     """Return the exact errors over ``batches`` of stored images; each replica has its share.
 
-    ``groups`` are those of all test images, see ``ImageSet``.  A collective of the whole mesh.
+    ``groups`` are those of all test images, see ``ImageSet``.  To ``confusion`` (C, C) are added
+    this replica's answers: in row L those to images of class L.  A collective of the whole mesh.
     """
     count = ErrorCount(groups, mesh.replica, mesh.replicas)
     for stored, labels in batches:
-        count.add(log_probabilities(net, stored, augmentation, views), labels)
+        scores = log_probabilities(net, stored, augmentation, views)
+        count.add(scores, labels)
+        if confusion is not None:
+            cells = (labels.cpu(), scores.argmax(1).cpu())
+            confusion.index_put_(cells, torch.ones_like(cells[0]), accumulate=True)
     return count.result(mesh.replica_group, mesh.device)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import platform
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -11,13 +12,21 @@ from operator import sub
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+from omegaconf import OmegaConf
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid, save_image
+from torch.utils.tensorboard.summary import hparams
+from torchvision.utils import save_image
 from tqdm import tqdm
 
+import modelpar
+from modelpar import environment
 from modelpar.analysis.activations import MEASURES, Activity
+from modelpar.analysis.histograms import Histogram
 from modelpar.analysis.kernels import colour_difference, kernel_picture, specialisation
+from modelpar.analysis.pictures import confusion_picture, labelled_grid
 from modelpar.errors import one_line, say
 from modelpar.files import atomic_write
 from modelpar.groups import MonitorSettings
@@ -25,14 +34,21 @@ from modelpar.images.loader import Batch
 from modelpar.net.exchange import Link
 from modelpar.net.paper import COLUMNS
 from modelpar.training.metrics import METRICS, Errors, read_rows
+from modelpar.training.showing import Embedding, Seen, points
 
 KERNELS: Final = "conv1.png"
 LOGFILE_INTERVAL: Final = 10.0  # s between lines of the progress bar in a log file
 GRID_IMAGES: Final = 16  # of a batch
+SPRITE: Final = 48  # pixels, the side of an image in the projector
+# Settings that are no hyperparameters: names, and what was published.
+NAMES: Final = ("run_dir", "control", "published", "control_published", "monitor")
 
 
 class Monitor:
     """Writes rows, scalars and pictures of one run; every method is for rank 0.
+
+    TensorBoard sorts groups by name: ``test`` and ``train`` come first, those with many charts,
+    ``units_*`` and ``weights_*``, last.  The metrics that it shows of a sweep are the first ones.
 
     The run continues from ``step``; ``repeats``: with the evaluation that belongs to that step.
     Rows of what will come again are dropped, so that metrics.jsonl holds each of them once.
@@ -48,6 +64,7 @@ class Monitor:
         self.best = min((row["top1"] for row in kept if row["kind"] == "test"), default=math.inf)
         self.file = (run_dir / METRICS).open("a", buffering=1, encoding="utf-8")
         self.board: SummaryWriter | None = None
+        self.ending: Any = None  # what tells TensorBoard that the run has finished
         if settings.tensorboard:
             self.board = SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
         terminal = sys.stderr.isatty()
@@ -71,9 +88,13 @@ class Monitor:
             refresh=False,
         )
         self.bar.update(row["step"] - self.bar.n)
-        keys = ("loss", "top1", "epoch", "images_per_s", "data_wait_s", "crossing_s")
-        self._scalars({f"train/{key}": row[key] for key in keys}, row["step"])
-        self._scalars({f"rate/{name}": rate for name, rate in rates.items()}, row["step"])
+        groups = {
+            "train": {key: row[key] for key in ("loss", "top1", "epoch")},
+            "train_rate": rates,
+            "train_time": {key: row[key] for key in ("images_per_s", "data_wait_s", "crossing_s")},
+        }
+        for group, values in groups.items():
+            self._scalars({f"{group}/{key}": value for key, value in values.items()}, row["step"])
 
     def test(self, step: int, epochs: int, errors: Errors, views: int = 1) -> None:
         """Record and print an evaluation with ``views`` views: errors in %, loss in nats.
@@ -101,12 +122,78 @@ class Monitor:
             say(f"{self.run_dir}: no more pictures and charts ({one_line(error)})")
             self.board = None
 
-    def batch(self, images: Tensor) -> None:
-        """Show the first images of a batch (N, 3, S, S), less the mean, in TensorBoard."""
+    def describe(self, settings: Mapping[str, Any]) -> None:
+        """Show settings and versions as text, and the settings as hyperparameters."""
         with self.drawing():
-            shown = images[:GRID_IMAGES].cpu().float() / 255 + 0.5
+            if not self.board:
+                return
+            commit = environment.commit(Path(modelpar.__file__).parent)
+            made_by = {"modelpar": modelpar.__version__, "commit": commit or "not from git"}
+            made_by |= {"torch": str(torch.__version__), "python": platform.python_version()}
+            self.board.add_text("run/versions", _preformatted(yaml_of(made_by)), 0)
+            self.board.add_text("run/settings", _preformatted(yaml_of(settings)), 0)
+            kept = {key: value for key, value in settings.items() if key not in NAMES}
+            _, begin, self.ending = hparams(dotted(kept), {})
+            self._summary(begin)
+
+    def finish(self) -> None:
+        """End the bar, and tell TensorBoard that the run has finished."""
+        self.bar.close()
+        with self.drawing():
+            if self.ending:
+                self._summary(self.ending)
+
+    def _summary(self, summary: Any) -> None:
+        if self.board and self.board.file_writer:
+            self.board.file_writer.add_summary(summary)
+
+    def batch(self, batch: Batch, mean: Tensor, classes: Sequence[str]) -> None:
+        """Show the first images of a batch with the names of their classes.
+
+        ``mean`` (3, S, S): what was subtracted from them.
+        """
+        with self.drawing():
             if self.board:
-                self.board.add_image("batch/augmented", make_grid(shown, nrow=4).clamp(0, 1), 0)
+                shown = (batch.images[:GRID_IMAGES].float() + mean).cpu() / 255
+                names = [str(classes[int(label)]) for label in batch.labels[:GRID_IMAGES]]
+                self.board.add_image("train_batch/augmented", labelled_grid(shown, names), 0)
+
+    def seen(self, seen: Seen, classes: Sequence[str], step: int) -> None:
+        """Show what an evaluation has found besides its errors."""
+        self.activations(seen.activity, step)
+        with self.drawing():
+            for one in seen.histograms if self.board else ():
+                self._histogram(one, step)
+            if self.board and seen.confusion is not None:
+                picture = confusion_picture(seen.confusion, classes)
+                self.board.add_image("test/confusion", picture, step)
+            if self.board and seen.embedding is not None:
+                self._embedding(seen.embedding, classes, step)
+
+    def _histogram(self, one: Histogram, step: int) -> None:
+        """Add a histogram; the counts of a sample show the shape of a distribution."""
+        assert self.board  # noqa: S101 - for the types
+        limits = torch.linspace(one.least, one.most, len(one.counts) + 1, dtype=torch.float64)
+        self.board.add_histogram_raw(
+            f"{one.name}/column{one.column}",
+            one.least,
+            one.most,
+            int(sum(one.counts)),
+            one.total,
+            one.squares,
+            limits[1:].tolist(),
+            one.counts,
+            step,
+        )
+
+    def _embedding(self, one: Embedding, classes: Sequence[str], step: int) -> None:
+        """Add images to the projector, at the end of a run."""
+        assert self.board  # noqa: S101 - for the types
+        sprites = functional.interpolate(
+            one.images.float() / 255, (SPRITE, SPRITE), mode="bilinear", antialias=True
+        )
+        names = [str(classes[label]) for label in one.labels]
+        self.board.add_embedding(points(one.products), names, sprites, step, "fc7")
 
     def kernels(self, kernels: Tensor, step: int, columns: int = COLUMNS) -> None:
         """Show conv1's kernels of all columns, in TensorBoard and as ``conv1.png``.
@@ -117,23 +204,20 @@ class Monitor:
         save_image(picture, file, format="png")
         atomic_write(self.run_dir / KERNELS, file.getvalue())
         if self.board:
-            self.board.add_image("conv1/kernels", picture, step)
+            self.board.add_image("weights_conv1/kernels", picture, step)
         found = specialisation(kernels, columns)
         values: dict[str, float] = {}
         for column, part in enumerate(found):
-            name = f"specialisation/column{column}"
+            name = f"weights_conv1/column{column}"
             values[f"{name}_off_grey"] = float(part.colour_share.mean())
             values[f"{name}_frequency"] = float(part.frequency.mean())
             values[f"{name}_colour_kernels"] = part.colour_kernels
         if (difference := colour_difference(found)) is not None:
-            values["specialisation/difference_off_grey"] = difference
+            values["weights_conv1/difference_off_grey"] = difference
         self._scalars(values, step)
 
     def activations(self, rows: Sequence[Activity], step: int) -> None:
-        """Show statistics of the layers' outputs for test images: one group of charts a measure.
-
-        The groups' names sort after ``train``, since they hold many charts.
-        """
+        """Show statistics of the layers' outputs for test images, in a group for each measure."""
         for row in rows:
             name = row.layer if row.column is None else f"{row.layer}/column{row.column}"
             keys = MEASURES if row.column is not None else ("mean", "std")
@@ -170,6 +254,29 @@ class LogFile:
     def flush(self) -> None:
         """Write what is buffered."""
         sys.stderr.flush()
+
+
+def _preformatted(text: str) -> str:
+    """Return ``text`` as Markdown that keeps its lines."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def yaml_of(values: Mapping[str, Any]) -> str:
+    """Return plain values as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
+    """Return nested settings by dotted key; null is a value like others, so runs can differ."""
+    found: dict[str, bool | float | str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= dotted(value, f"{prefix}{key}.")
+        elif isinstance(value, (bool, int, float)):
+            found[prefix + key] = value
+        else:
+            found[prefix + key] = "null" if value is None else str(value)
+    return found
 
 
 def show(line: str) -> None:

@@ -8,8 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from modelpar import shutdown
-from modelpar.analysis.activations import ActivationStats
 from modelpar.command import Output
 from modelpar.config import without_secrets
 from modelpar.distributed import Mesh, all_reduce_sum
@@ -41,13 +39,13 @@ from modelpar.training.prepare import Prepared, agreed_start
 from modelpar.training.readback import Launched, Readback
 from modelpar.training.run_dir import locked, trajectory_changes, write_config, written
 from modelpar.training.schedule import Plateau
+from modelpar.training.showing import Watch
 
 # The ratios are those of docs/benchmarks.md, on two cores.
 UNPREPARED: Final = (
     "each epoch decodes and scales the images again; after modelpar-prepare, JPEG files were read "
     "5 and pixels 47 times as fast"
 )
-STATS_IMAGES: Final = 128  # test images whose activations are summarized: one batch
 
 
 def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path) -> None:
@@ -130,6 +128,8 @@ class Trainer:
         self.meter, self.readback = Meter(self.learner.link, size), Readback(mesh)
         self.monitor: Monitor | None = None  # of rank 0
         self.debug = Debugging(settings.debug, run_dir, mesh.rank)
+        shown = settings.monitor.tensorboard
+        self.watch = Watch(self.learner.net, self.plan, mesh, self.tests, on=shown)
         self.step = 0
 
     def resume(self, start: Checkpoint) -> None:
@@ -167,8 +167,9 @@ class Trainer:
                 check_file_size(self.run_dir, num_bytes({"": state["weights"]}))
             if self.mesh.rank == 0:
                 check_space(self.run_dir, num_bytes(state) * self.mesh.columns)
-                shown, again = self.settings.monitor, self._evaluation_due()
+                shown, again = self.settings.monitor, self._evaluation_due(self.step)
                 self.monitor = Monitor(self.run_dir, self.step, self.total, shown, repeats=again)
+                self.monitor.describe(without_secrets(asdict(self.settings)))
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -176,14 +177,14 @@ class Trainer:
         """Train to the end; raises StoppedError if a signal asked to stop, and DivergedError."""
         began = time.perf_counter()
         self.meter.pause()
-        if self.step and self._evaluation_due():
+        if self.step and self._evaluation_due(self.step):
             self._evaluate()
         while self.step < self.total:
             self._epoch()
         found = self.debug.end(self.step)
         self._show_kernels(self.checkpointer.finish())
         if self.monitor:
-            self.monitor.bar.close()
+            self.monitor.finish()
             seconds = time.perf_counter() - began
             report.ended(self.settings, self.prepared, self.run_dir, seconds)
             report.show_rows(found)
@@ -196,13 +197,14 @@ class Trainer:
         every = self.prepared.data.checkpoint_every
         for batch in self.debug.batches(self.loader, epoch, first, noise):
             if self.monitor and self.step == 0:
-                self.monitor.batch(batch.images)
+                classes = self.prepared.images.classes
+                self.monitor.batch(batch, self.augmentation.mean, classes)
             stop = self._train_step(batch, epoch, rates)
             if self.step == self.total or (every and self.step % every == 0):
                 self._save()
             if stop:
                 self._save_and_stop(stop)
-            if self._evaluation_due():
+            if self._evaluation_due(self.step):
                 self._evaluate()
             if self.step == self.total:
                 return
@@ -214,7 +216,9 @@ class Trainer:
         """
         weights, saved = self.learner.optimizer.weights(), self.checkpointer.status()
         status = self.check.step(self.step + 1, batch, weights, saved)
-        loss = self.learner.step(batch, self.step, rates)
+        shows = self.watch.first and self._evaluation_due(self.step + 1)
+        see = self.watch.see_gradients if shows else None
+        loss = self.learner.step(batch, self.step, rates, see)
         values = [self.learner.good]
         if self.step % self.settings.log_every == 0:
             wrong = (rank_of_label(self.learner.last_logits, batch.labels) > 0).sum()
@@ -269,32 +273,40 @@ class Trainer:
 
     # -- evaluations -----------------------------------------------------------------------------
 
-    def _evaluation_due(self) -> bool:
-        """Return whether an evaluation belongs to this step: every few epochs, and at the end."""
+    def _evaluation_due(self, step: int) -> bool:
+        """Return whether an evaluation belongs to ``step``: every few epochs, and at the end."""
         every = len(self.order) * self.settings.data.evaluate_every
-        return self.step >= self.total or (self.step > 0 and self.step % every == 0)
+        return step >= self.total or (step > 0 and step % every == 0)
 
     def _evaluate(self) -> None:
         """Evaluate and record; raises StoppedError, with the step saved, and DivergedError."""
         self._read()
-        net, mesh, ends = self.learner.net, self.mesh, self.step >= self.total
+        ends = self.step >= self.total
         views = self.settings.views if ends else 1
-        stats = None
-        if self.settings.monitor.tensorboard and mesh.replica == 0:
-            per_batch = -(-STATS_IMAGES // len(self.tests))
-            stats = ActivationStats(net, self.plan.columns, mesh, per_batch)
-        with stats or nullcontext():
-            batches, groups = self._test_batches(), self.prepared.images.groups
-            errors = evaluate(net, mesh, batches, self.augmentation, groups, views)
+        with self.watch.evaluation(ends=ends) as confusion:
+            errors = evaluate(
+                self.learner.net,
+                self.mesh,
+                self._test_batches(),
+                self.augmentation,
+                self.prepared.images.groups,
+                views,
+                confusion=confusion,
+            )
         if not math.isfinite(errors.loss):
             self._diverged(self.step, f"the test loss is {errors.loss}")
         if not ends:
             epoch = self.step // len(self.order) - 1
             self.learner.schedule.plateau.observe(epoch, errors.top1)
-        rows = stats.result() if stats else []
         if self.monitor:
-            self.monitor.activations(rows, self.step)
             self.monitor.test(self.step, self.step // len(self.order), errors, views)
+        seen = self.watch.result()
+        if ends:
+            test, size = self.prepared.images.test, self.settings.batch_size
+            embedding = self.watch.embedding(test, self.augmentation, size)
+            seen = replace(seen, embedding=embedding)
+        if self.monitor:
+            self.monitor.seen(seen, self.prepared.images.classes, self.step)
         self.meter.pause()
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:

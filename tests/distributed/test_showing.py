@@ -9,14 +9,16 @@ import pytest
 import torch
 from ranks import Ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional
 
 from modelpar import config
-from modelpar.analysis.activations import ActivationStats
 from modelpar.distributed import Mesh
 from modelpar.images.augment import Augmentation
+from modelpar.images.loader import TestLoader
 from modelpar.training import prepare, trainer
 from modelpar.training.checkpoint import newest, read_part
-from modelpar.training.engine import build
+from modelpar.training.engine import build, evaluate
+from modelpar.training.showing import Watch
 
 ALONE = Mesh(torch.device("cpu"))
 
@@ -35,31 +37,48 @@ def words_of(images: Path, *more: str) -> list[str]:
     ]
 
 
-def seen(mesh: Mesh, words: list[str]) -> list[tuple[Any, ...]]:
-    """Activations of a net that has learnt nothing, in float64."""
+def seen(mesh: Mesh, words: list[str]) -> dict[str, Any]:
+    """What is shown of a net that has learnt nothing, in float64."""
     settings = config.read("train", words)
     found = prepare.prepare(settings)
     net = build(found.plan, mesh, settings, seed=3).eval()
     lens = Augmentation(found.statistics, 64, scaled=False, device="cpu")
-    batch = torch.stack([found.images.test[place][0] for place in range(7)])
-    with torch.no_grad(), ActivationStats(net, found.plan.columns, mesh, images=5) as watched:
-        net(lens.center_crop(batch))
-    return [astuple(row) for row in watched.result()]
+    tests = TestLoader(found.images.test, 8, mesh)
+    watch = Watch(net, found.plan, mesh, tests, on=True)
+    with watch.evaluation(ends=True) as counts:
+        evaluate(net, mesh, tests, lens, found.images.groups, confusion=counts)
+    batch = 60 * torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double()
+    functional.cross_entropy(net(batch), torch.tensor([0, 1, 1, 0])).backward()
+    watch.see_gradients()
+    shown, embedding = watch.result(), watch.embedding(found.images.test, lens, 4)
+    assert embedding is not None
+    return {
+        "activity": [astuple(row) for row in shown.activity],
+        "histograms": [astuple(row) for row in shown.histograms],
+        "confusion": shown.confusion,
+        "labels": embedding.labels,
+        "products": embedding.products,
+    }
 
 
 @pytest.mark.parametrize("net", ["two_columns", "no_crossing"])
-def test_activations_of_the_pair_equal_those_of_the_whole_net(
-    pair: Ranks, images: Path, net: str
-) -> None:
+def test_the_pair_shows_what_the_whole_net_shows(pair: Ranks, images: Path, net: str) -> None:
     crossing = ["model.crossing_at=[]"] if net == "no_crossing" else []
-    words = words_of(images, f"model.net={net}", "precision=float64", *crossing)
+    how = ["precision=float64", "crossing.chunks=1"]  # samples are taken of each chunk
+    words = words_of(images, f"model.net={net}", *how, *crossing)
     whole = seen(ALONE, words)
     first, second = pair.run(seen, words)
-    assert first == second
-    assert len(first) == 7 * 2 + 1
-    for one, other in zip(first, whole, strict=True):
-        assert one[:2] == other[:2]  # layer and column
-        assert one[2:] == pytest.approx(other[2:], rel=1e-9)
+    for key in ("activity", "histograms", "labels"):
+        assert first[key] == second[key]
+    assert len(whole["activity"]) == 7 * 2 + 1
+    assert len(whole["histograms"]) == 7 * 2 + 8 * 2
+    for key, precise in (("activity", 1e-9), ("histograms", 1e-5)):
+        for one, other in zip(first[key], whole[key], strict=True):
+            assert one[:2] == other[:2]  # layer and column
+            assert one[2:6] == pytest.approx(other[2:6], rel=precise, abs=1e-12)
+    assert torch.equal(first["confusion"], whole["confusion"])
+    assert whole["confusion"].sum() == len(whole["labels"]) == 10
+    assert torch.allclose(first["products"], whole["products"], rtol=1e-9)
 
 
 def trained(mesh: Mesh, words: list[str], run_dir: str) -> None:
@@ -81,10 +100,13 @@ def rows(run_dir: Path, *keys: str) -> list[tuple[Any, ...]]:
     return [tuple(row.get(key) for key in ("kind", *keys)) for row in map(json.loads, lines)]
 
 
-def tags(run_dir: Path) -> tuple[set[str], set[str]]:
+def tags(run_dir: Path) -> tuple[set[str], set[str], set[str]]:
     board = EventAccumulator(str(run_dir))
     board.Reload()
-    return set(board.Tags()["scalars"]), set(board.Tags()["images"])
+    scalars, pictures, histograms = (
+        set(board.Tags()[kind]) for kind in ("scalars", "images", "histograms")
+    )
+    return scalars, pictures, histograms
 
 
 def test_tensorboard_changes_no_bit_of_the_training(
@@ -97,14 +119,16 @@ def test_tensorboard_changes_no_bit_of_the_training(
     assert all(torch.equal(one[key], other[key]) for key in one)
     keys = ("step", "loss", "top1", "top5", "exchange_bytes_per_image")
     assert rows(tmp_path / "shown", *keys) == rows(tmp_path / "plain", *keys)
-    scalars, pictures = tags(tmp_path / "shown")
-    assert pictures == {"conv1/kernels", "batch/augmented"}
+    scalars, pictures, histograms = tags(tmp_path / "shown")
+    assert pictures == {"weights_conv1/kernels", "train_batch/augmented", "test/confusion"}
     assert scalars >= {
         "train/top1",
-        "specialisation/column1_off_grey",
+        "weights_conv1/column1_off_grey",
         "units_dead/fc7/column1",
         "units_std/logits",
     }
+    assert histograms >= {"units_histogram/fc7/column1", "weights_gradient/fc8/column1"}
+    assert (tmp_path / "shown" / "00007" / "fc7" / "sprite.png").is_file()
     assert not list((tmp_path / "plain").glob("events.*"))
 
 

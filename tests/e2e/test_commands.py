@@ -89,7 +89,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_directory_has_the_documented_contents(trained: Path) -> None:
     names = {path.name.partition(".")[0] for path in trained.iterdir()}
-    assert names == {"config", "metrics", "events", "checkpoints", "log", "conv1"}
+    projector = {"projector_config", "00006"}
+    assert names == {"config", "metrics", "events", "checkpoints", "log", "conv1", *projector}
     steps = sorted(path.name for path in (trained / "checkpoints").iterdir())
     assert steps == ["step-00000004", "step-00000006"]  # the last two
     train, test = rows(trained), rows(trained, "test")

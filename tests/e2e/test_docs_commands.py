@@ -52,6 +52,7 @@ LEFT_OUT = {
     r"python tests/faults/inject\.py": "takes minutes; tests/faults/test_faults.py runs it",
     r"eval": "changes the shell; tests/unit/test_help.py tests what it runs",
     r"docker": "needs Docker",
+    r"tensorboard": "is a server, which does not end",
     r"launch/gpu_check\.sh": "needs a GPU",
     r"sbatch": "needs Slurm",
     r".*submitit_slurm": "needs Slurm",

@@ -1,6 +1,8 @@
 """torchrun's variables and this machine's resources, checked before ranks start."""
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,3 +181,24 @@ def test_out_of_memory_is_recognised() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     assert device.is_out_of_memory(error.value)
     assert device.memory(torch.device("cpu")) == "this host (cpu)"
+
+
+def test_the_commit_of_a_package_is_not_that_of_a_project_around_it(tmp_path: Path) -> None:
+    package = tmp_path / "project" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        words = ("git", "-C", str(tmp_path / "project"), *who, *words)
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert environment.commit(package) is None
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    assert environment.commit(package) is None  # installed there, but not of this project
+    git("add", "package")
+    git("commit", "-m", "second")
+    assert environment.commit(package) == git("rev-parse", "--short", "HEAD")
+    (package / "__init__.py").write_text("changed")
+    assert environment.commit(package) == git("rev-parse", "--short", "HEAD") + "-dirty"

@@ -7,12 +7,19 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import (
+    SESSION_END_INFO_TAG,
+    SESSION_START_INFO_TAG,
+    parse_session_start_info_plugin_data,
+)
 
 from modelpar.analysis.activations import Activity
+from modelpar.analysis.histograms import Histogram
 from modelpar.analysis.kernels import kernel_picture
 from modelpar.groups import MonitorSettings
 from modelpar.training.metrics import Errors, read_rows, top1_errors
 from modelpar.training.monitor import KERNELS, Monitor
+from modelpar.training.showing import Embedding, Seen
 
 RATES = {"conv1.weight": 0.01, "fc8.weight": 0.01, "fc8.bias": 0.02}
 
@@ -54,8 +61,8 @@ def test_each_step_is_recorded_once_after_a_crash(tmp_path: Path) -> None:
     board.Reload()
     assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in board.Scalars("test/top1")] == [6]
-    assert board.Images("conv1/kernels")[-1].step == 6
-    rates = board.Scalars("rate/fc8.bias")
+    assert board.Images("weights_conv1/kernels")[-1].step == 6
+    rates = board.Scalars("train_rate/fc8.bias")
     assert round(rates[-1].value, 6) == 0.02
     assert [event.value for event in board.Scalars("train/top1")] == [50.0] * 6
 
@@ -112,13 +119,13 @@ def test_scalars_of_figure_3_and_of_the_layers(tmp_path: Path) -> None:
     values = {tag: board.Scalars(tag)[0].value for tag in board.Tags()["scalars"]}
     assert values == pytest.approx(
         {
-            "specialisation/column0_off_grey": 0.0,
-            "specialisation/column0_frequency": 0.0,
-            "specialisation/column0_colour_kernels": 0,
-            "specialisation/column1_off_grey": 1.0,
-            "specialisation/column1_frequency": 0.0,
-            "specialisation/column1_colour_kernels": 48,
-            "specialisation/difference_off_grey": -1.0,
+            "weights_conv1/column0_off_grey": 0.0,
+            "weights_conv1/column0_frequency": 0.0,
+            "weights_conv1/column0_colour_kernels": 0,
+            "weights_conv1/column1_off_grey": 1.0,
+            "weights_conv1/column1_frequency": 0.0,
+            "weights_conv1/column1_colour_kernels": 48,
+            "weights_conv1/difference_off_grey": -1.0,
             "units_mean/conv1/column0": 1.0,
             "units_std/conv1/column0": 2.0,
             "units_zeros/conv1/column0": 0.5,
@@ -156,3 +163,55 @@ def test_kernels_of_both_columns_are_one_picture(tmp_path: Path) -> None:
     watched(tmp_path, 0, 1)
     with Image.open(tmp_path / "conv1.png") as saved:
         assert saved.size[0] == picture.shape[2]
+
+
+def test_settings_versions_and_hyperparameters(tmp_path: Path) -> None:
+    monitor = opened(tmp_path, 0, 5)
+    monitor.describe({"seed": 3, "run_dir": "runs/a", "recipe": {"lr": 0.5, "bias_drop": None}})
+    monitor.finish()
+    monitor.close()
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    texts = {
+        tag: board.Tensors(tag)[0].tensor_proto.string_val[0] for tag in board.Tags()["tensors"]
+    }
+    assert b"    recipe:\n      lr: 0.5\n" in texts["run/settings/text_summary"]
+    assert f"torch: {torch.__version__}".encode() in texts["run/versions/text_summary"]
+    content = board.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
+    given = dict(parse_session_start_info_plugin_data(content).hparams)
+    assert set(given) == {"seed", "recipe.lr", "recipe.bias_drop"}
+    assert given["recipe.lr"].number_value == 0.5
+    assert given["recipe.bias_drop"].string_value == "null"  # a run without it has another value
+    assert board.SummaryMetadata(SESSION_END_INFO_TAG)
+
+
+def test_what_an_evaluation_has_seen(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    units = torch.randn(6, 10, dtype=torch.float64)
+    images = torch.randint(0, 256, (6, 3, 80, 80), dtype=torch.uint8)
+    seen = Seen(
+        [],
+        [Histogram("units_histogram/conv1", 1, -1.0, 3.0, 2.0, 4.0, [1.0, 0.0, 2.0, 3.0])],
+        torch.eye(2, dtype=torch.int64),
+        Embedding(images, [0, 1, 0, 1, 0, 1], units @ units.T),
+    )
+    monitor = opened(tmp_path, 0, 5)
+    monitor.seen(seen, ["brick", "moon"], 5)
+    assert monitor.board
+    monitor.close()
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    (event,) = board.Histograms("units_histogram/conv1/column1")
+    assert event.histogram_value.num == 6
+    assert event.histogram_value.bucket_limit[-1] == 3.0
+    assert board.Images("test/confusion")[0].step == 5
+    place = tmp_path / "00005" / "fc7"
+    assert (place / "metadata.tsv").read_text().split() == ["brick", "moon"] * 3
+    points = [line.split() for line in (place / "tensors.tsv").read_text().splitlines()]
+    assert [len(point) for point in points] == [5] * 6
+    assert "00005/fc7/sprite.png" in (tmp_path / "projector_config.pbtxt").read_text()
+
+    monitor = opened(tmp_path, 5, 9)
+    (tmp_path / "00009").touch()  # so the images cannot be written
+    monitor.seen(seen, ["brick", "moon"], 9)
+    assert "no more pictures and charts (" in capfd.readouterr().err
+    monitor.close()

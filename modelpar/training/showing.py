@@ -1,0 +1,145 @@
+"""What a run shows of its net: activations, gradients, wrong answers and neighbouring images.
+
+Both columns of the first replica take part, since each holds half of it.  What they send each
+other is sent at an evaluation, never in a step, and the ranks send it also where nothing can be
+drawn any more.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from modelpar.analysis.activations import ActivationStats, Activity
+from modelpar.analysis.histograms import SAMPLE, Histogram, gathered, sample
+from modelpar.analysis.neighbours import evenly_spaced, features
+from modelpar.distributed import Mesh, all_reduce_sum
+from modelpar.images.augment import Augmentation
+from modelpar.images.loader import TestLoader
+from modelpar.images.samples import Images
+from modelpar.net import paper
+from modelpar.net.plan import Plan
+from modelpar.net.weights import split
+from modelpar.training.engine import Net
+
+STATS_IMAGES: Final = 128  # test images whose activations are summarized: one batch
+EMBEDDED: Final = 200  # test images; the projector's own analysis is exact up to 200 dimensions
+MOST_CLASSES: Final = paper.NUM_CLASSES  # whose answers are counted: 8 MB
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Stored test images (N, 3, T, T), their labels, and the scalar products of their units.
+
+    ``products`` (N, N) are of the units of the last hidden layer, fc7, of both columns.
+    """
+
+    images: Tensor
+    labels: list[int]
+    products: Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an evaluation has found besides the errors; the last two only at the end of a run."""
+
+    activity: list[Activity]
+    histograms: list[Histogram]
+    confusion: Tensor | None = None
+    embedding: Embedding | None = None
+
+
+class Watch:
+    """Collects what ``Seen`` holds of a net; ``on``: whether the run shows it."""
+
+    def __init__(self, net: Net, plan: Plan, mesh: Mesh, test: TestLoader, *, on: bool) -> None:
+        self.net, self.plan, self.mesh, self.batches = net, plan, mesh, max(1, len(test))
+        self.on = on
+        self.first = on and mesh.replica == 0
+        self.gradients: dict[str, list[Tensor]] = {}  # by weight, of each column here
+        self.stats: ActivationStats | None = None
+        self.confusion: Tensor | None = None
+
+    def see_gradients(self) -> None:
+        """Copy a few of the weights' gradients, which are of the step before an evaluation."""
+        state = {
+            name: weight.grad
+            for name, weight in self.net.named_parameters()
+            if name.endswith(".weight") and weight.grad is not None
+        }
+        whole = self.mesh.pair is None and self.plan.columns > 1
+        columns = split(state) if whole else [state]
+        self.gradients = {
+            name.removesuffix(".weight"): [sample(each[name]) for each in columns]
+            for name in state
+        }
+
+    @contextmanager
+    def evaluation(self, *, ends: bool) -> Generator[Tensor | None]:
+        """Watch an evaluation; yields the counts of its answers, if it ends the run."""
+        if self.first:
+            images = -(-STATS_IMAGES // self.batches)
+            kept = SAMPLE // self.batches
+            self.stats = ActivationStats(self.net, self.plan.columns, self.mesh, images, kept)
+        classes = self.plan.num_classes
+        if self.on and ends and classes <= MOST_CLASSES:
+            self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        with self.stats or nullcontext():
+            yield self.confusion
+
+    def result(self) -> Seen:
+        """Return what the last evaluation has found.  A collective of the mesh.
+
+        The columns send each other half a kilobyte for each layer.
+        """
+        activity: list[Activity] = []
+        histograms: list[Histogram] = []
+        confusion = self.confusion
+        if self.stats:
+            activity = self.stats.result()
+            samples = {
+                f"units_histogram/{name}": kept for name, kept in self.stats.samples.items()
+            }
+            samples |= {f"weights_gradient/{name}": kept for name, kept in self.gradients.items()}
+            histograms = gathered(samples, self.plan.columns, self.mesh)
+        if confusion is not None:
+            confusion = all_reduce_sum(
+                confusion.to(self.mesh.device), self.mesh.replica_group
+            ).cpu()
+        self.gradients, self.stats, self.confusion = {}, None, None
+        return Seen(activity, histograms, confusion)
+
+    def embedding(self, images: Images, lens: Augmentation, batch_size: int) -> Embedding | None:
+        """Return the projector's images, in the first replica; the net is in evaluation mode.
+
+        Each column has half of the units, and the scalar products are the sum of both columns'.
+        They give all distances, with a fifth of the bytes of the units.  A collective of the
+        pair.
+        """
+        if not self.first:
+            return None
+        rows = evenly_spaced(len(images), EMBEDDED)
+        stored: list[Tensor] = []
+        labels: list[int] = []
+        units: list[Tensor] = []
+        for batch, answers in TestLoader(images, batch_size, self.mesh, rows=rows):
+            units.append(features(self.net, lens.center_crop(batch))[1].double())
+            stored.append(batch.cpu())
+            labels += answers.tolist()
+        wide = torch.cat(units)
+        products = all_reduce_sum(wide @ wide.T, self.mesh.pair).cpu()
+        return Embedding(torch.cat(stored), labels, products)
+
+
+def points(products: Tensor) -> Tensor:
+    """Return points (N, D) with the distances of vectors of these scalar products (N, N).
+
+    D is at most N - 1.  The axes are those of a principal component analysis, widest first.
+    """
+    centred = products - products.mean(0) - products.mean(1, keepdim=True) + products.mean()
+    values, vectors = torch.linalg.eigh(centred)
+    kept = values > 1e-9 * values[-1].clamp(min=1e-30)
+    return (vectors[:, kept] * values[kept].sqrt()).flip(1).float()
