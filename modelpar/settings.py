@@ -94,6 +94,9 @@ class RecipeSettings:
     )
     momentum: float = at_least(0, MOMENTUM)
     weight_decay: float = at_least(0, WEIGHT_DECAY)
+    # Differs: neither paper nor code has these rules, and no recipe uses them.
+    label_smoothing: float = at_least(0, 0.0, below=1)  # share of a target for all classes alike
+    clip: float = at_least(0, 0.0)  # largest norm of a step's gradients; 0: any
 
 
 @dataclass

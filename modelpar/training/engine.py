@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from modelpar.device import CompileError
 from modelpar.distributed import Mesh, all_reduce_sum, comm_errors
@@ -80,6 +80,7 @@ class Learner:
 
     def __init__(self, plan: Plan, settings: TrainSettings, mesh: Mesh) -> None:
         self.mesh, self.batch_size, self.seed = mesh, settings.batch_size, settings.seed
+        self.recipe = plan.recipe
         self.net = build(plan, mesh, settings, settings.seed)
         self.link = self.net.link if isinstance(self.net, Column) else None  # to the other column
         names = [name for name, _ in self.net.named_parameters()]  # of this column
@@ -125,6 +126,8 @@ class Learner:
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         loss, logits = self.backward(images, labels)
         self._check_finite(loss)
+        if self.recipe.clip:
+            self._clip()
         self.optimizer.step(self.good)
         return loss, logits
 
@@ -135,25 +138,44 @@ class Learner:
         """
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.replicated(images)
-        loss = functional.cross_entropy(_wide(logits), labels)
+        smoothing = self.recipe.label_smoothing
+        loss = functional.cross_entropy(_wide(logits), labels, label_smoothing=smoothing)
         loss.backward()
         return loss.detach(), logits.detach()
 
     @torch.no_grad()
     def _check_finite(self, loss: Tensor) -> None:
         """Set ``good`` to 0 if the loss or a gradient of any rank is not finite."""
-        gradients = [weight.grad for weight in self.net.parameters() if weight.grad is not None]
+        gradients = self._gradients()
         if loss.is_cuda:  # the largest absolute value is finite if all values are
             finite = get_total_norm(gradients, torch.inf).isfinite() & loss.isfinite()
         else:
             finite = torch.tensor(all_finite([loss, *gradients]), device=loss.device)
-        count = finite.long()
-        if self.link is not None:
-            received, wait = self.link.transport(count)
-            wait()
-            count = count + received
-        all_reduce_sum(count, self.mesh.replica_group)
+        count = all_reduce_sum(self._sum_of_columns(finite.long()), self.mesh.replica_group)
         self.good.mul_(count == self.mesh.world_size)
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        """Scale the gradients to a norm of at most ``recipe.clip``, as torch does.
+
+        The norm is that of both columns; replicas have the same.  Where it overflows ``good``
+        becomes 0.
+        """
+        squares = get_total_norm(self._gradients()).double().square()
+        norm = self._sum_of_columns(squares).sqrt()
+        self.good.mul_(norm.isfinite())
+        clip_grads_with_norm_(self.net.parameters(), self.recipe.clip, norm)
+
+    def _gradients(self) -> list[Tensor]:
+        return [weight.grad for weight in self.net.parameters() if weight.grad is not None]
+
+    def _sum_of_columns(self, value: Tensor) -> Tensor:
+        """Return the sum of a number of 8 bytes over the columns.  A collective of the pair."""
+        if self.link is None:
+            return value
+        received, wait = self.link.transport(value)
+        wait()
+        return value + received
 
     def _draw_masks(self, step: int) -> None:
         first, images = self.mesh.replica * self.batch_size, self.mesh.replicas * self.batch_size

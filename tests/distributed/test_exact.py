@@ -1,6 +1,7 @@
 """Split changes nothing: the pair computes what the whole net computes, to 1e-12 in float64."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -24,6 +25,7 @@ BATCH = 4
 STEPS = 20
 RECIPES = ("paper", "code2012", "clean")
 CROSSINGS = {"conv3", "fc6", "fc7", "fc8"}
+RULES = ("label_smoothing", "clip")
 SLOW = pytest.mark.slow
 
 
@@ -53,7 +55,8 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
     cuda_graph = how.pop("cuda_graph", "auto")
     keys = ("overlap", "chunks", "dtype")
     crossing = CrossingSettings(**{key: how.pop(key) for key in keys if key in how})
-    plan = Plan(Recipe.named(recipe), CLASSES, SIZE, **how)
+    rules = {key: how.pop(key) for key in RULES if key in how}
+    plan = Plan(replace(Recipe.named(recipe), **rules), CLASSES, SIZE, **how)
     settings = TrainSettings(
         crossing=crossing,
         epochs=91,
@@ -157,6 +160,7 @@ def test_pair_equals_whole_net(pair: Ranks, recipe: str, *, overlap: bool) -> No
         },
         {"net": "no_crossing", "norm": "first_only", "crossing_at": ()},
         {"net": "drop_conv4", "activation": "sigmoid"},
+        {"label_smoothing": 0.1, "clip": 0.1},
     ],
     ids=str,
 )
