@@ -13,6 +13,7 @@ from modelpar.settings import (
     ExportSettings,
     FiguresSettings,
     RankSettings,
+    TrainSettings,
     walk,
 )
 
@@ -38,12 +39,27 @@ def check(settings: Any, prefix: str = "") -> None:
     _check_combination(settings)
 
 
+def _check_training(settings: TrainSettings) -> None:
+    """Raise SettingsError for rules of training that do not fit each other."""
+    parts, size = settings.accumulate, settings.batch_size
+    if size % parts:
+        raise SettingsError(
+            f"accumulate={parts}: batch_size={size} cannot be cut into {parts} equal parts; "
+            "use a divisor"
+        )
+    unrecorded = {"accumulate": parts > 1, "recipe.clip": settings.recipe.clip}
+    if settings.cuda_graph == "on" and (used := [key for key in unrecorded if unrecorded[key]]):
+        raise SettingsError(f"cuda_graph=on: not tested with {used[0]}; use cuda_graph=auto")
+
+
 def _check_combination(settings: Any) -> None:
     """Raise SettingsError where settings of a command do not fit each other or the disk."""
     if isinstance(settings, RankSettings):
         if settings.columns == 1 and settings.crossing.dtype not in {None, settings.precision}:
             wrong = f"crossing.dtype={settings.crossing.dtype}: one column has no crossings"
             raise SettingsError(f"{wrong}; use columns=2 or crossing.dtype=null")
+        if isinstance(settings, TrainSettings):
+            _check_training(settings)
     elif isinstance(settings, BenchmarkSettings):
         odd = [size for size in settings.batch_sizes or [] if size % 2]
         if odd and "ddp" in (settings.contenders or CONTENDERS):

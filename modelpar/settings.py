@@ -213,6 +213,7 @@ class TrainSettings(RankSettings):
     control_published: PublishedSettings | None = None  # if the control's is of other images
     epochs: int | None = at_least(1, None)  # in total, resumed ones included; null: data.epochs
     steps: int | None = at_least(1, None)  # ends the run before its epochs do
+    accumulate: int = at_least(1, 1)  # parts of a batch, computed in turn before its update
     seed: int = at_least(0, 0)
     compile: bool = True  # fuse the operations between products with torch.compile
     cuda_graph: str = one_of("auto", "on", "off", default="auto")  # record a GPU's step once

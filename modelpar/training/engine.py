@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -9,14 +10,14 @@ from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from modelpar.device import CompileError
-from modelpar.distributed import Mesh, all_reduce_sum, comm_errors
+from modelpar.distributed import Mesh, all_reduce_sum, comm_errors, unaveraged
 from modelpar.errors import say
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch
 from modelpar.net.alexnet import AlexNet, Column
 from modelpar.net.exchange import Link
 from modelpar.net.four_layer import FourLayer, Torchvision, whole_net
-from modelpar.net.layers import DropoutSeed, fix_dropout
+from modelpar.net.layers import DropoutSeed, fix_dropout, select_masks
 from modelpar.net.plan import Plan
 from modelpar.settings import RankSettings, TrainSettings
 from modelpar.training.graph import Graphed
@@ -80,7 +81,7 @@ class Learner:
 
     def __init__(self, plan: Plan, settings: TrainSettings, mesh: Mesh) -> None:
         self.mesh, self.batch_size, self.seed = mesh, settings.batch_size, settings.seed
-        self.recipe = plan.recipe
+        self.recipe, self.parts = plan.recipe, settings.accumulate
         self.net = build(plan, mesh, settings, settings.seed)
         self.link = self.net.link if isinstance(self.net, Column) else None  # to the other column
         names = [name for name, _ in self.net.named_parameters()]  # of this column
@@ -95,7 +96,9 @@ class Learner:
         self.run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._step
         # The steps of replicas cannot be recorded, because of DistributedDataParallel's hooks.
         # Exchanges in a graph were not tested on two GPUs, so ``auto`` does not record a pair.
-        fused = self.compiled and any(net.blocks.fused for net in nets)
+        # Nor were these rules, see ``checks``.
+        untested = self.parts > 1 or self.recipe.clip
+        fused = self.compiled and any(net.blocks.fused for net in nets) and not untested
         graphs = {"on": True, "auto": mesh.pair is None, "off": False}[settings.cuda_graph]
         if fused and mesh.replicas == 1 and graphs:
             self.run = Graphed(self._step, self.link)
@@ -132,11 +135,29 @@ class Learner:
         return loss, logits
 
     def backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Do forward and backward of images (N, 3, S, S) and labels (N,).
+        """Do forward and backward of images (N, 3, S, S) and labels (N,), in ``parts`` parts.
 
-        Returns the mean loss, a scalar, and the logits (N, classes).  A collective of the mesh.
+        The gradients are those of the mean over the batch.  Returns this mean loss, a scalar, and
+        the logits (N, classes).  A collective of the mesh.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        if self.parts == 1:
+            return self._backward(images, labels)
+        size, first = len(images) // self.parts, self.mesh.replica * len(images)
+        losses, logits = list[Tensor](), list[Tensor]()
+        for at in range(0, len(images), size):
+            part = slice(at, at + size)
+            select_masks(self.net, slice(first + at, first + at + size))
+            with unaveraged(self.replicated) if part.stop < len(images) else nullcontext():
+                loss, scores = self._backward(images[part], labels[part])
+            losses.append(loss)
+            logits.append(scores)
+        for gradient in self._gradients():
+            gradient.div_(self.parts)
+        return torch.stack(losses).mean(), torch.cat(logits)
+
+    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the gradients of a batch, or of one part of it, to those of the weights."""
         logits = self.replicated(images)
         smoothing = self.recipe.label_smoothing
         loss = functional.cross_entropy(_wide(logits), labels, label_smoothing=smoothing)

@@ -63,10 +63,11 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
     plan = plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
     if settings.columns > plan.columns:
         raise SettingsError(f"model.net={plan.net}: has one column; use columns=1")
-    if settings.replicas > 1 and plan.norm == "batch":
-        raise SettingsError(
-            "model.norm=batch: each replica would normalize its own images; use replicas=1"
-        )
+    for key in ("replicas", "accumulate") if plan.norm == "batch" else ():
+        if getattr(settings, key) > 1:
+            raise SettingsError(
+                f"model.norm=batch: each part of a batch would be normalized alone; use {key}=1"
+            )
     cache, replicas = config.cache_dir(settings.cache_dir), settings.replicas
     images = open_set(data, cache, settings.seed, settings.batch_size * replicas)
     plan = replace(plan, num_classes=len(images.classes))

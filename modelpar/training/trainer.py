@@ -114,7 +114,8 @@ class Trainer:
         self.loader = TrainLoader(
             images.train, self.order, self.augmentation, mesh, crops=recipe.crops, workers=workers
         )
-        self.tests = TestLoader(images.test, size, mesh, workers=workers)
+        at_once = size // settings.accumulate  # the images that have to fit into memory
+        self.tests = TestLoader(images.test, at_once, mesh, workers=workers)
         last, every, best = settings.keep_last, settings.keep_every, settings.keep_best
         self.checkpointer = Checkpointer(run_dir, mesh, last=last, every=every, best=best)
         self.meter, self.readback = Meter(self.learner.link, size), Readback(mesh)

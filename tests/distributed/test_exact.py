@@ -53,6 +53,7 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
     channels_last = how.pop("channels_last", True)
     precision = how.pop("precision", "float64")
     cuda_graph = how.pop("cuda_graph", "auto")
+    accumulate = how.pop("accumulate", 1)
     keys = ("overlap", "chunks", "dtype")
     crossing = CrossingSettings(**{key: how.pop(key) for key in keys if key in how})
     rules = {key: how.pop(key) for key in RULES if key in how}
@@ -66,6 +67,7 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
         channels_last=channels_last,
         compile=compiled,
         cuda_graph=cuda_graph,
+        accumulate=accumulate,
     )
     return Learner(plan, settings, mesh)
 
@@ -160,7 +162,6 @@ def test_pair_equals_whole_net(pair: Ranks, recipe: str, *, overlap: bool) -> No
         },
         {"net": "no_crossing", "norm": "first_only", "crossing_at": ()},
         {"net": "drop_conv4", "activation": "sigmoid"},
-        {"label_smoothing": 0.1, "clip": 0.1},
     ],
     ids=str,
 )
@@ -169,6 +170,24 @@ def test_pair_equals_whole_net_with_switches(pair: Ranks, switches: dict[str, An
     columns = pair.run(outcome, "code2012", 3, switches)
     assert relative(columns[0]["logits"], whole["logits"]) < 1e-12
     for kind in ("gradients", "weights"):
+        assert_equal_states([column[kind] for column in columns], whole[kind])
+
+
+@pytest.mark.parametrize("precision", ["float64", pytest.param("bfloat16", marks=SLOW)])
+def test_pair_that_accumulates_equals_whole_net_with_rules_of_today(
+    pair: Ranks, precision: str
+) -> None:
+    """The whole net computes each batch at once, in float64."""
+    rules = {"label_smoothing": 0.1, "clip": 0.1, "conv4_dropout": 0.2}
+    whole = whole_outcome("code2012", 3, **rules)
+    parts = {"accumulate": 2, "precision": precision}
+    columns = pair.run(outcome, "code2012", 3, {**rules, **parts})
+    if precision == "bfloat16":
+        assert columns[0]["losses"] == pytest.approx(whole["losses"], rel=3e-2)
+        return
+    for column in columns:
+        assert column["losses"] == pytest.approx(whole["losses"], rel=1e-12)
+    for kind in ("weights", "velocities"):
         assert_equal_states([column[kind] for column in columns], whole[kind])
 
 
