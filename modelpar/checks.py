@@ -47,7 +47,8 @@ def _check_training(settings: TrainSettings) -> None:
             f"accumulate={parts}: batch_size={size} cannot be cut into {parts} equal parts; "
             "use a divisor"
         )
-    unrecorded = {"accumulate": parts > 1, "recipe.clip": settings.recipe.clip}
+    recipe = settings.recipe
+    unrecorded = {"accumulate": parts > 1, "recipe.clip": recipe.clip, "recipe.ema": recipe.ema}
     if settings.cuda_graph == "on" and (used := [key for key in unrecorded if unrecorded[key]]):
         raise SettingsError(f"cuda_graph=on: not tested with {used[0]}; use cuda_graph=auto")
 

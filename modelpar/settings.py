@@ -97,6 +97,7 @@ class RecipeSettings:
     # Differs: neither paper nor code has these rules, and no recipe uses them.
     label_smoothing: float = at_least(0, 0.0, below=1)  # share of a target for all classes alike
     clip: float = at_least(0, 0.0)  # largest norm of a step's gradients; 0: any
+    ema: float = at_least(0, 0.0, below=1)  # decay of a moving average of the weights; 0: none
 
 
 @dataclass
@@ -235,6 +236,7 @@ class EvaluateSettings(RankSettings):
     checkpoint: Any = path()  # RUN_DIR | STEP_DIR | FILE.safetensors, or a list of them
     weights: str = one_of("equal", "search", default="equal")  # of the nets in their average
     search_images: int | None = at_least(1, None)  # test images to search on; null: a fifth
+    ema: bool = False  # the moving averages of recipe.ema in place of the weights
     out: str | None = path(None)  # FILE.json with the errors, for modelpar-compare
     data: DataSettings = field(default_factory=_run_data)
 
@@ -266,6 +268,7 @@ class ExportSettings:
     """The settings of ``modelpar.export``."""
 
     checkpoint: str = path()
+    ema: bool = False  # the moving average of recipe.ema in place of the weights
     out: str = path()
 
 

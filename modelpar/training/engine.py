@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -97,7 +98,7 @@ class Learner:
         # The steps of replicas cannot be recorded, because of DistributedDataParallel's hooks.
         # Exchanges in a graph were not tested on two GPUs, so ``auto`` does not record a pair.
         # Nor were these rules, see ``checks``.
-        untested = self.parts > 1 or self.recipe.clip
+        untested = self.parts > 1 or self.recipe.clip or self.recipe.ema
         fused = self.compiled and any(net.blocks.fused for net in nets) and not untested
         graphs = {"on": True, "auto": mesh.pair is None, "off": False}[settings.cuda_graph]
         if fused and mesh.replicas == 1 and graphs:
@@ -206,14 +207,44 @@ class Learner:
         fix_dropout(self.net, DropoutSeed(self.seed, step, rows, images))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return what a checkpoint holds: the net's updated weights and means, and velocities."""
-        weights = self.net.state_dict() | self.optimizer.weights()
-        return {"weights": weights, "velocities": self.optimizer.velocities()}
+        """Return what a checkpoint holds: the net's updated weights and means, velocities, ema."""
+        weights, averages = (
+            self.net.state_dict() | self.optimizer.weights(),
+            self.optimizer.averages,
+        )
+        state = {"weights": weights, "velocities": self.optimizer.velocities()}
+        return {**state, "ema": dict(averages)} if averages else state
 
-    def load(self, weights: Mapping[str, Tensor], velocities: Mapping[str, Tensor]) -> None:
-        """Restore what ``state`` returned."""
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        velocities: Mapping[str, Tensor],
+        ema: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Restore what ``state`` returned; without ``ema`` the averages begin at the weights."""
         self.net.load_state_dict(weights)
-        self.optimizer.load(weights, velocities)
+        self.optimizer.load(weights, velocities, ema)
+
+    def averaged(self) -> "Averaged":
+        """Return a net that computes with the moving averages of the weights (``recipe.ema``)."""
+        return Averaged(self.net, self.optimizer.averages)
+
+
+class Averaged(nn.Module):
+    """A net with other weights, which are rounded to its dtype; its own do not change."""
+
+    def __init__(self, net: Net, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.net = net
+        # Some layers ask for a Parameter; a dict does not make them this module's.
+        self.held: dict[str, Tensor] = {
+            name: nn.Parameter(weights[name].to(weight.dtype), requires_grad=False)
+            for name, weight in net.named_parameters()
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (N, classes) of ``images`` (N, 3, S, S)."""
+        return functional_call(self.net, self.held, (images,))
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -233,7 +264,9 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def log_probabilities(net: Net, stored: Tensor, augmentation: Augmentation, views: int) -> Tensor:
+def log_probabilities(
+    net: nn.Module, stored: Tensor, augmentation: Augmentation, views: int
+) -> Tensor:
     """Return the log-probabilities (N, classes) of stored images (N, 3, T, T).
 
     ``views`` 1: of the central crop; 10 and 9: of the mean probabilities of the ten views
@@ -247,7 +280,7 @@ def log_probabilities(net: Net, stored: Tensor, augmentation: Augmentation, view
 
 
 def evaluate(
-    net: Net,
+    net: nn.Module,
     mesh: Mesh,
     batches: Iterable[tuple[Tensor, Tensor]],
     augmentation: Augmentation,

@@ -51,14 +51,18 @@ class TrainedNet:
     seed: int
     images_a_step: int
     classes: list[str] | None  # None: of a version that did not record them
+    kind: str  # of tensors: weights, or their moving average, ema
 
     def weights(self, column: int | None) -> dict[str, Tensor]:
         """Return a column's weights, or the whole net's for None; raises CheckpointError."""
-        return checkpoint.read_part(self.source, "weights", column)
+        return checkpoint.read_part(self.source, self.kind, column)
 
 
-def find(path: str) -> TrainedNet:
-    """Resolve RUN_DIR, STEP_DIR or FILE.safetensors; raises CheckpointError."""
+def find(path: str, *, ema: bool = False) -> TrainedNet:
+    """Resolve RUN_DIR, STEP_DIR or FILE.safetensors; raises CheckpointError.
+
+    ``ema``: with the moving average in place of the weights.
+    """
     source = checkpoint.find(path)
     try:
         if isinstance(source, Checkpoint):
@@ -69,11 +73,17 @@ def find(path: str) -> TrainedNet:
         schema = OmegaConf.structured(DataSettings)
         data: Any = OmegaConf.to_object(OmegaConf.merge(schema, record["data"]))
         plan, numbers = plan_of(record["plan"]), [int(record[key]) for key in RUN_KEYS]
-        return TrainedNet(path, source, plan, data, *numbers, classes=record.get("classes"))
+        classes, kind = record.get("classes"), "ema" if ema else "weights"
     except (*NO_RECORD, OmegaConfBaseException, SettingsError) as error:
         raise CheckpointError(
             f"checkpoint={path}: does not describe the net it holds ({one_line(error)})"
         ) from None
+    if ema and not (isinstance(source, Checkpoint) and plan.recipe.ema):
+        raise CheckpointError(
+            f"checkpoint={path}: has no moving average of the weights; use ema=false, or a run "
+            "that was trained with recipe.ema"
+        )
+    return TrainedNet(path, source, plan, data, *numbers, classes=classes, kind=kind)
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ def _prepare(
     settings: EvaluateSettings, path: str, first: Prepared | None = None, *, train: bool
 ) -> Prepared:
     """Return what one net needs; raises SettingsError if it cannot be averaged with ``first``."""
-    trained = find(path)
+    trained = find(path, ema=settings.ema)
     if settings.columns > trained.plan.columns:
         raise SettingsError(f"checkpoint={path}: its net has one column; use columns=1")
     data = settings.data
@@ -294,7 +304,7 @@ def export(settings: ExportSettings) -> None:
 
     Raises CheckpointError.
     """
-    trained, out = find(settings.checkpoint), Path(settings.out)
+    trained, out = find(settings.checkpoint, ema=settings.ema), Path(settings.out)
     weights = trained.weights(None)
     check_state(whole_net(trained.plan, seed=0), weights, settings.checkpoint)
     record = {

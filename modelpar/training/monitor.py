@@ -71,10 +71,24 @@ class Monitor:
         self._scalars({f"train/{key}": row[key] for key in keys}, row["step"])
         self._scalars({f"rate/{name}": rate for name, rate in rates.items()}, row["step"])
 
-    def test(self, step: int, errors: Errors, num_classes: int, views: int = 1) -> None:
-        """Record and print an evaluation with ``views`` views: errors in %, loss in nats."""
+    def test(
+        self,
+        step: int,
+        errors: Errors,
+        num_classes: int,
+        views: int = 1,
+        averaged: Errors | None = None,
+    ) -> None:
+        """Record and print an evaluation with ``views`` views: errors in %, loss in nats.
+
+        ``averaged``: that of the moving average of the weights.
+        """
         keys = ("loss", "top1", "top5", "standard_error")
         row = {"step": step, **{key: getattr(errors, key) for key in keys}}
+        charts = {f"test/{key}": row[key] for key in keys[:3]}
+        if averaged is not None:
+            row |= {f"ema_{key}": getattr(averaged, key) for key in keys[:3]}
+            charts |= {f"test_ema/{key}": getattr(averaged, key) for key in keys[:3]}
         self.file.write(json.dumps({"kind": "test", **row, "views": views}) + "\n")
         chance = 100 - 100 / num_classes
         show(
@@ -82,7 +96,9 @@ class Monitor:
             f"{errors.standard_error:.2f} %, chance {chance:.2f} %), top-5 {errors.top5:.2f} %, "
             f"loss {errors.loss:.4f}, {errors.samples} images"
         )
-        self._scalars({f"test/{key}": row[key] for key in ("loss", "top1", "top5")}, step)
+        if averaged is not None:
+            show(f"step {step}: the moving average of the weights: {averaged.text}")
+        self._scalars(charts, step)
 
     @contextmanager
     def drawing(self) -> Generator[None]:

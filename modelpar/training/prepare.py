@@ -68,6 +68,11 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
             raise SettingsError(
                 f"model.norm=batch: each part of a batch would be normalized alone; use {key}=1"
             )
+    if plan.norm == "batch" and recipe.ema:
+        raise SettingsError(
+            f"recipe.ema={recipe.ema}: averaged weights would need other statistics than those of "
+            "model.norm=batch; use recipe.ema=0"
+        )
     cache, replicas = config.cache_dir(settings.cache_dir), settings.replicas
     images = open_set(data, cache, settings.seed, settings.batch_size * replicas)
     plan = replace(plan, num_classes=len(images.classes))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelpar import shutdown
 from modelpar.analysis.activations import ActivationStats
@@ -32,7 +32,7 @@ from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint, Checkpointer, num_bytes
 from modelpar.training.consistency import StepCheck
 from modelpar.training.engine import Learner, all_finite, compile_parts, evaluate
-from modelpar.training.metrics import rank_of_label
+from modelpar.training.metrics import Errors, rank_of_label
 from modelpar.training.monitor import Meter, Monitor, show
 from modelpar.training.nonfinite import first_nonfinite
 from modelpar.training.prepare import Prepared, agreed_start
@@ -126,10 +126,10 @@ class Trainer:
         """Load a checkpoint once all ranks have read theirs; raises CheckpointError on all."""
         column = self.mesh.column if self.mesh.pair is not None else None
         with self.mesh.all_or_none():
-            weights = checkpoint.read_part(start, "weights", column)
-            velocities = checkpoint.read_part(start, "velocities", column)
-            check_state(self.learner.net, weights, str(start.folder))
-        self.learner.load(weights, velocities)
+            kinds = self.learner.state()
+            state = {kind: checkpoint.read_part(start, kind, column) for kind in kinds}
+            check_state(self.learner.net, state["weights"], str(start.folder))
+        self.learner.load(**state)
         self.learner.schedule.plateau = Plateau(**start.manifest["schedule"])
         self.step = start.step
         if start.folder.parent == self.checkpointer.folder:  # it need not be saved again
@@ -270,18 +270,23 @@ class Trainer:
             per_batch = -(-STATS_IMAGES // len(self.tests))
             stats = ActivationStats(net, self.plan.columns, mesh, per_batch)
         with stats or nullcontext():
-            batches, groups = self._test_batches(), self.prepared.images.groups
-            errors = evaluate(net, mesh, batches, self.augmentation, groups, views)
-        if not math.isfinite(errors.loss):
-            self._diverged(self.step, f"the test loss is {errors.loss}")
+            errors = self._errors(net, views)
+        averaged = self._errors(self.learner.averaged(), views) if self.plan.recipe.ema else None
         if not ends:
             epoch = self.step // len(self.order) - 1
             self.learner.schedule.plateau.observe(epoch, errors.top1)
         rows = stats.result() if stats else []
         if self.monitor:
             self.monitor.activations(rows, self.step)
-            self.monitor.test(self.step, errors, self.plan.num_classes, views)
+            self.monitor.test(self.step, errors, self.plan.num_classes, views, averaged)
         self.meter.pause()
+
+    def _errors(self, net: nn.Module, views: int) -> Errors:
+        batches, groups = self._test_batches(), self.prepared.images.groups
+        errors = evaluate(net, self.mesh, batches, self.augmentation, groups, views)
+        if not math.isfinite(errors.loss):
+            self._diverged(self.step, f"the test loss is {errors.loss}")
+        return errors
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the test batches; stop at once if asked, since a scheduler may not wait longer."""

@@ -25,7 +25,7 @@ BATCH = 4
 STEPS = 20
 RECIPES = ("paper", "code2012", "clean")
 CROSSINGS = {"conv3", "fc6", "fc7", "fc8"}
-RULES = ("label_smoothing", "clip")
+RULES = ("label_smoothing", "clip", "ema")
 SLOW = pytest.mark.slow
 
 
@@ -87,7 +87,11 @@ def outcome(mesh: Mesh, recipe: str, steps: int, how: dict[str, Any]) -> dict[st
     for step, batch in enumerate(batches(steps, BATCH, mesh.device)):
         own = Batch(batch.images[rows], batch.labels[rows], 0.0)
         losses.append(float(trained.step(own, step, trained.schedule.rates(0))))
-    return {
+    averaged: dict[str, Any] = {}
+    if trained.optimizer.averages:
+        averaged = {"ema": trained.optimizer.averages}
+        averaged["ema_logits"] = trained.averaged().eval()(first.images[rows]).detach()
+    return averaged | {
         "logits": logits.detach(),
         "gradients": gradients,
         "losses": losses,
@@ -178,16 +182,19 @@ def test_pair_that_accumulates_equals_whole_net_with_rules_of_today(
     pair: Ranks, precision: str
 ) -> None:
     """The whole net computes each batch at once, in float64."""
-    rules = {"label_smoothing": 0.1, "clip": 0.1, "conv4_dropout": 0.2}
+    rules = {"label_smoothing": 0.1, "clip": 0.1, "ema": 0.9, "conv4_dropout": 0.2}
     whole = whole_outcome("code2012", 3, **rules)
     parts = {"accumulate": 2, "precision": precision}
     columns = pair.run(outcome, "code2012", 3, {**rules, **parts})
     if precision == "bfloat16":
         assert columns[0]["losses"] == pytest.approx(whole["losses"], rel=3e-2)
+        assert difference(columns[0]["ema_logits"], whole["ema_logits"]) < 3e-2
+        assert columns[0]["ema"]["fc6.weight"].dtype == torch.float32
         return
     for column in columns:
         assert column["losses"] == pytest.approx(whole["losses"], rel=1e-12)
-    for kind in ("weights", "velocities"):
+        assert relative(column["ema_logits"], whole["ema_logits"]) < 1e-12
+    for kind in ("weights", "velocities", "ema"):
         assert_equal_states([column[kind] for column in columns], whole[kind])
 
 

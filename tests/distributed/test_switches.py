@@ -1,5 +1,6 @@
 """Training rules that 2012 did not have: each does what its hand-made form does."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from torch.nn import functional
 
 from modelpar import config
 from modelpar.distributed import Mesh
-from modelpar.errors import SettingsError
+from modelpar.errors import CheckpointError, SettingsError
 from modelpar.images.loader import Batch
 from modelpar.net.plan import Plan, Recipe
-from modelpar.settings import TrainSettings
-from modelpar.training import prepare
+from modelpar.settings import DataSettings, EvaluateSettings, ExportSettings, TrainSettings
+from modelpar.training import evaluation, prepare, trainer
+from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.engine import Learner
+from modelpar.training.metrics import read_rows
 
 CLASSES = 10
 BATCH = 4
@@ -139,21 +142,91 @@ def test_replicas_that_accumulate_and_clip_equal_one_process(two_replicas: Ranks
         assert_equal(rank["velocities"], whole["velocities"])
 
 
+def run(words: list[str], run_dir: Path, *more: str) -> list[dict[str, Any]]:
+    """Train in ``run_dir``; return the rows of its evaluations."""
+    settings = config.read("train", [*words, *more])
+    trainer.train(settings, prepare.prepare(settings), ALONE, run_dir)
+    return [row for row in read_rows(run_dir) if row["kind"] == "test"]
+
+
+@pytest.fixture
+def words(images: Path) -> list[str]:
+    """Return the settings of a run with five steps an epoch."""
+    net = ["model.net=four_layer", "model.norm=none", "model.image_size=28", "recipe=paper"]
+    data = ["data=imagefolder", f"data.root={images}", "workers=0", "batch_size=8", "columns=1"]
+    quiet = ["compile=false", "monitor.progress=false", "monitor.tensorboard=false"]
+    return [*net, *data, *quiet]
+
+
+def test_run_with_all_rules_resumes_bit_for_bit(words: list[str], tmp_path: Path) -> None:
+    rules = ["recipe.label_smoothing=0.1", "recipe.clip=0.1", "recipe.ema=0.9", "accumulate=2"]
+    words = [*words, *rules, "epochs=2"]
+    once = run(words, tmp_path / "once")
+    run(words, tmp_path / "often", "steps=3")
+    often = run(words, tmp_path / "often")
+    assert [row["step"] for row in once] == [5, 10]
+    assert often[1:] == once  # the first one is of the end at step 3
+    assert all(row["ema_loss"] != row["loss"] for row in once)
+    ends = [newest(tmp_path / name) for name in ("once", "often")]
+    for kind in ("weights", "velocities", "ema"):
+        one, other = (read_part(end, kind, None) for end in ends if end is not None)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), kind
+    exported, settings = tmp_path / "net.safetensors", ExportSettings(str(tmp_path / "once"))
+    settings.out, settings.ema = str(exported), True
+    evaluation.export(settings)
+    found = EvaluateSettings(columns=1, batch_size=8, data=DataSettings("", None))
+    for path, ema in ((tmp_path / "once", True), (exported, False)):
+        found.checkpoint, found.ema = str(path), ema
+        errors = evaluation.evaluate_checkpoint(found, evaluation.prepare(found), ALONE)
+        assert errors.members[0].loss == pytest.approx(once[-1]["ema_loss"], rel=1e-6)
+    settings.checkpoint, settings.ema = str(exported), True
+    with pytest.raises(CheckpointError, match="has no moving average of the weights; use ema="):
+        evaluation.export(settings)
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (["accumulate=3"], "accumulate=3: batch_size=128 cannot be cut into 3 equal parts"),
         (["cuda_graph=on", "accumulate=2"], "cuda_graph=on: not tested with accumulate"),
         (["cuda_graph=on", "recipe.clip=1"], "cuda_graph=on: not tested with recipe.clip"),
+        (["cuda_graph=on", "recipe.ema=0.9"], "cuda_graph=on: not tested with recipe.ema"),
+        (["model.norm=batch", "accumulate=2"], "model.norm=batch: each part of a batch would be"),
+        (["model.norm=batch", "recipe.ema=0.9"], "recipe.ema=0.9: averaged weights would need"),
     ],
 )
 def test_what_was_not_tested_together_is_refused(words: list[str], line: str) -> None:
     with pytest.raises(SettingsError) as error:
-        config.read("train", words)
+        prepare.prepare(config.read("train", words))
     assert str(error.value).startswith(line)
 
 
-def test_parts_of_a_batch_are_not_normalized_alone() -> None:
-    settings = config.read("train", ["model.norm=batch", "accumulate=2"])
-    with pytest.raises(SettingsError, match=r"model.norm=batch: .*; use accumulate=1"):
-        prepare.prepare(settings)
+def test_moving_average_is_made_of_the_weights_of_each_step() -> None:
+    trained = small(ema=0.75)
+    expected = {name: weight.clone() for name, weight in trained.optimizer.weights().items()}
+    for step, batch in enumerate(batches(3)):
+        trained.step(batch, step, trained.schedule.rates(0))
+        for name, weight in trained.optimizer.weights().items():
+            expected[name] = 0.75 * expected[name] + 0.25 * weight
+    assert_equal(trained.state()["ema"], expected)
+    (batch,) = batches(1)
+    own = trained.net.eval()(batch.images)
+    other = trained.averaged()(batch.images)
+    assert torch.equal(trained.net(batch.images), own)
+    trained.load(expected, trained.optimizer.velocities(), expected)
+    assert torch.allclose(trained.net(batch.images), other, rtol=1e-12)
+    assert not torch.allclose(own, other, rtol=1e-3)
+
+
+def test_bad_step_does_not_move_the_average() -> None:
+    trained = small(ema=0.75)
+    before = {name: value.clone() for name, value in trained.state()["ema"].items()}
+    trained.step(batches(1)[0], 0, trained.schedule.rates(0))
+    after = {name: value.clone() for name, value in trained.state()["ema"].items()}
+    assert not torch.equal(after["fc10.weight"], before["fc10.weight"])
+    batch = batches(1)[0]
+    batch.images[0, 0, 0, 0] = torch.nan
+    for step in (1, 2):
+        trained.step(batch, step, trained.schedule.rates(0))
+        assert_equal(trained.state()["ema"], after, tolerance=0.0)
