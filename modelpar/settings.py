@@ -215,6 +215,8 @@ class TrainSettings(RankSettings):
     epochs: int | None = at_least(1, None)  # in total, resumed ones included; null: data.epochs
     steps: int | None = at_least(1, None)  # ends the run before its epochs do
     accumulate: int = at_least(1, 1)  # parts of a batch, computed in turn before its update
+    # Differs: runs of 2012 ended by hand.
+    early_stopping: int = at_least(0, 0)  # evaluations without a better error; 0: never
     seed: int = at_least(0, 0)
     compile: bool = True  # fuse the operations between products with torch.compile
     cuda_graph: str = one_of("auto", "on", "off", default="auto")  # record a GPU's step once

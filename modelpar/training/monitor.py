@@ -78,10 +78,12 @@ class Monitor:
         num_classes: int,
         views: int = 1,
         averaged: Errors | None = None,
+        early_stopping: int = 0,
     ) -> None:
         """Record and print an evaluation with ``views`` views: errors in %, loss in nats.
 
-        ``averaged``: that of the moving average of the weights.
+        ``averaged``: that of the moving average of the weights.  ``early_stopping``: the number of
+        evaluations without a better one that end the run with this one, 0 if it does not end.
         """
         keys = ("loss", "top1", "top5", "standard_error")
         row = {"step": step, **{key: getattr(errors, key) for key in keys}}
@@ -89,6 +91,11 @@ class Monitor:
         if averaged is not None:
             row |= {f"ema_{key}": getattr(averaged, key) for key in keys[:3]}
             charts |= {f"test_ema/{key}": getattr(averaged, key) for key in keys[:3]}
+        if early_stopping:
+            row["early_stopping"] = early_stopping
+            show(
+                f"step {step}: no better test error in {early_stopping} evaluations, the run ends"
+            )
         self.file.write(json.dumps({"kind": "test", **row, "views": views}) + "\n")
         chance = 100 - 100 / num_classes
         show(

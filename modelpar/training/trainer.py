@@ -8,7 +8,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -271,14 +271,21 @@ class Trainer:
             stats = ActivationStats(net, self.plan.columns, mesh, per_batch)
         with stats or nullcontext():
             errors = self._errors(net, views)
-        averaged = self._errors(self.learner.averaged(), views) if self.plan.recipe.ema else None
         if not ends:
-            epoch = self.step // len(self.order) - 1
-            self.learner.schedule.plateau.observe(epoch, errors.top1)
+            plateau = replace(self.learner.schedule.plateau)
+            plateau.observe(self.step // len(self.order) - 1, errors.top1)
+            if 0 < self.settings.early_stopping <= plateau.worse:
+                self._save()  # the state before this evaluation, as always
+                self.total = self.step
+                self._evaluate()
+                return
+            self.learner.schedule.plateau = plateau
+        averaged = self._errors(self.learner.averaged(), views) if self.plan.recipe.ema else None
         rows = stats.result() if stats else []
         if self.monitor:
             self.monitor.activations(rows, self.step)
-            self.monitor.test(self.step, errors, self.plan.num_classes, views, averaged)
+            early = self.settings.early_stopping * (self.total < self.prepared.steps)
+            self.monitor.test(self.step, errors, self.plan.num_classes, views, averaged, early)
         self.meter.pause()
 
     def _errors(self, net: nn.Module, views: int) -> Errors:
@@ -301,7 +308,9 @@ class Trainer:
     # -- checkpoints -----------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Start a checkpoint of this step, after an earlier one is published."""
+        """Start a checkpoint of this step if it has none, after an earlier one is published."""
+        if self.checkpointer.last_step == self.step:
+            return
         self._read()
         self._show_kernels(self.checkpointer.finish())
         state = self.learner.state()
@@ -322,8 +331,7 @@ class Trainer:
         self.meter.pause()
 
     def _save_and_stop(self, stop: int) -> NoReturn:
-        if self.checkpointer.last_step != self.step:
-            self._save()
+        self._save()
         self._show_kernels(self.checkpointer.finish())
         resume = "" if self.settings.resume == "auto" else " resume=auto"
         raise StoppedError(

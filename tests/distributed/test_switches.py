@@ -17,10 +17,11 @@ from modelpar.errors import CheckpointError, SettingsError
 from modelpar.images.loader import Batch
 from modelpar.net.plan import Plan, Recipe
 from modelpar.settings import DataSettings, EvaluateSettings, ExportSettings, TrainSettings
+from modelpar.studies import runs
 from modelpar.training import evaluation, prepare, trainer
 from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.engine import Learner
-from modelpar.training.metrics import read_rows
+from modelpar.training.metrics import Errors, read_rows
 
 CLASSES = 10
 BATCH = 4
@@ -152,7 +153,7 @@ def run(words: list[str], run_dir: Path, *more: str) -> list[dict[str, Any]]:
 @pytest.fixture
 def words(images: Path) -> list[str]:
     """Return the settings of a run with five steps an epoch."""
-    net = ["model.net=four_layer", "model.norm=none", "model.image_size=28", "recipe=paper"]
+    net = ["model.net=four_layer", "model.norm=none", "model.image_size=8", "recipe=paper"]
     data = ["data=imagefolder", f"data.root={images}", "workers=0", "batch_size=8", "columns=1"]
     quiet = ["compile=false", "monitor.progress=false", "monitor.tensorboard=false"]
     return [*net, *data, *quiet]
@@ -183,6 +184,36 @@ def test_run_with_all_rules_resumes_bit_for_bit(words: list[str], tmp_path: Path
     settings.checkpoint, settings.ema = str(exported), True
     with pytest.raises(CheckpointError, match="has no moving average of the weights; use ema="):
         evaluation.export(settings)
+
+
+def test_run_ends_after_evaluations_without_a_better_one(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top1 = {5: 50.0, 10: 40.0, 12: 30.0, 15: 41.0, 20: 40.0, 25: 45.0}
+
+    def errors(self: trainer.Trainer, _net: torch.nn.Module, views: int) -> Errors:
+        return Errors(top1[self.step] - (views > 1), 1.0, 1.0, 10, 1.0)
+
+    monkeypatch.setattr(trainer.Trainer, "_errors", errors)
+    words = [*words, "epochs=6", "views=10"]
+    hasty, often = tmp_path / "hasty", tmp_path / "often"
+    rows = run(words, hasty, "early_stopping=2")
+    found = [(row["step"], row["views"], row["top1"], row.get("early_stopping")) for row in rows]
+    expected = [(5, 1, 50, None), (10, 1, 40, None), (15, 1, 41, None), (20, 10, 39, 2)]
+    assert found == expected
+    run(words, often, "early_stopping=2", "steps=12")  # this end is no evaluation that counts
+    assert [row for row in run(words, often, "early_stopping=2") if row["step"] != 12] == rows
+    ends = [newest(folder) for folder in (hasty, often)]
+    assert [end.step for end in ends if end is not None] == [20, 20]
+    saved = [read_part(end, "weights", None) for end in ends if end is not None]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    before = (hasty / "metrics.jsonl").read_text()
+    assert run(words, hasty, "early_stopping=2") == rows  # finished
+    assert (hasty / "metrics.jsonl").read_text() == before
+    assert runs.read(hasty).finished
+    longer = run(words, hasty, "early_stopping=3")
+    found = [(row["step"], row["views"], row.get("early_stopping")) for row in longer]
+    assert found == [*((step, 1, None) for step in (5, 10, 15, 20)), (25, 10, 3)]
 
 
 @pytest.mark.parametrize(
