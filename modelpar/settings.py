@@ -269,7 +269,7 @@ class BenchmarkSettings(ProcessSettings):
 class ExportSettings:
     """The settings of ``modelpar.export``."""
 
-    checkpoint: str = path()
+    checkpoint: Any = path()  # RUN_DIR | STEP_DIR | FILE.safetensors, or steps of one training
     ema: bool = False  # the moving average of recipe.ema in place of the weights
     out: str = path()
 

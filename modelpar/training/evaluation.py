@@ -1,4 +1,4 @@
-"""Evaluates and exports trained weights: of a run, of one of its steps, or of one file."""
+"""Evaluates trained weights: of a run, of one of its steps, or of one file."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import safetensors
-import safetensors.torch
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,10 +23,9 @@ from modelpar.images.loader import check_open_files
 from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
-from modelpar.net.four_layer import whole_net
-from modelpar.net.plan import Plan, plan_of, settings_of
+from modelpar.net.plan import Plan, plan_of
 from modelpar.net.weights import check_state
-from modelpar.settings import DataSettings, EvaluateSettings, ExportSettings
+from modelpar.settings import DataSettings, EvaluateSettings
 from modelpar.training import checkpoint
 from modelpar.training.averaging import Member, Pass, split
 from modelpar.training.checkpoint import Checkpoint
@@ -105,10 +103,7 @@ def prepare(
     ``train``: with the training images, which a run's checkpoint does not need otherwise.
     Raises CheckpointError, SettingsError, DataError.
     """
-    given = settings.checkpoint
-    if not given:
-        raise SettingsError(f"checkpoint={given}: use a path, or a list of paths, [PATH,PATH]")
-    paths = given if isinstance(given, list) else [given]
+    paths = paths_of(settings.checkpoint)
     if len(paths) == 1 and settings.weights == "search":
         raise SettingsError("weights=search: one net has no weights; use checkpoint=[PATH,PATH]")
     if settings.search_images and settings.weights != "search":
@@ -118,6 +113,13 @@ def prepare(
     if settings.weights == "search":
         rows(settings, found)
     return found
+
+
+def paths_of(given: Any) -> list[str]:
+    """Return the paths of ``checkpoint=PATH`` or ``checkpoint=[PATH,PATH]``."""
+    if not given:
+        raise SettingsError(f"checkpoint={given}: use a path, or a list of paths, [PATH,PATH]")
+    return given if isinstance(given, list) else [given]
 
 
 def _prepare(
@@ -297,23 +299,3 @@ def lines(found: Evaluation) -> list[str]:
         how = f"weights {shares} searched on {found.searched} other test images"
     named = [f"{path}: {text}" for path, text in zip(found.checkpoints, each, strict=True)]
     return [*named, f"average of {len(each)} nets, {how}: {found.average.text}"]
-
-
-def export(settings: ExportSettings) -> None:
-    """Write the whole net to one safetensors file, and print a line that describes it.
-
-    Raises CheckpointError.
-    """
-    trained, out = find(settings.checkpoint, ema=settings.ema), Path(settings.out)
-    weights = trained.weights(None)
-    check_state(whole_net(trained.plan, seed=0), weights, settings.checkpoint)
-    record = {
-        "plan": settings_of(trained.plan),
-        "data": config.without_secrets(asdict(trained.data)),
-        **{key: getattr(trained, key) for key in (*RUN_KEYS, "classes")},
-    }
-    content = safetensors.torch.save(weights, {METADATA: json.dumps(record)})
-    write_out(out, content)
-    parameters = sum(value.numel() for value in weights.values())
-    name = trained.plan.recipe.name
-    print(f"{out}: {len(weights)} tensors, {parameters:,} parameters, {name}")  # noqa: T201

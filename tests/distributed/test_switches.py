@@ -1,7 +1,8 @@
 """Training rules that 2012 did not have: each does what its hand-made form does."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from modelpar.images.loader import Batch
 from modelpar.net.plan import Plan, Recipe
 from modelpar.settings import DataSettings, EvaluateSettings, ExportSettings, TrainSettings
 from modelpar.studies import runs
-from modelpar.training import evaluation, prepare, trainer
-from modelpar.training.checkpoint import newest, read_part
+from modelpar.training import evaluation, export, prepare, trainer
+from modelpar.training.checkpoint import newest, open_step, read_part, read_tensors
 from modelpar.training.engine import Learner
 from modelpar.training.metrics import Errors, read_rows
 
@@ -150,8 +151,7 @@ def run(words: list[str], run_dir: Path, *more: str) -> list[dict[str, Any]]:
     return [row for row in read_rows(run_dir) if row["kind"] == "test"]
 
 
-@pytest.fixture
-def words(images: Path) -> list[str]:
+def small_run(images: Path) -> list[str]:
     """Return the settings of a run with five steps an epoch."""
     net = ["model.net=four_layer", "model.norm=none", "model.image_size=8", "recipe=paper"]
     data = ["data=imagefolder", f"data.root={images}", "workers=0", "batch_size=8", "columns=1"]
@@ -159,35 +159,85 @@ def words(images: Path) -> list[str]:
     return [*net, *data, *quiet]
 
 
-def test_run_with_all_rules_resumes_bit_for_bit(words: list[str], tmp_path: Path) -> None:
+class Stopped(NamedTuple):
+    """A run with all rules that was stopped at step 3 and continued, and one that was not."""
+
+    once: Path
+    often: Path
+    rows: list[dict[str, Any]]  # of the evaluations of the first
+
+
+@pytest.fixture(scope="module")
+def stopped(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     rules = ["recipe.label_smoothing=0.1", "recipe.clip=0.1", "recipe.ema=0.9", "accumulate=2"]
-    words = [*words, *rules, "epochs=2"]
-    once = run(words, tmp_path / "once")
-    run(words, tmp_path / "often", "steps=3")
-    often = run(words, tmp_path / "often")
-    assert [row["step"] for row in once] == [5, 10]
-    assert often[1:] == once  # the first one is of the end at step 3
-    assert all(row["ema_loss"] != row["loss"] for row in once)
-    ends = [newest(tmp_path / name) for name in ("once", "often")]
+    words, place = [*small_run(images), *rules, "epochs=2"], tmp_path_factory.mktemp("rules")
+    once, often = place / "once", place / "often"
+    rows = run(words, once)
+    run(words, often, "steps=3")
+    assert run(words, often)[1:] == rows  # the first one is of the end at step 3
+    return Stopped(once, often, rows)
+
+
+def test_run_with_all_rules_resumes_bit_for_bit(stopped: Stopped) -> None:
+    assert [row["step"] for row in stopped.rows] == [5, 10]
+    assert all(row["ema_loss"] != row["loss"] for row in stopped.rows)
+    ends = [newest(stopped.once), newest(stopped.often)]
     for kind in ("weights", "velocities", "ema"):
-        one, other = (read_part(end, kind, None) for end in ends if end is not None)
+        one, other = (read_part(end, kind, None) for end in ends)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one), kind
-    exported, settings = tmp_path / "net.safetensors", ExportSettings(str(tmp_path / "once"))
-    settings.out, settings.ema = str(exported), True
-    evaluation.export(settings)
-    found = EvaluateSettings(columns=1, batch_size=8, data=DataSettings("", None))
-    for path, ema in ((tmp_path / "once", True), (exported, False)):
-        found.checkpoint, found.ema = str(path), ema
-        errors = evaluation.evaluate_checkpoint(found, evaluation.prepare(found), ALONE)
-        assert errors.members[0].loss == pytest.approx(once[-1]["ema_loss"], rel=1e-6)
-    settings.checkpoint, settings.ema = str(exported), True
+
+
+def test_average_of_a_checkpoint_is_evaluated_and_exported(
+    stopped: Stopped, tmp_path: Path
+) -> None:
+    exported = tmp_path / "net.safetensors"
+    export.export(ExportSettings(str(stopped.once), ema=True, out=str(exported)))
+    settings = EvaluateSettings(columns=1, batch_size=8, data=DataSettings("", None))
+    for path, ema in ((stopped.once, True), (exported, False)):
+        settings.checkpoint, settings.ema = str(path), ema
+        found = evaluation.evaluate_checkpoint(settings, evaluation.prepare(settings), ALONE)
+        assert found.members[0].loss == pytest.approx(stopped.rows[-1]["ema_loss"], rel=1e-6)
     with pytest.raises(CheckpointError, match="has no moving average of the weights; use ema="):
-        evaluation.export(settings)
+        export.export(ExportSettings(str(exported), ema=True, out=str(tmp_path / "a.safetensors")))
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_export_of_several_steps_has_their_mean(
+    stopped: Stopped, tmp_path: Path, *, ema: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [stopped.often / "checkpoints" / f"step-{step:08d}" for step in (3, 10)]
+    words = [f"checkpoint=[{steps[1]},{steps[0]}]", f"ema={ema}"]
+    export.export(config.read("export", [*words, f"out={tmp_path / 'mean.safetensors'}"]))
+    assert "mean of 2 checkpoints" in capsys.readouterr().out
+    parts = [read_part(open_step(step), "ema" if ema else "weights", None) for step in steps]
+    mean = read_tensors(tmp_path / "mean.safetensors")
+    assert mean.keys() == parts[0].keys()
+    for name, value in mean.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, ((parts[0][name].double() + parts[1][name]) / 2).float())
+    assert evaluation.find(str(tmp_path / "mean.safetensors")).step == 10
+
+
+def test_only_steps_of_one_training_are_averaged(stopped: Stopped) -> None:
+    one = evaluation.find(str(stopped.once))
+    early = evaluation.find(str(stopped.often / "checkpoints" / "step-00000003"))
+    for other, line in (
+        (one, "step 10 is there twice"),
+        (replace(early, seed=1), "another seed than"),
+        (replace(early, plan=replace(early.plan, activation="tanh")), "another plan than"),
+    ):
+        with pytest.raises(SettingsError, match=f"^checkpoint={other.path}: {line}"):
+            export.mean_weights([one, other])
+    batch = [
+        replace(each, plan=Plan(Recipe.named("paper"), norm="batch")) for each in (one, early)
+    ]
+    with pytest.raises(SettingsError, match=r"statistics than those of model.norm=batch; use one"):
+        export.mean_weights(batch)
 
 
 def test_run_ends_after_evaluations_without_a_better_one(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     top1 = {5: 50.0, 10: 40.0, 12: 30.0, 15: 41.0, 20: 40.0, 25: 45.0}
 
@@ -195,7 +245,7 @@ def test_run_ends_after_evaluations_without_a_better_one(
         return Errors(top1[self.step] - (views > 1), 1.0, 1.0, 10, 1.0)
 
     monkeypatch.setattr(trainer.Trainer, "_errors", errors)
-    words = [*words, "epochs=6", "views=10"]
+    words = [*small_run(images), "epochs=6", "views=10"]
     hasty, often = tmp_path / "hasty", tmp_path / "often"
     rows = run(words, hasty, "early_stopping=2")
     found = [(row["step"], row["views"], row["top1"], row.get("early_stopping")) for row in rows]

@@ -18,6 +18,7 @@ from modelpar import config, evaluate, export, train
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, LaunchError
 from modelpar.training import checkpoint, evaluation, prepare, trainer
+from modelpar.training.export import export as export_file
 
 MAINS: dict[str, Callable[[], Any]] = {
     "train": train.main,
@@ -219,7 +220,7 @@ def test_val_alone_is_enough_to_evaluate(place: Path) -> None:
 
 
 def test_an_export_knows_its_classes_and_old_checkpoints_load(place: Path) -> None:
-    evaluation.export(config.read("export", ["checkpoint=run", "out=net.safetensors"]))
+    export_file(config.read("export", ["checkpoint=run", "out=net.safetensors"]))
     exported = evaluation.find("net.safetensors")
     assert exported.classes == ["dark", "light"]
     manifest = place / STEP / "manifest.json"

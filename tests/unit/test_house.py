@@ -57,6 +57,7 @@ FLOORS = [
     ["training.nonfinite", "training.prepare"],
     ["training.trainer", "training.averaging"],
     ["training.evaluation"],
+    ["training.export"],
     ["studies.runs", "studies.averages"],
     ["studies.comparison", "studies.snapshots"],
     ["studies.plots"],
