@@ -9,7 +9,7 @@ from modelpar.declare import walk
 from modelpar.errors import SettingsError, refuse_choice
 from modelpar.files import check_writable
 from modelpar.schemas import BenchmarkSettings, ExportSettings, FiguresSettings, PredictSettings
-from modelpar.settings import EvaluateSettings, RankSettings
+from modelpar.settings import EvaluateSettings, RankSettings, TrainSettings
 
 # What the file that ``out`` names may end in.
 FILES: Final[dict[type, tuple[str, ...]]] = {
@@ -38,6 +38,22 @@ def check(settings: Any, prefix: str = "") -> None:
             if one >= limits["below"]:
                 raise SettingsError(f"{key}={one}: use a number below {limits['below']}")
     _check_combination(settings)
+    if isinstance(settings, TrainSettings):
+        _check_training(settings)
+
+
+def _check_training(settings: TrainSettings) -> None:
+    """Raise SettingsError for rules of training that do not fit each other."""
+    parts, size = settings.accumulate, settings.batch_size
+    if size % parts:
+        raise SettingsError(
+            f"accumulate={parts}: batch_size={size} cannot be cut into {parts} equal parts; "
+            "use a divisor"
+        )
+    recipe = settings.recipe
+    unrecorded = {"accumulate": parts > 1, "recipe.clip": recipe.clip, "recipe.ema": recipe.ema}
+    if settings.cuda_graph == "on" and (used := [key for key in unrecorded if unrecorded[key]]):
+        raise SettingsError(f"cuda_graph=on: not tested with {used[0]}; use cuda_graph=auto")
 
 
 def _check_combination(settings: Any) -> None:

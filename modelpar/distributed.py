@@ -7,7 +7,7 @@ since gloo returns wrong numbers, without an error, for tensors that are not con
 import os
 import re
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -228,6 +228,11 @@ def _name_own_host(env: Environment) -> None:
     os.environ["NCCL_HOSTID"] = f"modelpar-{env.rank}"
     if env.one_host:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+
+
+def unaveraged(net: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which ``data_parallel`` adds gradients up and averages none."""
+    return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
 
 
 # -- collectives ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from functools import partial
 
 from modelpar import command
 
-main = partial(command.main, "export", "training.trained:export")
+main = partial(command.main, "export", "training.export:export")
 
 if __name__ == "__main__":
     main()

@@ -137,6 +137,26 @@ class RecipeSettings:
         WEIGHT_DECAY,
         means="share of a parameter that each step subtracts, times the rate (section 5)",
     )
+    # Differs: neither paper nor code has these rules, and no recipe uses them.
+    label_smoothing: float = at_least(
+        0,
+        0.0,
+        below=1,
+        means="share of each target that is spread evenly over all classes, as in torch; the "
+        "training loss that is shown is of these targets, the test loss is not",
+    )
+    clip: float = at_least(
+        0,
+        0.0,
+        means="largest norm of the gradients of a step, over all parameters of both columns; a "
+        "larger gradient is scaled to it, `0`: none is",
+    )
+    ema: float = at_least(
+        0,
+        0.0,
+        below=1,
+        means="decay of a moving average of the weights, which has its own test error; `0`: none",
+    )
 
 
 @dataclass

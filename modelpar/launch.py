@@ -289,9 +289,10 @@ def resource_errors(settings: Any, mesh: Mesh, run_dir: Path | None) -> Generato
     except RuntimeError as error:
         if not device.is_out_of_memory(error):
             raise
+        fix = "accumulate=N, " * hasattr(settings, "accumulate")
         raise LaunchError(
             f"rank {mesh.rank}: out of memory on {device.memory(mesh.device)} at "
-            f"batch_size={settings.batch_size}; use a smaller one, or more replicas"
+            f"batch_size={settings.batch_size}; use {fix}a smaller one, or more replicas"
         ) from None
 
 

@@ -42,6 +42,9 @@ class PredictSettings(RankSettings):
     """The settings of ``modelpar.predict``."""
 
     checkpoint: str = path(unit="path", means="which weights")
+    ema: bool = declare(
+        False, means="use the moving average of `recipe.ema` in place of the weights"
+    )
     images: Any = path(
         as_given=True,
         unit="path or list of paths",
@@ -137,7 +140,13 @@ class BenchmarkSettings(ProcessSettings):
 class ExportSettings:
     """The settings of ``modelpar.export``."""
 
-    checkpoint: str = path(unit="path", means="which weights")
+    checkpoint: Any = path(
+        unit="path or list of paths",
+        means="which weights; of several steps of one training their mean",
+    )
+    ema: bool = declare(
+        False, means="export the moving average of `recipe.ema` in place of the weights"
+    )
     out: str = path(unit="file", means="name of the file, which must end in `.safetensors`")
 
 

@@ -132,6 +132,22 @@ class TrainSettings(RankSettings):
     steps: int | None = at_least(
         1, None, means="total number of steps; ends the run before its epochs are over"
     )
+    # Differs: runs of 2012 ended by hand.
+    early_stopping: int = at_least(
+        0,
+        0,
+        unit="evaluations",
+        means="end the run after so many evaluations in a row without a lower top-1 test error; "
+        "`0`: never. The same command with a larger number continues it",
+    )
+    accumulate: int = at_least(
+        1,
+        1,
+        unit="divisor of `batch_size`",
+        means="number of equal parts in which a batch is computed, one after the other, before "
+        "its update. The images, dropout masks, learning rates and rows of a step are those of "
+        "the whole batch, so only memory and rounding change",
+    )
     seed: int = at_least(
         0,
         0,
@@ -150,7 +166,8 @@ class TrainSettings(RankSettings):
         default="auto",
         means="`auto`: a GPU records the training step of a single process as a CUDA graph and "
         "replays it; `on`: also that of a pair, whose exchanges inside a graph were not tested on "
-        "two GPUs; needs `compile=true` and float32 or bfloat16",
+        "two GPUs; needs `compile=true` and float32 or bfloat16; steps with `accumulate`, "
+        "`recipe.clip` or `recipe.ema` are not recorded",
     )
     run_dir: str | None = path(
         None,
@@ -204,6 +221,9 @@ class EvaluateSettings(RankSettings):
 
     checkpoint: Any = path(
         unit="path or list of paths", means="which weights; several nets are also averaged"
+    )
+    ema: bool = declare(
+        False, means="evaluate the moving averages of `recipe.ema` in place of the weights"
     )
     weights: str = one_of("equal", "search", default="equal", means="of the nets in their average")
     search_images: int | None = at_least(

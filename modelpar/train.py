@@ -14,7 +14,7 @@ from functools import partial
 
 from modelpar import command
 
-main = partial(command.main, "train", "training.trainer:train", "training.prepare:prepare")
+main = partial(command.main, "train", "training.runner:train", "training.prepare:prepare")
 
 if __name__ == "__main__":
     main()

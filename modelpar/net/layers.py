@@ -284,7 +284,11 @@ class Dropout(nn.Module):
             self.whole = torch.empty(seed.total, self.units, dtype=torch.bool, device=device)
         source = generator(seed.seed, "dropout", self.layer, seed.step, device=device)
         self.whole.bernoulli_(1 - self.rate, generator=source)
-        self.kept = self.whole[seed.rows, self.columns]
+        self.select(seed.rows)
+
+    def select(self, rows: slice) -> None:
+        """Use the mask of these images of the global batch in the next forwards."""
+        self.kept = self.whole[rows, self.columns]
 
 
 def fix_dropout(net: nn.Module, seed: DropoutSeed | None) -> None:
@@ -296,6 +300,13 @@ def fix_dropout(net: nn.Module, seed: DropoutSeed | None) -> None:
                 module.kept = None
             else:
                 module.draw(seed, device)
+
+
+def select_masks(net: nn.Module, rows: slice) -> None:
+    """Let the next forwards use the masks of these images of the global batch."""
+    for module in net.modules():
+        if isinstance(module, Dropout):
+            module.select(rows)
 
 
 # -- what a plan chooses -------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from modelpar.training.metrics import METRICS
 from modelpar.training.run_dir import CONFIG
 
 # The settings that identify a training. The others are its seed, where it ran, what it reported.
-IDENTIFYING: Final = ("recipe", "model", "epochs", "steps", "batch_size", "views", "precision")
+LENGTH: Final = ("epochs", "steps", "early_stopping")
+IDENTIFYING: Final = ("recipe", "model", *LENGTH, "batch_size", "views", "precision")
 SIZES: Final = ("model.image_size", "model.num_classes")
 GOAL: Final = 25.0  # figure 1: training error in %
 
@@ -94,6 +95,7 @@ def run_of(folder: Path, settings: dict[str, Any], rows: Sequence[Mapping[str, A
         length = length or SCHEDULES[settings["recipe"]["schedule"]].length
         ended = rows[-1]["step"] >= (settings.get("steps") or math.inf)
         ended = ended or steps[-1]["epoch"] + 1 >= length
+        ended = ended or "early_stopping" in rows[-1]
         finished = ended and rows[-1].get("views", views) == views  # old rows: no views
     return Run(
         folder,

@@ -2,21 +2,23 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from modelpar.device import CompileError
-from modelpar.distributed import Mesh, all_reduce_sum, comm_errors
+from modelpar.distributed import Mesh, all_reduce_sum, comm_errors, unaveraged
 from modelpar.errors import say
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch
 from modelpar.net.alexnet import AlexNet, Column
 from modelpar.net.exchange import Link
 from modelpar.net.four_layer import FourLayer, Torchvision, whole_net
-from modelpar.net.layers import DropoutSeed, fix_dropout
+from modelpar.net.layers import DropoutSeed, fix_dropout, select_masks
 from modelpar.net.plan import Plan
 from modelpar.settings import RankSettings, TrainSettings
 from modelpar.training.graph import Graphed
@@ -80,6 +82,7 @@ class Learner:
 
     def __init__(self, plan: Plan, settings: TrainSettings, mesh: Mesh) -> None:
         self.mesh, self.batch_size, self.seed = mesh, settings.batch_size, settings.seed
+        self.recipe, self.parts = plan.recipe, settings.accumulate
         self.net = build(plan, mesh, settings, settings.seed)
         self.link = self.net.link if isinstance(self.net, Column) else None  # to the other column
         names = [name for name, _ in self.net.named_parameters()]  # of this column
@@ -94,7 +97,9 @@ class Learner:
         self.run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._step
         # The steps of replicas cannot be recorded, because of DistributedDataParallel's hooks.
         # Exchanges in a graph were not tested on two GPUs, so ``auto`` does not record a pair.
-        fused = self.compiled and any(net.blocks.fused for net in nets)
+        # Nor were these rules, see ``checks``.
+        untested = self.parts > 1 or self.recipe.clip or self.recipe.ema
+        fused = self.compiled and any(net.blocks.fused for net in nets) and not untested
         graphs = {"on": True, "auto": mesh.pair is None, "off": False}[settings.cuda_graph]
         if fused and mesh.replicas == 1 and graphs:
             self.run = Graphed(self._step, self.link)
@@ -134,35 +139,74 @@ class Learner:
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         loss, logits = self.backward(images, labels)
         self._check_finite(loss)
+        if self.recipe.clip:
+            self._clip()
         self.optimizer.step(self.good)
         return loss, logits
 
     def backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Do forward and backward of images (N, 3, S, S) and labels (N,).
+        """Do forward and backward of images (N, 3, S, S) and labels (N,), in ``parts`` parts.
 
-        Returns the mean loss, a scalar, and the logits (N, classes).  A collective of the mesh.
+        The gradients are those of the mean over the batch.  Returns this mean loss, a scalar, and
+        the logits (N, classes).  A collective of the mesh.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        if self.parts == 1:
+            return self._backward(images, labels)
+        size, first = len(images) // self.parts, self.mesh.replica * len(images)
+        losses, logits = list[Tensor](), list[Tensor]()
+        for at in range(0, len(images), size):
+            part = slice(at, at + size)
+            select_masks(self.net, slice(first + at, first + at + size))
+            with unaveraged(self.replicated) if part.stop < len(images) else nullcontext():
+                loss, scores = self._backward(images[part], labels[part])
+            losses.append(loss)
+            logits.append(scores)
+        for gradient in self._gradients():
+            gradient.div_(self.parts)
+        return torch.stack(losses).mean(), torch.cat(logits)
+
+    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the gradients of a batch, or of one part of it, to those of the weights."""
         logits = self.replicated(images)
-        loss = functional.cross_entropy(_wide(logits), labels)
+        smoothing = self.recipe.label_smoothing
+        loss = functional.cross_entropy(_wide(logits), labels, label_smoothing=smoothing)
         loss.backward()
         return loss.detach(), logits.detach()
 
     @torch.no_grad()
     def _check_finite(self, loss: Tensor) -> None:
         """Set ``good`` to 0 if the loss or a gradient of any rank is not finite."""
-        gradients = [weight.grad for weight in self.net.parameters() if weight.grad is not None]
+        gradients = self._gradients()
         if loss.is_cuda:  # the largest absolute value is finite if all values are
             finite = get_total_norm(gradients, torch.inf).isfinite() & loss.isfinite()
         else:
             finite = torch.tensor(all_finite([loss, *gradients]), device=loss.device)
-        count = finite.long()
-        if self.link is not None:
-            received, wait = self.link.transport(count)
-            wait()
-            count = count + received
-        all_reduce_sum(count, self.mesh.replica_group)
+        count = all_reduce_sum(self._sum_of_columns(finite.long()), self.mesh.replica_group)
         self.good.mul_(count == self.mesh.world_size)
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        """Scale the gradients to a norm of at most ``recipe.clip``, as torch does.
+
+        The norm is that of both columns; replicas have the same.  Where it overflows ``good``
+        becomes 0.
+        """
+        squares = get_total_norm(self._gradients()).double().square()
+        norm = self._sum_of_columns(squares).sqrt()
+        self.good.mul_(norm.isfinite())
+        clip_grads_with_norm_(self.net.parameters(), self.recipe.clip, norm)
+
+    def _gradients(self) -> list[Tensor]:
+        return [weight.grad for weight in self.net.parameters() if weight.grad is not None]
+
+    def _sum_of_columns(self, value: Tensor) -> Tensor:
+        """Return the sum of a number of 8 bytes over the columns.  A collective of the pair."""
+        if self.link is None:
+            return value
+        received, wait = self.link.transport(value)
+        wait()
+        return value + received
 
     def _draw_masks(self, step: int) -> None:
         first, images = self.mesh.replica * self.batch_size, self.mesh.replicas * self.batch_size
@@ -172,14 +216,44 @@ class Learner:
         fix_dropout(self.net, DropoutSeed(self.seed, step, rows, images))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return what a checkpoint holds: the net's updated weights and means, and velocities."""
-        weights = self.net.state_dict() | self.optimizer.weights()
-        return {"weights": weights, "velocities": self.optimizer.velocities()}
+        """Return what a checkpoint holds: the net's updated weights and means, velocities, ema."""
+        weights, averages = (
+            self.net.state_dict() | self.optimizer.weights(),
+            self.optimizer.averages,
+        )
+        state = {"weights": weights, "velocities": self.optimizer.velocities()}
+        return {**state, "ema": dict(averages)} if averages else state
 
-    def load(self, weights: Mapping[str, Tensor], velocities: Mapping[str, Tensor]) -> None:
-        """Restore what ``state`` returned."""
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        velocities: Mapping[str, Tensor],
+        ema: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Restore what ``state`` returned; without ``ema`` the averages begin at the weights."""
         self.net.load_state_dict(weights)
-        self.optimizer.load(weights, velocities)
+        self.optimizer.load(weights, velocities, ema)
+
+    def averaged(self) -> "Averaged":
+        """Return a net that computes with the moving averages of the weights (``recipe.ema``)."""
+        return Averaged(self.net, self.optimizer.averages)
+
+
+class Averaged(nn.Module):
+    """A net with other weights, which are rounded to its dtype; its own do not change."""
+
+    def __init__(self, net: Net, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.net = net
+        # Some layers ask for a Parameter; a dict does not make them this module's.
+        self.held: dict[str, Tensor] = {
+            name: nn.Parameter(weights[name].to(weight.dtype), requires_grad=False)
+            for name, weight in net.named_parameters()
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (N, classes) of ``images`` (N, 3, S, S)."""
+        return functional_call(self.net, self.held, (images,))
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -199,7 +273,9 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def log_probabilities(net: Net, stored: Tensor, augmentation: Augmentation, views: int) -> Tensor:
+def log_probabilities(
+    net: nn.Module, stored: Tensor, augmentation: Augmentation, views: int
+) -> Tensor:
     """Return the log-probabilities (N, classes) of stored images (N, 3, T, T).
 
     ``views`` 1: of the central crop; 10 and 9: of the mean probabilities of the ten views
@@ -213,7 +289,7 @@ def log_probabilities(net: Net, stored: Tensor, augmentation: Augmentation, view
 
 
 def evaluate(
-    net: Net,
+    net: nn.Module,
     mesh: Mesh,
     batches: Iterable[tuple[Tensor, Tensor]],
     augmentation: Augmentation,

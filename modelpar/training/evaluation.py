@@ -19,11 +19,12 @@ from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
 from modelpar.net.weights import check_state
+from modelpar.schemas import PredictSettings
 from modelpar.settings import EvaluateSettings, RankSettings
 from modelpar.training.averaging import Member, Pass, split
 from modelpar.training.engine import Net, build
 from modelpar.training.metrics import Errors
-from modelpar.training.trained import TrainedNet, find
+from modelpar.training.trained import TrainedNet, find, paths_of
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,7 @@ def prepare(
     ``train``: with the training images, which a run's checkpoint does not need otherwise.
     Raises CheckpointError, SettingsError, DataError.
     """
-    given = settings.checkpoint
-    if not given:
-        raise SettingsError(f"checkpoint={given}: use a path, or a list of paths, [PATH,PATH]")
-    paths = given if isinstance(given, list) else [given]
+    paths = paths_of(settings.checkpoint)
     if len(paths) == 1 and settings.weights == "search":
         raise SettingsError("weights=search: one net has no weights; use checkpoint=[PATH,PATH]")
     if settings.search_images and settings.weights != "search":
@@ -60,9 +58,9 @@ def prepare(
     return found
 
 
-def find_for(settings: RankSettings, path: str) -> TrainedNet:
+def find_for(settings: EvaluateSettings | PredictSettings, path: str) -> TrainedNet:
     """Resolve ``path`` as ``find`` does; raises SettingsError for a net that cannot be split."""
-    trained = find(path)
+    trained = find(path, ema=settings.ema)
     if settings.columns > trained.plan.columns:
         raise SettingsError(f"checkpoint={path}: its net has one column; use columns=1")
     check_open_files(settings.columns * settings.replicas)
@@ -70,7 +68,11 @@ def find_for(settings: RankSettings, path: str) -> TrainedNet:
 
 
 def prepare_one(
-    settings: RankSettings, path: str, first: Prepared | None = None, *, train: bool
+    settings: EvaluateSettings | PredictSettings,
+    path: str,
+    first: Prepared | None = None,
+    *,
+    train: bool,
 ) -> Prepared:
     """Return what one net needs; raises SettingsError if it cannot be averaged with ``first``."""
     trained = find_for(settings, path)

@@ -96,13 +96,32 @@ class Monitor:
         for group, values in groups.items():
             self._scalars({f"{group}/{key}": value for key, value in values.items()}, row["step"])
 
-    def test(self, step: int, epochs: int, errors: Errors, views: int = 1) -> None:
+    def test(
+        self,
+        step: int,
+        epochs: int,
+        errors: Errors,
+        views: int = 1,
+        averaged: Errors | None = None,
+        early_stopping: int = 0,
+    ) -> None:
         """Record and print an evaluation with ``views`` views: errors in %, loss in nats.
 
-        ``epochs``: how many are over.
+        ``epochs``: how many are over.  ``averaged``: the errors of the moving average of the
+        weights.  ``early_stopping``: the number of evaluations without a better one that end the
+        run with this one, 0 if it does not end.
         """
         keys = ("loss", "top1", "top5", "standard_error")
         row = {"step": step, **{key: getattr(errors, key) for key in keys}}
+        charts = {f"test/{key}": row[key] for key in keys[:3]}
+        if averaged is not None:
+            row |= {f"ema_{key}": getattr(averaged, key) for key in keys[:3]}
+            charts |= {f"test_ema/{key}": getattr(averaged, key) for key in keys[:3]}
+        if early_stopping:
+            row["early_stopping"] = early_stopping
+            show(
+                f"step {step}: no better test error in {early_stopping} evaluations, the run ends"
+            )
         self.file.write(json.dumps({"kind": "test", **row, "views": views}) + "\n")
         mark = "  best" if errors.top1 < self.best else ""
         self.best = min(self.best, errors.top1)
@@ -111,7 +130,9 @@ class Monitor:
             f"+- {errors.standard_error:.2f} %  top-5 {errors.top5:5.2f} %  "
             f"loss {errors.loss:.4f}{mark}"
         )
-        self._scalars({f"test/{key}": row[key] for key in ("loss", "top1", "top5")}, step)
+        if averaged is not None:
+            show(f"step {step}: the moving average of the weights: {averaged.text}")
+        self._scalars(charts, step)
 
     @contextmanager
     def drawing(self) -> Generator[None]:

@@ -41,7 +41,8 @@ def first_nonfinite(learner: Learner, batch: Batch, step: int) -> str:
         for name, weight in weights.items()
         if weight.grad is not None and not _finite(weight.grad)
     ]
-    place, what = min(found, default=(3 * len(weights), "the loss"))
+    total = "the norm of all gradients" if _finite(loss) else "the loss"
+    place, what = min(found, default=(3 * len(weights), total))
     column = f" in column {mesh.column}" if mesh.columns > 1 else ""
     _, first = min(mesh.gather_objects((place, what + column)), key=itemgetter(0))
     return f"the loss is {loss.item():.4g}; first not finite: {first}"

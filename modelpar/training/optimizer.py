@@ -23,7 +23,7 @@ class MomentumDecay(Optimizer):
 
     With ``dtype`` bfloat16 the net is converted to it, and the float32 master weights are kept
     here; each step updates these and rounds them into the net.  ``factors`` multiply the decay of
-    layers, by name.
+    layers, by name.  With ``recipe.ema`` each step also moves ``averages`` towards the weights.
     """
 
     def __init__(
@@ -46,6 +46,10 @@ class MomentumDecay(Optimizer):
         for name, weight in self.weights().items():
             velocity = torch.zeros_like(weight, memory_format=torch.preserve_format)
             self.state[self.named[name]] = {"velocity": velocity}
+        self.averages: dict[str, Tensor] = {}  # e <- ema e + (1 - ema) w, from the first weights
+        if recipe.ema:
+            self.averages = {name: weight.clone() for name, weight in self.weights().items()}
+        self.share = 1 - recipe.ema
         self.update: Callable[..., None] = _update
         # One rate per group, where the update reads them: in memory, so that a captured graph
         # sees new ones.
@@ -125,6 +129,17 @@ class MomentumDecay(Optimizer):
             self.update(*inputs)
         elif ok.is_cuda:
             _update_if(ok, self.update, *inputs)
+        if self.averages:
+            self._average(ok)
+
+    def _average(self, ok: Tensor | None) -> None:
+        """Move the averages by ``share`` towards the weights, and not at all if ``ok`` is 0."""
+        share: Any = self.share
+        if ok is not None:
+            share = torch.full_like(self.scalars[0], self.share).mul(ok != 0)
+        for name, weight in self.weights().items():
+            average = self.averages[name]
+            average.lerp_(weight, share if ok is None else share.to(weight))
 
     def velocities(self) -> dict[str, Tensor]:
         """Return each parameter's velocity under the parameter's name."""
@@ -135,8 +150,18 @@ class MomentumDecay(Optimizer):
         return self.masters or {name: weight.detach() for name, weight in self.named.items()}
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor], velocities: Mapping[str, Tensor]) -> None:
-        """Restore weights and velocities by name, with the weights rounded to the net's dtype."""
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        velocities: Mapping[str, Tensor],
+        averages: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Restore weights and velocities by name, with the weights rounded to the net's dtype.
+
+        Without ``averages`` they begin again at the weights.
+        """
+        for name, average in self.averages.items():
+            average.copy_((averages or weights)[name])
         for name, weight in self.named.items():
             self.masters.get(name, weight).copy_(weights[name])
             weight.copy_(weights[name])

@@ -21,7 +21,7 @@ from modelpar.seeding import digest
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint
-from modelpar.training.metrics import top1_errors
+from modelpar.training.metrics import last_test
 from modelpar.training.run_dir import check_compatible
 from modelpar.training.schedule import run_length
 
@@ -40,7 +40,7 @@ class Prepared:
     epoch_steps: int  # of one epoch
     identity: dict[str, Any]  # what a checkpoint must have in common with a run that resumes it
     start: Checkpoint | None = None  # to resume, see ``agreed_start``
-    finished: bool = False  # ``start`` is the run's last step, and its evaluation is recorded
+    finished: bool = False  # ``start`` is where the run ended, and its evaluation is recorded
 
 
 def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
@@ -65,9 +65,15 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
     plan = plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
     if settings.columns > plan.columns:
         raise SettingsError(f"model.net={plan.net}: has one column; use columns=1")
-    if settings.replicas > 1 and plan.norm == "batch":
+    for key in ("replicas", "accumulate") if plan.norm == "batch" else ():
+        if getattr(settings, key) > 1:
+            raise SettingsError(
+                f"model.norm=batch: each part of a batch would be normalized alone; use {key}=1"
+            )
+    if plan.norm == "batch" and recipe.ema:
         raise SettingsError(
-            "model.norm=batch: each replica would normalize its own images; use replicas=1"
+            f"recipe.ema={recipe.ema}: averaged weights would need other statistics than those of "
+            "model.norm=batch; use recipe.ema=0"
         )
     cache, replicas = config.cache_dir(settings.cache_dir), settings.replicas
     images = open_set(data, cache, settings.seed, settings.batch_size * replicas)
@@ -140,17 +146,19 @@ def agreed_start(
 
     A collective of the world.  Raises CheckpointError on every rank if ranks see different ones.
     """
-    stats, error = prepared.statistics, None
+    stats, finished = prepared.statistics, False
     with mesh.all_or_none():
         start = resume_point(settings, prepared, run_dir)
         if start is not None:
             stats = Statistics(**checkpoint.read_statistics(start))
-    if start is not None and start.step >= prepared.steps:
-        error = top1_errors(run_dir).get(start.step)
-    seen = (start and start.manifest["sha256"], digest([stats.mean, stats.std, stats.axes]), error)
+    if start is not None and (row := last_test(run_dir, start.step)):
+        stopped = row.get("early_stopping", 0) >= settings.early_stopping > 0
+        finished = stopped or start.step >= prepared.steps
+    measured = digest([stats.mean, stats.std, stats.axes])
+    seen = (start and start.manifest["sha256"], measured, finished)
     if len(set(mesh.gather_objects(seen))) > 1:
         raise CheckpointError(
             "the ranks see different checkpoints or mean images; use a run_dir on a disk that "
             "all hosts share, or one cache_dir"
         )
-    return replace(prepared, statistics=stats, start=start, finished=error is not None)
+    return replace(prepared, statistics=stats, start=start, finished=finished)

@@ -18,17 +18,19 @@ PATIENCE: Final = 5
 class Plateau:
     """Section 5's rule: a tenth of the rate when the validation error stops improving.
 
-    This is all that a schedule remembers, so a checkpoint holds it.
+    This is all that a run remembers of its evaluations, so a checkpoint holds it.
     """
 
     best: float | None = None  # %
     best_epoch: int = 0
     drops: int = 0
+    worse: int = 0  # evaluations since the best one, for early_stopping
 
     def observe(self, epoch: int, error: float) -> None:
         """Record the validation error in % at the end of ``epoch``."""
+        self.worse += 1
         if self.best is None or error < self.best:
-            self.best, self.best_epoch = error, epoch
+            self.best, self.best_epoch, self.worse = error, epoch, 0
         elif epoch - self.best_epoch >= PATIENCE and self.drops < paper.PLATEAU_DROPS:
             self.drops += 1
             self.best_epoch = epoch  # the lower rate has its own five epochs

@@ -4,7 +4,7 @@ import base64
 import json
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,15 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from torch import Tensor
 
-from modelpar import config
 from modelpar.errors import CheckpointError, SettingsError, one_line
-from modelpar.files import write_out
 from modelpar.groups import DataSettings
 from modelpar.images.augment import Statistics
-from modelpar.net.four_layer import whole_net
-from modelpar.net.plan import Plan, plan_of, settings_of
-from modelpar.net.weights import check_state
-from modelpar.schemas import ExportSettings
+from modelpar.net.plan import Plan, plan_of
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint
 
@@ -46,6 +41,7 @@ class TrainedNet:
     images_a_step: int
     classes: list[str] | None  # None: of a version that did not record them
     names: list[str]  # of the classes, for people; numbers if none are recorded
+    kind: str  # of tensors: weights, or their moving average, ema
 
     def statistics(self) -> Statistics | None:
         """Return the mean image it was trained with; None: a file of a version without it.
@@ -66,7 +62,7 @@ class TrainedNet:
 
     def weights(self, column: int | None) -> dict[str, Tensor]:
         """Return a column's weights, or the whole net's for None; raises CheckpointError."""
-        return checkpoint.read_part(self.source, "weights", column)
+        return checkpoint.read_part(self.source, self.kind, column)
 
 
 @contextmanager
@@ -85,8 +81,18 @@ def _metadata(file: Path) -> dict[str, str]:
         return opened.metadata() or {}
 
 
-def find(path: str) -> TrainedNet:
-    """Resolve RUN_DIR, STEP_DIR or FILE.safetensors; raises CheckpointError."""
+def paths_of(given: Any) -> list[str]:
+    """Return the paths of ``checkpoint=PATH`` or ``checkpoint=[PATH,PATH]``."""
+    if not given:
+        raise SettingsError(f"checkpoint={given}: use a path, or a list of paths, [PATH,PATH]")
+    return given if isinstance(given, list) else [given]
+
+
+def find(path: str, *, ema: bool = False) -> TrainedNet:
+    """Resolve RUN_DIR, STEP_DIR or FILE.safetensors; raises CheckpointError.
+
+    ``ema``: with the moving average in place of the weights.
+    """
     source = checkpoint.find(path)
     with _described(path):
         if isinstance(source, Checkpoint):
@@ -100,28 +106,18 @@ def find(path: str) -> TrainedNet:
         names = record.get("names") or classes or range(plan.num_classes)
         if len(names) != plan.num_classes:
             raise ValueError(f"{len(names)} names of {plan.num_classes} classes")
-        names = [str(name) for name in names]
-        return TrainedNet(path, source, plan, data, *numbers, classes=classes, names=names)
-
-
-def export(settings: ExportSettings) -> None:
-    """Write the whole net to one safetensors file, and print a line that describes it.
-
-    Raises CheckpointError.
-    """
-    trained, out = find(settings.checkpoint), settings.out
-    weights = trained.weights(None)
-    check_state(whole_net(trained.plan, seed=0), weights, settings.checkpoint)
-    record = {
-        "plan": settings_of(trained.plan),
-        "data": config.without_secrets(asdict(trained.data)),
-        **{key: getattr(trained, key) for key in (*RUN_KEYS, "classes", "names")},
-    }
-    metadata = {METADATA: json.dumps(record)}
-    if stats := trained.statistics():
-        metadata[MEAN] = base64.b64encode(safetensors.torch.save(vars(stats))).decode()
-    content = safetensors.torch.save(weights, metadata)
-    write_out(out, content)
-    parameters = sum(value.numel() for value in weights.values())
-    name = trained.plan.recipe.name
-    print(f"{out}: {len(weights)} tensors, {parameters:,} parameters, {name}")  # noqa: T201
+    if ema and not (isinstance(source, Checkpoint) and plan.recipe.ema):
+        raise CheckpointError(
+            f"checkpoint={path}: has no moving average of the weights; use ema=false, or a run "
+            "that was trained with recipe.ema"
+        )
+    return TrainedNet(
+        path,
+        source,
+        plan,
+        data,
+        *numbers,
+        classes=classes,
+        names=[str(name) for name in names],
+        kind="ema" if ema else "weights",
+    )

@@ -10,21 +10,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from modelpar import shutdown
-from modelpar.command import Output
 from modelpar.config import without_secrets
-from modelpar.distributed import Mesh, all_reduce_sum
-from modelpar.errors import DivergedError, StoppedError, say
+from modelpar.distributed import all_reduce_sum
+from modelpar.errors import DivergedError, StoppedError
 from modelpar.files import check_file_size, check_space, try_writing
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.images.sets import IN_FOLDERS
 from modelpar.net.weights import check_state, of_layers
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint, report
@@ -32,56 +29,14 @@ from modelpar.training.checkpoint import Checkpoint, Checkpointer, num_bytes
 from modelpar.training.consistency import StepCheck
 from modelpar.training.debug import Debugging
 from modelpar.training.engine import Learner, all_finite, compile_parts, evaluate
-from modelpar.training.metrics import rank_of_label
+from modelpar.training.metrics import Errors, rank_of_label
 from modelpar.training.monitor import Meter, Monitor, show
 from modelpar.training.nonfinite import first_nonfinite
-from modelpar.training.prepare import Prepared, agreed_start
+from modelpar.training.prepare import Prepared
 from modelpar.training.readback import Launched, Readback
-from modelpar.training.run_dir import locked, trajectory_changes, write_config, written
+from modelpar.training.run_dir import written
 from modelpar.training.schedule import Plateau
 from modelpar.training.showing import Watch
-
-# The ratios are those of docs/benchmarks.md, on two cores.
-UNPREPARED: Final = (
-    "each epoch decodes and scales the images again; after modelpar-prepare, JPEG files were read "
-    "5 and pixels 47 times as fast"
-)
-
-
-def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path) -> None:
-    """Train in ``run_dir`` until epochs or steps are over, from its newest checkpoint if any.
-
-    A finished run is left as it is.  A collective of the whole mesh.
-    """
-    Output.waits = False
-    with shutdown.signals_noted() as request, locked(run_dir, mesh):
-        prepared = agreed_start(settings, prepared, run_dir, mesh)
-        start = prepared.start
-        if start is not None and prepared.finished:
-            if mesh.rank == 0:
-                report.ended(settings, prepared, run_dir)
-            return
-        trainer = Trainer(settings, prepared, run_dir, StepCheck(mesh, request))
-        if start is not None:
-            trainer.resume(start)
-        elif settings.init.checkpoint is not None:
-            trainer.load_layers(settings.init.checkpoint, settings.init.layers)
-        if mesh.rank == 0:
-            own = sum(weight.numel() for weight in trainer.learner.net.parameters())
-            report.started(settings, prepared, mesh, run_dir, own)
-            if prepared.images.skipped:
-                say(prepared.images.skipped)
-            if prepared.data.name in IN_FOLDERS:
-                show(f"modelpar: {UNPREPARED}")
-            for change in trajectory_changes(run_dir, settings):
-                show(f"modelpar: {run_dir} continues with {change}, which alters its trajectory")
-        write_config(run_dir, settings, mesh)
-        try:
-            trainer.open_monitor()
-            trainer.run()
-        finally:
-            if trainer.monitor:
-                trainer.monitor.close()
 
 
 class Trainer:
@@ -122,7 +77,8 @@ class Trainer:
             workers=workers,
             resident=prepared.data.resident == "auto",
         )
-        self.tests = TestLoader(images.test, size, mesh, workers=workers)
+        at_once = size // settings.accumulate  # the images that have to fit into memory
+        self.tests = TestLoader(images.test, at_once, mesh, workers=workers)
         last, every, best = settings.keep_last, settings.keep_every, settings.keep_best
         self.checkpointer = Checkpointer(run_dir, mesh, last=last, every=every, best=best)
         self.meter, self.readback = Meter(self.learner.link, size), Readback(mesh)
@@ -136,10 +92,10 @@ class Trainer:
         """Load a checkpoint once all ranks have read theirs; raises CheckpointError on all."""
         column = self.mesh.column if self.mesh.pair is not None else None
         with self.mesh.all_or_none():
-            weights = checkpoint.read_part(start, "weights", column)
-            velocities = checkpoint.read_part(start, "velocities", column)
-            check_state(self.learner.net, weights, str(start.folder))
-        self.learner.load(weights, velocities)
+            kinds = self.learner.state()
+            state = {kind: checkpoint.read_part(start, kind, column) for kind in kinds}
+            check_state(self.learner.net, state["weights"], str(start.folder))
+        self.learner.load(**state)
         self.learner.schedule.plateau = Plateau(**start.manifest["schedule"])
         self.step = start.step
         if start.folder.parent == self.checkpointer.folder:  # it need not be saved again
@@ -284,22 +240,21 @@ class Trainer:
         ends = self.step >= self.total
         views = self.settings.views if ends else 1
         with self.watch.evaluation(ends=ends) as confusion:
-            errors = evaluate(
-                self.learner.net,
-                self.mesh,
-                self._test_batches(),
-                self.augmentation,
-                self.prepared.images.groups,
-                views,
-                confusion=confusion,
-            )
-        if not math.isfinite(errors.loss):
-            self._diverged(self.step, f"the test loss is {errors.loss}")
+            errors = self._errors(self.learner.net, views, confusion)
         if not ends:
-            epoch = self.step // len(self.order) - 1
-            self.learner.schedule.plateau.observe(epoch, errors.top1)
+            plateau = replace(self.learner.schedule.plateau)
+            plateau.observe(self.step // len(self.order) - 1, errors.top1)
+            if 0 < self.settings.early_stopping <= plateau.worse:
+                self._save()  # the state before this evaluation, as always
+                self.total = self.step
+                self._evaluate()
+                return
+            self.learner.schedule.plateau = plateau
+        averaged = self._errors(self.learner.averaged(), views) if self.plan.recipe.ema else None
         if self.monitor:
-            self.monitor.test(self.step, self.step // len(self.order), errors, views)
+            early = self.settings.early_stopping * (self.total < self.prepared.steps)
+            epochs = self.step // len(self.order)
+            self.monitor.test(self.step, epochs, errors, views, averaged, early)
         seen = self.watch.result()
         if ends:
             test, size = self.prepared.images.test, self.settings.batch_size
@@ -308,6 +263,18 @@ class Trainer:
         if self.monitor:
             self.monitor.seen(seen, self.prepared.images.classes, self.step)
         self.meter.pause()
+
+    def _errors(self, net: nn.Module, views: int, confusion: Tensor | None = None) -> Errors:
+        batches, groups, lens = (
+            self._test_batches(),
+            self.prepared.images.groups,
+            self.augmentation,
+        )
+        groups = self.prepared.images.groups
+        errors = evaluate(net, self.mesh, batches, lens, groups, views, confusion=confusion)
+        if not math.isfinite(errors.loss):
+            self._diverged(self.step, f"the test loss is {errors.loss}")
+        return errors
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the test batches; stop at once if asked, since a scheduler may not wait longer."""
@@ -322,7 +289,9 @@ class Trainer:
     # -- checkpoints -----------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Start a checkpoint of this step, after an earlier one is published."""
+        """Start a checkpoint of this step if it has none, after an earlier one is published."""
+        if self.checkpointer.last_step == self.step:
+            return
         self._read()
         self._show_kernels(self.checkpointer.finish())
         state = self.learner.state()
@@ -344,8 +313,7 @@ class Trainer:
         self.meter.pause()
 
     def _save_and_stop(self, stop: int) -> NoReturn:
-        if self.checkpointer.last_step != self.step:
-            self._save()
+        self._save()
         self._show_kernels(self.checkpointer.finish())
         resume = "" if self.settings.resume == "auto" else " resume=auto"
         raise StoppedError(

@@ -1,6 +1,7 @@
 """Split changes nothing: the pair computes what the whole net computes, to 1e-12 in float64."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -25,6 +26,7 @@ BATCH = 4
 STEPS = 20
 RECIPES = ("paper", "code2012", "clean")
 CROSSINGS = {"conv3", "fc6", "fc7", "fc8"}
+RULES = ("label_smoothing", "clip", "ema")
 SLOW = pytest.mark.slow
 
 
@@ -52,9 +54,11 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
     channels_last = how.pop("channels_last", True)
     precision = how.pop("precision", "float64")
     cuda_graph = how.pop("cuda_graph", "auto")
+    accumulate = how.pop("accumulate", 1)
     keys = ("overlap", "chunks", "dtype")
     crossing = CrossingSettings(**{key: how.pop(key) for key in keys if key in how})
-    plan = Plan(Recipe.named(recipe), CLASSES, SIZE, **how)
+    rules = {key: how.pop(key) for key in RULES if key in how}
+    plan = Plan(replace(Recipe.named(recipe), **rules), CLASSES, SIZE, **how)
     settings = TrainSettings(
         crossing=crossing,
         epochs=91,
@@ -64,6 +68,7 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
         channels_last=channels_last,
         compile=compiled,
         cuda_graph=cuda_graph,
+        accumulate=accumulate,
     )
     return Learner(plan, settings, mesh)
 
@@ -83,7 +88,11 @@ def outcome(mesh: Mesh, recipe: str, steps: int, how: dict[str, Any]) -> dict[st
     for step, batch in enumerate(batches(steps, BATCH, mesh.device)):
         own = Batch(batch.images[rows], batch.labels[rows], 0.0)
         losses.append(float(trained.step(own, step, trained.schedule.rates(0))))
-    return {
+    averaged: dict[str, Any] = {}
+    if trained.optimizer.averages:
+        averaged = {"ema": trained.optimizer.averages}
+        averaged["ema_logits"] = trained.averaged().eval()(first.images[rows]).detach()
+    return averaged | {
         "logits": logits.detach(),
         "gradients": gradients,
         "losses": losses,
@@ -166,6 +175,27 @@ def test_pair_equals_whole_net_with_switches(pair: Ranks, switches: dict[str, An
     columns = pair.run(outcome, "code2012", 3, switches)
     assert relative(columns[0]["logits"], whole["logits"]) < 1e-12
     for kind in ("gradients", "weights"):
+        assert_equal_states([column[kind] for column in columns], whole[kind])
+
+
+@pytest.mark.parametrize("precision", ["float64", pytest.param("bfloat16", marks=SLOW)])
+def test_pair_that_accumulates_equals_whole_net_with_rules_of_today(
+    pair: Ranks, precision: str
+) -> None:
+    """The whole net computes each batch at once, in float64."""
+    rules = {"label_smoothing": 0.1, "clip": 0.1, "ema": 0.9, "conv4_dropout": 0.2}
+    whole = whole_outcome("code2012", 3, **rules)
+    parts = {"accumulate": 2, "precision": precision}
+    columns = pair.run(outcome, "code2012", 3, {**rules, **parts})
+    if precision == "bfloat16":
+        assert columns[0]["losses"] == pytest.approx(whole["losses"], rel=3e-2)
+        assert difference(columns[0]["ema_logits"], whole["ema_logits"]) < 3e-2
+        assert columns[0]["ema"]["fc6.weight"].dtype == torch.float32
+        return
+    for column in columns:
+        assert column["losses"] == pytest.approx(whole["losses"], rel=1e-12)
+        assert relative(column["ema_logits"], whole["ema_logits"]) < 1e-12
+    for kind in ("weights", "velocities", "ema"):
         assert_equal_states([column[kind] for column in columns], whole[kind])
 
 

@@ -12,7 +12,7 @@ from ranks import Ranks
 from modelpar import AlexNet, config
 from modelpar.distributed import Mesh
 from modelpar.net import paper
-from modelpar.training import prepare, trainer
+from modelpar.training import prepare, runner
 from modelpar.training.checkpoint import newest
 
 NAMES = sorted(path.stem for path in (config.conf_dir() / "experiment").glob("*.yaml"))
@@ -45,7 +45,7 @@ def words_of(name: str) -> list[str]:
 
 def trained(mesh: Mesh, name: str, run_dir: str, *words: str) -> None:
     settings = config.read("train", [*words_of(name), *words])
-    trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
+    runner.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_each_experiment_trains_two_steps(
 def statistics(mesh: Mesh, run_dir: str, steps: int) -> None:
     words = [*words_of("batch_norm"), f"steps={steps}"]
     settings = config.read("train", words)
-    trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
+    runner.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 def test_running_means_are_saved_and_loaded(pair: Ranks, tmp_path: Path) -> None:

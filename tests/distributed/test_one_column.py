@@ -16,10 +16,9 @@ from modelpar.distributed import Mesh
 from modelpar.errors import SettingsError
 from modelpar.images.loader import Batch
 from modelpar.net.plan import plan_for
-from modelpar.training import evaluation, prediction, prepare, trainer
+from modelpar.training import evaluation, export, prediction, prepare, runner
 from modelpar.training.checkpoint import newest, read_conv1, read_part
 from modelpar.training.engine import Learner
-from modelpar.training.trained import export
 
 ALONE = Mesh(torch.device("cpu"))
 SIZES = {"four_layer": 28, "torchvision": 64}
@@ -68,7 +67,7 @@ def words(images: Path, net: str, *more: str) -> list[str]:
 
 def trained(settings: list[str], run_dir: Path) -> None:
     read = config.read("train", settings)
-    trainer.train(read, prepare.prepare(read), ALONE, run_dir)
+    runner.train(read, prepare.prepare(read), ALONE, run_dir)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_run_resumes_exactly_and_is_evaluated_and_exported(
 
     file = tmp_path / "net.safetensors"
     request = [f"checkpoint={tmp_path / 'once'}", f"out={file}"]
-    export(config.read("export", request))
+    export.export(config.read("export", request))
     assert f"{len(state)} tensors" in capsys.readouterr().out
     exported = load_file(file)
     assert all(torch.equal(value, exported[key]) for key, value in state.items())

@@ -22,7 +22,7 @@ from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, DataError, SettingsError
 from modelpar.images.augment import Augmentation
 from modelpar.studies import predictions
-from modelpar.training import evaluation, prediction, prepare, trainer
+from modelpar.training import evaluation, prediction, prepare, runner
 from modelpar.training.checkpoint import Checkpoint
 from modelpar.training.prediction import Answer, Prediction
 from modelpar.training.trained import export, find
@@ -39,7 +39,7 @@ def place(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += ["batch_size=8", "workers=0", "steps=1", "compile=false"]
     words += ["monitor.progress=false", "monitor.tensorboard=false"]
     settings = config.read("train", words)
-    trainer.train(settings, prepare.prepare(settings), ALONE, folder / "run")
+    runner.train(settings, prepare.prepare(settings), ALONE, folder / "run")
     file = folder / "net.safetensors"
     export(config.read("export", [f"checkpoint={folder / 'run'}", f"out={file}"]))
     with safe_open(file, "pt") as opened:

@@ -15,7 +15,7 @@ from modelpar import config
 from modelpar.distributed import Mesh
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import TestLoader
-from modelpar.training import prepare, trainer
+from modelpar.training import prepare, runner
 from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.engine import build, evaluate
 from modelpar.training.showing import Watch
@@ -84,7 +84,7 @@ def test_the_pair_shows_what_the_whole_net_shows(pair: Ranks, images: Path, net:
 def trained(mesh: Mesh, words: list[str], run_dir: str) -> None:
     settings = config.read("train", words)
     settings.replicas = mesh.replicas
-    trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
+    runner.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from ranks import Ranks
 from modelpar import AlexNet, config
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, SettingsError
-from modelpar.training import prepare, trainer
+from modelpar.training import prepare, runner, trainer
 from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.metrics import read_rows
 
@@ -21,7 +21,7 @@ def trained(mesh: Mesh, run_dir: str, *words: str) -> None:
     small = ["data=synthetic", "model.image_size=64", "model.num_classes=10", "batch_size=4"]
     quiet = ["compile=false", "monitor.progress=false", "monitor.tensorboard=false"]
     settings = config.read("train", [*small, *quiet, "steps=1", "recipe.lr=0", *words])
-    trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
+    runner.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 def refused(mesh: Mesh, run_dir: str, *words: str) -> str:

@@ -16,7 +16,7 @@ from modelpar.errors import DivergedError
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import TrainLoader
 from modelpar.images.order import BatchOrder
-from modelpar.training import prepare, trainer
+from modelpar.training import prepare, runner, trainer
 from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.engine import Learner
 from modelpar.training.metrics import read_rows
@@ -41,7 +41,7 @@ def overrides(images: Path, *more: str) -> list[str]:
 def trained(mesh: Mesh, words: list[str], run_dir: str) -> None:
     settings = config.read("train", words)
     settings.replicas = mesh.replicas
-    trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
+    runner.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

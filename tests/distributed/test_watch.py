@@ -16,7 +16,7 @@ from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.images.samples import Images
-from modelpar.training import consistency, prepare, trainer
+from modelpar.training import consistency, prepare, runner
 from modelpar.training.checkpoint import DONE, FAILED, PENDING, newest, read_part
 from modelpar.training.consistency import StepCheck
 from modelpar.training.metrics import read_rows, top1_errors
@@ -177,7 +177,7 @@ def interrupted(mesh: Mesh, words: list[str], run_dir: str, step: int, where: st
 
     StepCheck.step, StepCheck.poll = in_step, in_evaluation  # type: ignore[method-assign]
     try:
-        trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
+        runner.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
     except RunError as error:
         return f"{error.status}: {error}"
     finally:

@@ -17,7 +17,8 @@ from PIL import Image
 from modelpar import config, evaluate, export, train
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, LaunchError
-from modelpar.training import checkpoint, evaluation, prepare, trained, trainer
+from modelpar.training import checkpoint, evaluation, prepare, runner, trained
+from modelpar.training.export import export as export_file
 
 MAINS: dict[str, Callable[[], Any]] = {
     "train": train.main,
@@ -46,7 +47,7 @@ def made(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         words = [*SMALL, "columns=1", "steps=2", "checkpoint_every=1"]
         settings = config.read("train", words)
-        trainer.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
+        runner.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
     finally:
         os.chdir(before)
     return place
@@ -157,12 +158,12 @@ def test_a_damaged_checkpoint_changes_no_weight(place: Path, name: str) -> None:
     settings = config.read("train", [*SMALL, "columns=1", "steps=3"])
     before = contents(place)
     with pytest.raises(Exception, match=name.replace(".", r"\.")) as error:
-        trainer.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
+        runner.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
     assert type(error.value).__name__ == "CheckpointError"
     assert "move step-00000002 away to continue from step-00000001" in str(error.value)
     assert contents(place) == before
     shutil.move(place / STEP, place / "damaged")
-    trainer.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
+    runner.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_val_alone_is_enough_to_evaluate(place: Path) -> None:
 
 
 def test_an_export_knows_its_classes_and_old_checkpoints_load(place: Path) -> None:
-    trained.export(config.read("export", ["checkpoint=run", "out=net.safetensors"]))
+    export_file(config.read("export", ["checkpoint=run", "out=net.safetensors"]))
     exported = trained.find("net.safetensors")
     assert exported.classes == ["dark", "light"]
     manifest = place / STEP / "manifest.json"
@@ -296,9 +297,9 @@ def test_files_that_cannot_be_written_are_reported_before_the_first_step(
     settings = config.read("train", [*SMALL, "columns=1", "steps=2"])
     prepared, mesh = prepare.prepare(settings), Mesh(torch.device("cpu"))
     with pytest.raises(CheckpointError, match="new: cannot be written"):
-        trainer.train(settings, prepared, mesh, Path("new"))
+        runner.train(settings, prepared, mesh, Path("new"))
     monkeypatch.setattr("resource.getrlimit", lambda _: (10**6, 10**6))
     with pytest.raises(LaunchError, match="1000000 bytes in one file; raise ulimit -f"):
-        trainer.train(settings, prepared, mesh, Path("other"))
+        runner.train(settings, prepared, mesh, Path("other"))
     for name in ("new", "other"):
         assert not (place / name / "metrics.jsonl").exists()

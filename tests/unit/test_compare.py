@@ -206,7 +206,7 @@ def test_every_setting_of_a_training_identifies_it_or_is_known_not_to() -> None:
         *("checkpoint_every", "keep_last", "keep_every", "keep_best", "log_every", "compile"),
         *("channels_last", "columns", "replicas", "comm", "monitor", "tf32", "on_failure"),
         *("published", "control_published", "control", "experiment", "cuda_graph", "share_gpu"),
-        "deterministic",
+        *("deterministic", "accumulate"),
     }
     settings = asdict(config.read("train", ["data=synthetic"]))
     identifying = {key.partition(".")[0] for key in runs.identity(settings)}

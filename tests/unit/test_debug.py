@@ -18,7 +18,7 @@ from modelpar.errors import SettingsError
 from modelpar.groups import DebugSettings
 from modelpar.images.loader import Batch, TrainLoader
 from modelpar.net.plan import Plan, Recipe
-from modelpar.training import dry, prepare, trainer
+from modelpar.training import dry, prepare, runner
 from modelpar.training.debug import NEAR_ZERO, UNTRACED, Debugging
 from modelpar.training.metrics import read_rows
 
@@ -135,7 +135,7 @@ def test_a_trace_has_the_steps_that_were_asked_for(tmp_path: Path) -> None:
 
 def trained(mesh: Mesh, words: list[str], run_dir: str) -> None:
     settings = config.read("train", words)
-    trainer.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
+    runner.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
 SMALL = ["model.image_size=64", "workers=0", "monitor.progress=false", "monitor.tensorboard=false"]

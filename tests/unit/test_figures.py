@@ -19,7 +19,7 @@ from PIL import Image
 from modelpar import command, config, figures
 from modelpar.distributed import Mesh
 from modelpar.studies import plots, snapshots
-from modelpar.training import prepare, trainer
+from modelpar.training import prepare, runner
 
 SMALL = [
     "data=imagefolder",
@@ -45,7 +45,7 @@ def place(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chdir(place)
     try:
         settings = config.read("train", [*SMALL, "steps=2"])
-        trainer.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
+        runner.train(settings, prepare.prepare(settings), Mesh(torch.device("cpu")), Path("run"))
     finally:
         os.chdir(before)
     return place

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,7 +131,8 @@ def test_the_host_reads_nothing_between_backward_and_update() -> None:
     trained.mesh, trained.link = Mesh(torch.device("cuda", 0)), None
     with FakeTensorMode():
         trained.net = nn.Linear(5, 3, device="cuda")
-        trained.optimizer = MomentumDecay(trained.net, Recipe.named("paper"))
+        trained.recipe = replace(Recipe.named("paper"), clip=1.0, ema=0.9)
+        trained.optimizer = MomentumDecay(trained.net, trained.recipe)
         trained.good = torch.ones((), dtype=torch.int32, device="cuda")
         for weight in trained.net.parameters():
             weight.grad = torch.ones_like(weight)
@@ -139,4 +140,5 @@ def test_the_host_reads_nothing_between_backward_and_update() -> None:
         with pytest.raises(DataDependentOutputException):  # so the test can fail
             bool(loss.isfinite())
         trained._check_finite(loss)
+        trained._clip()
         trained.optimizer.step(trained.good)

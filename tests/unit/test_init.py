@@ -15,7 +15,7 @@ from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, SettingsError
 from modelpar.net.four_layer import whole_net
 from modelpar.net.plan import Plan, plan_for
-from modelpar.training import prepare, trainer
+from modelpar.training import prepare, runner
 from modelpar.training.checkpoint import MANIFEST, newest, read_part, signed
 from modelpar.training.optimizer import MomentumDecay
 from modelpar.training.schedule import Schedule
@@ -36,7 +36,7 @@ def source(folder: Path, classes: int = 7) -> Path:
 def train(run_dir: Path, *words: str) -> dict[str, torch.Tensor]:
     """Train in one process with rates of 0; return the weights of the newest checkpoint."""
     settings = config.read("train", [*SMALL, *QUIET, "model.num_classes=10", *words])
-    trainer.train(settings, prepare.prepare(settings, run_dir), Mesh(torch.device("cpu")), run_dir)
+    runner.train(settings, prepare.prepare(settings, run_dir), Mesh(torch.device("cpu")), run_dir)
     found = newest(run_dir)
     assert found is not None
     return read_part(found, "weights", None)
