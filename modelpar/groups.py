@@ -280,7 +280,7 @@ class MonitorSettings:
     """What a run shows besides metrics.jsonl."""
 
     progress: bool = declare(True, means="show a progress bar")
-    tensorboard: bool = declare(True, means="write TensorBoard events")
+    tensorboard: bool = declare(True, means="write what TensorBoard shows")
 
 
 @dataclass

@@ -265,11 +265,7 @@ class Trainer:
         self.meter.pause()
 
     def _errors(self, net: nn.Module, views: int, confusion: Tensor | None = None) -> Errors:
-        batches, groups, lens = (
-            self._test_batches(),
-            self.prepared.images.groups,
-            self.augmentation,
-        )
+        batches, lens = self._test_batches(), self.augmentation
         groups = self.prepared.images.groups
         errors = evaluate(net, self.mesh, batches, lens, groups, views, confusion=confusion)
         if not math.isfinite(errors.loss):
