@@ -2,19 +2,26 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from modelpar.bench.contenders import CONTENDERS
 from modelpar.errors import SettingsError, refuse_choice
 from modelpar.files import check_writable
 from modelpar.settings import (
     BenchmarkSettings,
+    ConvertSettings,
     EvaluateSettings,
     ExportSettings,
     FiguresSettings,
     RankSettings,
     walk,
 )
+
+FILES: Final[dict[type, tuple[str, ...]]] = {  # endings of the file that ``out`` names
+    EvaluateSettings: (".json",),
+    ExportSettings: (".safetensors", ".onnx", ".pt2"),
+    ConvertSettings: (".safetensors",),
+}
 
 
 def check(settings: Any, prefix: str = "") -> None:
@@ -53,8 +60,7 @@ def _check_combination(settings: Any) -> None:
     elif isinstance(settings, FiguresSettings) and not (settings.checkpoint or settings.runs):
         raise SettingsError("checkpoint: missing; add checkpoint=RUN_DIR or runs=[RUN,RUN]")
     if out := getattr(settings, "out", None):
-        files: dict[type, str] = {EvaluateSettings: ".json", ExportSettings: ".safetensors"}
-        suffix = files.get(type(settings))
-        if not out.endswith(suffix or ""):
-            raise SettingsError(f"out={out}: use a name that ends in {suffix}")
-        check_writable("out", Path(out).parent if suffix else Path(out))
+        endings = FILES.get(type(settings))
+        if endings and not out.endswith(endings):
+            raise SettingsError(f"out={out}: use a name that ends in {' or '.join(endings)}")
+        check_writable("out", Path(out).parent if endings else Path(out))

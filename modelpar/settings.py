@@ -8,7 +8,16 @@ from typing import Any, Final
 from omegaconf import MISSING
 
 from modelpar.bench.contenders import CONTENDERS
-from modelpar.net.paper import BASELINES, MOMENTUM, NETS, RATE, SCHEDULES, WEIGHT_DECAY
+from modelpar.net.paper import (
+    BASELINES,
+    CAFFE_NORM_K,
+    MOMENTUM,
+    NETS,
+    NORM_K,
+    RATE,
+    SCHEDULES,
+    WEIGHT_DECAY,
+)
 
 PRECISIONS: Final = ("float32", "bfloat16", "float64")
 
@@ -71,15 +80,16 @@ class RecipeSettings:
 
     ``conf/recipe/*.yaml`` chooses a side for each recipe.  The first value of each switch is the
     paper's, the second the code's (for ``norm2_input`` run 166's; for ``conv1_padding`` the first
-    is torchvision's); the other values are neither's.
+    is torchvision's); the other values are neither's, those of ``norm_k`` to ``norms`` Caffe's.
     """
 
     name: str = MISSING
     weight_std: str = one_of("same", "wider_conv3_5")
     norm_alpha: str = one_of("per_term", "per_window")
-    norm1_input: str = one_of("rectified", "linear")
-    norm2_input: str = one_of("rectified", "linear")
-    norms: str = one_of("across", "across_and_within")
+    norm_k: float = one_of(NORM_K, CAFFE_NORM_K, default=NORM_K)
+    norm1_input: str = one_of("rectified", "linear", "pooled")
+    norm2_input: str = one_of("rectified", "linear", "pooled")
+    norms: str = one_of("across", "across_and_within", "across_both")
     rates: str = one_of("equal", "double_bias")
     schedule: str = one_of(*SCHEDULES)
     decay: str = one_of("all", "weights")
@@ -262,7 +272,18 @@ class ExportSettings:
     """The settings of ``modelpar.export``."""
 
     checkpoint: str = path()
-    out: str = path()
+    out: str = path()  # FILE.safetensors | FILE.onnx | FILE.pt2
+    opset: int | None = at_least(1, None)  # of an ONNX file; null: the exporter's
+
+
+@dataclass
+class ConvertSettings:
+    """The settings of ``modelpar.convert``."""
+
+    source: Any = path()  # file of another program, or those of both columns, [FILE,FILE]
+    out: str = path()  # FILE.safetensors
+    recipe: RecipeSettings | None = None  # that computes what the net does; null: by the file
+    mean: str | None = path(None)  # file of the mean image; null: the format's mean colour
 
 
 @dataclass
@@ -309,6 +330,7 @@ SCHEMAS: Final = {
     "evaluate": EvaluateSettings,
     "benchmark": BenchmarkSettings,
     "export": ExportSettings,
+    "convert": ConvertSettings,
     "compare": CompareSettings,
     "figures": FiguresSettings,
     "prepare": PrepareSettings,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MAINS = ("train", "evaluate", "export", "compare", "figures", "benchmark", "prepare")
+MAINS = ("train", "evaluate", "export", "convert", "compare", "figures", "benchmark", "prepare")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

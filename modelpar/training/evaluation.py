@@ -1,4 +1,4 @@
-"""Evaluates and exports trained weights: of a run, of one of its steps, or of one file."""
+"""Finds and evaluates trained weights: of a run, of one of its steps, or of one file."""
 
 import json
 from collections.abc import Sequence
@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import safetensors
-import safetensors.torch
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,18 +22,16 @@ from modelpar.images.loader import check_open_files
 from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
-from modelpar.net.four_layer import whole_net
-from modelpar.net.plan import Plan, plan_of, settings_of
+from modelpar.net.plan import Plan, plan_of
 from modelpar.net.weights import check_state
-from modelpar.settings import DataSettings, EvaluateSettings, ExportSettings
-from modelpar.training import checkpoint
+from modelpar.settings import DataSettings, EvaluateSettings
+from modelpar.training import checkpoint, exported
 from modelpar.training.averaging import Member, Pass, split
 from modelpar.training.checkpoint import Checkpoint
 from modelpar.training.engine import Net, build
 from modelpar.training.metrics import Errors
 
 RUN_KEYS: Final = ("step", "seed", "images_a_step")  # numbers that a manifest records of its run
-METADATA: Final = "modelpar"  # of an exported file: plan, data and RUN_KEYS as JSON
 NO_RECORD: Final = (SafetensorError, KeyError, TypeError, ValueError)  # if a file is no export
 
 
@@ -51,6 +47,8 @@ class TrainedNet:
     seed: int
     images_a_step: int
     classes: list[str] | None  # None: of a version that did not record them
+    statistics: Statistics | None  # that it was trained with; None: not recorded in the file
+    record: dict[str, Any]
 
     def weights(self, column: int | None) -> dict[str, Tensor]:
         """Return a column's weights, or the whole net's for None; raises CheckpointError."""
@@ -62,14 +60,22 @@ def find(path: str) -> TrainedNet:
     source = checkpoint.find(path)
     try:
         if isinstance(source, Checkpoint):
-            record = source.manifest
+            record, stats = source.manifest, Statistics(**checkpoint.read_statistics(source))
         else:
-            with safetensors.safe_open(source, framework="pt") as file:
-                record = json.loads((file.metadata() or {})[METADATA])
+            record, stats = exported.read(source)
         schema = OmegaConf.structured(DataSettings)
         data: Any = OmegaConf.to_object(OmegaConf.merge(schema, record["data"]))
         plan, numbers = plan_of(record["plan"]), [int(record[key]) for key in RUN_KEYS]
-        return TrainedNet(path, source, plan, data, *numbers, classes=record.get("classes"))
+        return TrainedNet(
+            path,
+            source,
+            plan,
+            data,
+            *numbers,
+            classes=record.get("classes"),
+            statistics=stats,
+            record=record,
+        )
     except (*NO_RECORD, OmegaConfBaseException, SettingsError) as error:
         raise CheckpointError(
             f"checkpoint={path}: does not describe the net it holds ({one_line(error)})"
@@ -124,21 +130,20 @@ def _prepare(
     number = plan.num_classes if data.name == "synthetic" else None  # else that of the images
     data = replace(data, image_size=plan.image_size, num_classes=number)
     cache = config.cache_dir(settings.cache_dir)
-    train = train or not isinstance(trained.source, Checkpoint)  # to measure the mean image
+    stats = trained.statistics
+    train = train or stats is None  # to measure the mean image
     source = first.trained if first else trained  # of synthetic images: the same for all nets
     images = open_set(data, cache, source.seed, source.images_a_step, train=train)
     check_classes(images, trained, path)
     if first is not None:
         _check_same_images(first, path, data, images)
-    if isinstance(trained.source, Checkpoint):  # the mean image that the net was trained with
-        stats = Statistics(**checkpoint.read_statistics(trained.source))
-        if stats.mean.shape[-1] != images.stored_size:
-            raise SettingsError(
-                f"data={data.name}: its images are stored at another size than those of "
-                f"{trained.source.folder}; use the data it was trained on"
-            )
-    else:
+    if stats is None:
         stats = statistics(images, cache, data.workers)
+    elif stats.mean.shape[-1] != images.stored_size:
+        raise SettingsError(
+            f"data={data.name}: its images are stored at another size than those of {path}; "
+            "use the data it was trained on"
+        )
     workers = data.workers if settings.workers is None else settings.workers
     check_open_files(settings.columns * settings.replicas)
     return Prepared(trained, data, images, stats, workers)
@@ -287,23 +292,3 @@ def lines(found: Evaluation) -> list[str]:
         how = f"weights {shares} searched on {found.searched} other test images"
     named = [f"{path}: {text}" for path, text in zip(found.checkpoints, each, strict=True)]
     return [*named, f"average of {len(each)} nets, {how}: {found.average.text}"]
-
-
-def export(settings: ExportSettings) -> None:
-    """Write the whole net to one safetensors file, and print a line that describes it.
-
-    Raises CheckpointError.
-    """
-    trained, out = find(settings.checkpoint), Path(settings.out)
-    weights = trained.weights(None)
-    check_state(whole_net(trained.plan, seed=0), weights, settings.checkpoint)
-    record = {
-        "plan": settings_of(trained.plan),
-        "data": config.without_secrets(asdict(trained.data)),
-        **{key: getattr(trained, key) for key in (*RUN_KEYS, "classes")},
-    }
-    content = safetensors.torch.save(weights, {METADATA: json.dumps(record)})
-    write_out(out, content)
-    parameters = sum(value.numel() for value in weights.values())
-    name = trained.plan.recipe.name
-    print(f"{out}: {len(weights)} tensors, {parameters:,} parameters, {name}")  # noqa: T201

@@ -1,6 +1,7 @@
 """Split changes nothing: the pair computes what the whole net computes, to 1e-12 in float64."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -42,7 +43,7 @@ def batches(steps: int, images: int, device: torch.device = CPU) -> list[Batch]:
     ]
 
 
-def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
+def learner(mesh: Mesh, recipe: str | Recipe, how: dict[str, Any]) -> Learner:
     """Return what trains; ``how`` holds settings by name and switches of the plan."""
     how = dict(how)
     compiled = how.pop("compile", False)
@@ -67,7 +68,7 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
     return Learner(plan, settings, mesh)
 
 
-def outcome(mesh: Mesh, recipe: str, steps: int, how: dict[str, Any]) -> dict[str, Any]:
+def outcome(mesh: Mesh, recipe: str | Recipe, steps: int, how: dict[str, Any]) -> dict[str, Any]:
     """Return this rank's logits, gradients, and a trajectory of training with dropout."""
     trained = learner(mesh, recipe, how)
     net = trained.net
@@ -164,6 +165,17 @@ def test_pair_equals_whole_net_with_switches(pair: Ranks, switches: dict[str, An
     whole = whole_outcome("code2012", 3, **switches)
     columns = pair.run(outcome, "code2012", 3, switches)
     assert relative(columns[0]["logits"], whole["logits"]) < 1e-12
+    for kind in ("gradients", "weights"):
+        assert_equal_states([column[kind] for column in columns], whole[kind])
+
+
+@pytest.mark.parametrize("reads", ["rectified", "pooled"])
+def test_pair_normalizes_across_the_seam_as_caffe_does(pair: Ranks, reads: str) -> None:
+    recipe = replace(Recipe.named("caffe"), norm1_input=reads, norm2_input=reads)
+    whole = outcome(Mesh(CPU), recipe, 3, {})
+    columns = pair.run(outcome, recipe, 3, {"compile": True})
+    for column in columns:
+        assert relative(column["logits"], whole["logits"]) < 1e-12
     for kind in ("gradients", "weights"):
         assert_equal_states([column[kind] for column in columns], whole[kind])
 

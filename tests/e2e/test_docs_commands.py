@@ -49,6 +49,8 @@ LEFT_OUT = {
     r"\.venv/bin/(pytest|ruff|pyright)": TESTS,
     r"bash \.ci/run": TESTS,
     r"python tests/faults/inject\.py": "takes minutes; tests/faults/test_faults.py runs it",
+    r"modelpar-convert": "needs a file of another program; tests/unit/test_convert.py writes them",
+    r".*caffe\.safetensors": "needs that file, too",
     r"docker": "needs Docker",
     r"launch/gpu_check\.sh": "needs a GPU",
     r"sbatch": "needs Slurm",

@@ -17,6 +17,7 @@ from PIL import Image
 from modelpar import config, evaluate, export, train
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, LaunchError
+from modelpar.interchange import exports
 from modelpar.training import checkpoint, evaluation, prepare, trainer
 
 MAINS: dict[str, Callable[[], Any]] = {
@@ -219,7 +220,7 @@ def test_val_alone_is_enough_to_evaluate(place: Path) -> None:
 
 
 def test_an_export_knows_its_classes_and_old_checkpoints_load(place: Path) -> None:
-    evaluation.export(config.read("export", ["checkpoint=run", "out=net.safetensors"]))
+    exports.export(config.read("export", ["checkpoint=run", "out=net.safetensors"]))
     exported = evaluation.find("net.safetensors")
     assert exported.classes == ["dark", "light"]
     manifest = place / STEP / "manifest.json"

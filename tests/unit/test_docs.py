@@ -133,6 +133,7 @@ PLACES = [
     ("train", "settings.md", TRAIN),
     ("evaluate", "settings.md", ("Evaluate",)),
     ("export", "settings.md", ("Export",)),
+    ("convert", "weights.md", ("Convert",)),
     ("prepare", "settings.md", ("Prepare",)),
     ("compare", "experiments.md", ("Compare runs",)),
     ("figures", "figures.md", ()),

@@ -48,6 +48,7 @@ FLOORS = [
     [
         "training.monitor",
         "training.checkpoint",
+        "training.exported",
         "training.run_dir",
         "training.consistency",
         "training.readback",
@@ -57,6 +58,9 @@ FLOORS = [
     ["training.nonfinite", "training.prepare"],
     ["training.trainer", "training.averaging"],
     ["training.evaluation"],
+    ["interchange.foreign", "interchange.card"],
+    ["interchange.caffe", "interchange.cuda_convnet", "interchange.exports"],
+    ["interchange.imports"],
     ["studies.runs", "studies.averages"],
     ["studies.comparison", "studies.snapshots"],
     ["studies.plots"],
@@ -68,7 +72,7 @@ FLOORS = [
     ["bench.report"],
     ["sweep"],
     ["launch"],
-    ["train", "evaluate", "benchmark", "export", "compare", "figures", "prepare"],
+    ["train", "evaluate", "benchmark", "export", "convert", "compare", "figures", "prepare"],
 ]
 HEIGHT = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(

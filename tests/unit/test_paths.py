@@ -19,12 +19,14 @@ WORDS = {
     "evaluate": ["checkpoint=x"],
     "benchmark": [],
     "export": ["checkpoint=x", "out=x.safetensors"],
+    "convert": ["source=x", "out=x.safetensors"],
     "compare": ["runs=[x]"],
     "figures": ["checkpoint=x"],
     "prepare": ["out=x"],
 }
 
-ENDS = {"evaluate": ".json", "export": ".safetensors"}  # of the file that out names
+# Of the file that out names.
+ENDS = {"evaluate": ".json", "export": ".safetensors", "convert": ".safetensors"}
 
 
 @pytest.fixture(autouse=True)
