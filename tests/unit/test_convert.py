@@ -363,3 +363,28 @@ def test_torchvisions_state_dict_is_its_net() -> None:
     with torch.no_grad():
         expected = net.double()(normalize(crops))
     torch.testing.assert_close(logits(found, images), expected, rtol=1e-4, atol=1e-5)
+
+
+@SLOW
+@pytest.mark.parametrize("kind", ["alexnet", "caffenet"])
+def test_an_onnx_file_of_caffe2_has_the_weights_of_the_caffemodel(kind: str) -> None:
+    onnx = pytest.importorskip("onnx")
+    weights, nodes, initializers = drawn(), list[Any](), list[Any]()
+    kinds = {"Convolution": "Conv", "InnerProduct": "Gemm", "Pooling": "MaxPool", "ReLU": "Relu"}
+    for name, what, blobs, _ in layers_of(weights, kind)[1:]:
+        given = [f"{name}_w_0", f"{name}_b_0"] if blobs else []
+        more: dict[str, Any] = {"size": 5, "alpha": 1e-4, "beta": 0.75, "bias": 1.0}
+        more = more if what == "LRN" else {"transB": 1} if what == "InnerProduct" else {}
+        op = kinds.get(what, what)
+        nodes.append(onnx.helper.make_node(op, ["x", *given], ["x"], name=name, **more))
+        initializers += map(onnx.numpy_helper.from_array, blobs, given)
+    graph = onnx.helper.make_graph(nodes, "AlexNet", [], [], initializers)
+    onnx.save(onnx.helper.make_model(graph), "net.onnx")
+    Path("net.caffemodel").write_bytes(caffemodel(layers_of(weights, kind), old=False))
+    found, expected = (converted(f"net.{ending}") for ending in ("onnx", "caffemodel"))
+    assert found.plan == expected.plan
+    state = found.weights(None)
+    assert all(torch.equal(state[key], one) for key, one in expected.weights(None).items())
+    Path("net.onnx").write_bytes(Path("net.onnx").read_bytes()[:100_000])
+    with pytest.raises(CheckpointError, match=r"net\.onnx: damaged, or not what its name says"):
+        converted("net.onnx")
