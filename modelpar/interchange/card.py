@@ -50,7 +50,8 @@ def history(trained: TrainedNet) -> dict[str, Any]:
 def card(out: Path, trained: TrainedNet, parameters: int, what: str) -> str:
     """Return the card of ``out``, a file that takes and returns ``what``, as Markdown."""
     plan, stats, past = trained.plan, trained.statistics, history(trained)
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    program = Path(sys.argv[0]).stem.removeprefix("modelpar-")
+    words = [f"modelpar-{program}", *sys.argv[1:]]
     columns = "two columns" if plan.columns > 1 else "one column"
     rows = [
         ("net", f"`{plan.net}`, {columns}, {parameters:,} parameters"),

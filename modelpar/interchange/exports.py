@@ -110,7 +110,7 @@ def _write(
 ) -> None:
     parameters = sum(value.numel() for value in weights.values())
     write_out(out, content)
-    write_out(out.with_suffix(".md"), card(out, trained, parameters, what))
+    write_out(Path(f"{out}.md"), card(out, trained, parameters, what))
     name = trained.plan.recipe.name
     print(f"{out}: {len(weights)} tensors, {parameters:,} parameters, {name}")  # noqa: T201
 

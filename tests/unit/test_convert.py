@@ -24,7 +24,8 @@ from modelpar.interchange import imports
 from modelpar.net import paper
 from modelpar.net.four_layer import whole_net
 from modelpar.net.weights import split
-from modelpar.training import evaluation
+from modelpar.training import evaluation, prepare, trainer
+from modelpar.training.checkpoint import newest, read_part
 
 SLOW = pytest.mark.slow
 CLASSES = 2
@@ -146,7 +147,7 @@ def test_a_caffemodel_computes_what_caffe_computes(kind: str, *, old: bool) -> N
     assert float((expected[0, 0] - expected[0, 1]).abs()) > 0.1
     torch.testing.assert_close(logits(found, images), expected, rtol=1e-12, atol=1e-12)
     assert found.plan.recipe.norm1_input == {"alexnet": "rectified"}.get(kind, "pooled")
-    text = Path("net.md").read_text()
+    text = Path("net.safetensors.md").read_text()
     assert "converted from the caffemodel net.caffemodel (sha256 " in text
     assert "123.00, 117.00, 104.00 (red, green, blue, 0-255)" in text
 
@@ -171,7 +172,7 @@ def test_k_and_a_mean_image_are_those_of_the_files() -> None:
 
 
 @SLOW
-def test_a_converted_net_is_evaluated_with_its_own_mean(images: Path) -> None:
+def test_a_converted_net_is_evaluated_with_its_own_mean_and_trained_on(images: Path) -> None:
     Path("net.caffemodel").write_bytes(caffemodel(layers_of(drawn(), "alexnet"), old=True))
     converted("net.caffemodel")
     words = ["checkpoint=net.safetensors", f"data.root={images}", "columns=1", "workers=0"]
@@ -182,6 +183,16 @@ def test_a_converted_net_is_evaluated_with_its_own_mean(images: Path) -> None:
     assert prepared.statistics.mean[:, 0, 0].tolist() == [123, 117, 104]
     alone = Mesh(torch.device("cpu"))
     assert evaluation.evaluate_checkpoint(settings, [prepared], alone).members[0].samples == 10
+    layers = f"[{','.join(SHAPES)}]"
+    words = ["recipe=caffe", "recipe.lr=0", "model.image_size=227", "data=imagefolder", "steps=1"]
+    words += [f"data.root={images}", "init.checkpoint=net.safetensors", f"init.layers={layers}"]
+    words += ["columns=1", "batch_size=4", "compile=false", "workers=0"]
+    train = config.read("train", [*words, "monitor.progress=false", "monitor.tensorboard=false"])
+    trainer.train(train, prepare.prepare(train, Path("run")), alone, Path("run"))
+    started, given = newest(Path("run")), safetensors.torch.load_file("net.safetensors")
+    assert started is not None
+    weights = read_part(started, "weights", None)
+    assert all(torch.equal(weights[key], one) for key, one in given.items())
 
 
 # -- files that are refused ----------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_the_card_says_what_the_net_is(
 ) -> None:
     export("copy.safetensors")
     assert "copy.safetensors: 16 tensors, 20," in capsys.readouterr().out
-    card = Path("copy.md").read_text()
+    card = Path("copy.safetensors.md").read_text()
     recipe = trained.plan.recipe.name
     for said in (
         "# copy.safetensors\n",
