@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +12,17 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from foreign import Layer, Options, caffemodel, py2_pickle
+from foreign import (
+    CLASSES,
+    SHAPES,
+    UNITS,
+    Weights,
+    caffemodel,
+    convnet,
+    drawn,
+    layers_of,
+    py2_pickle,
+)
 from torch.nn import functional
 
 from modelpar import Recipe, config
@@ -28,20 +37,7 @@ from modelpar.training import evaluation, prepare, trainer
 from modelpar.training.checkpoint import newest, read_part
 
 SLOW = pytest.mark.slow
-CLASSES = 2
-UNITS = 16  # of fc6 and fc7 in both columns
-SHAPES = {
-    "conv1": (96, 3, 11, 11),
-    "conv2": (256, 48, 5, 5),
-    "conv3": (384, 256, 3, 3),
-    "conv4": (384, 192, 3, 3),
-    "conv5": (256, 192, 3, 3),
-    "fc6": (UNITS, 9216),
-    "fc7": (UNITS, UNITS),
-    "fc8": (CLASSES, UNITS),
-}
 CAFFE_MEAN = (104.0, 117.0, 123.0)  # blue, green, red
-Weights = dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 
 
 @pytest.fixture(autouse=True)
@@ -53,40 +49,6 @@ def _narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(paper, "LAYERS", MappingProxyType(rows))
     monkeypatch.setattr(paper, "NETS", MappingProxyType({**paper.NETS, "two_columns": rows}))
     monkeypatch.chdir(tmp_path)
-
-
-@cache
-def drawn_once() -> Weights:
-    """Return weights that keep the scale of the maps, in the order and colours of Caffe."""
-    source = np.random.default_rng(0)
-    return {
-        name: (
-            source.normal(0, (2 / np.prod(shape[1:])) ** 0.5, shape).astype("f4"),
-            source.normal(0, 0.1, shape[0]).astype("f4"),
-        )
-        for name, shape in SHAPES.items()
-    }
-
-
-def drawn() -> Weights:
-    return dict(drawn_once())
-
-
-def layers_of(
-    weights: Weights, kind: str, k: float | None = None, alpha: float = 1e-4
-) -> list[Layer]:
-    """Return the layers of bvlc_alexnet, or of ``caffenet``, in order."""
-    layers: list[Layer] = [("data", "Data", [], b"")]
-    for name, blobs in weights.items():
-        what = "Convolution" if name.startswith("conv") else "InnerProduct"
-        layers += [(name, what, list(blobs), b""), (f"relu{name[-1]}", "ReLU", [], b"")]
-        after = [("LRN", foreign.norm(k, alpha)), ("Pooling", b"")]
-        if name in {"conv1", "conv2"}:
-            ordered = after if kind == "alexnet" else after[::-1]
-        else:
-            ordered = after[1:] if name == "conv5" else []
-        layers += [(f"{one}{name[-1]}", one, [], lrn) for one, lrn in ordered]
-    return layers
 
 
 def caffe_logits(
@@ -255,34 +217,6 @@ def test_another_caffemodel_is_refused_in_one_line(name: str) -> None:
 
 
 # -- cuda-convnet --------------------------------------------------------------------------------
-
-
-def convnet(weights: Weights, dropout: str = "hs") -> dict[str, Any]:
-    """Return what a checkpoint of run 145's net holds; weights as of Caffe, colours as RGB."""
-    layers: dict[str, Any] = {"rnorm1a": {"type": "cmrnorm"}, "cnorm2a": {"type": "rnorm"}}
-    layers["drop"] = {"type": dropout}
-    names = {"fc6": "fc2048", "fc7": "fc2048b", "fc8": "fc1000"}
-    for stage, (weight, bias) in weights.items():
-        both = stage in {"conv3", "fc6", "fc7", "fc8"}  # which read both columns
-        columns = [""] if stage == "fc8" else ["a", "b"]
-        for column, letter in enumerate(columns):
-            own = np.split(weight, len(columns))[column]
-            parts = np.split(own, 2, axis=1) if both else [own]
-            inputs = ["one_a_neuron", "one_b_neuron"] if both else ["one"]
-            if letter == "b":  # as fc2048bb of run 145
-                parts, inputs = parts[::-1], inputs[::-1]
-            matrices = [np.asfortranarray(part.reshape(len(part), -1).T) for part in parts]
-            own_bias = np.split(bias, len(columns))[column]
-            layers[names.get(stage, stage) + letter] = {
-                "name": names.get(stage, stage) + letter,
-                "type": stage.rstrip("12345678"),
-                "inputs": inputs,
-                "weights": matrices,
-                "weightsInc": [np.zeros_like(one) for one in matrices],
-                "biases": own_bias.reshape((-1, 1) if stage[0] == "c" else (1, -1)),
-            }
-    state = {"layers": layers, "epoch": 91, "batchnum": 1, "train_outputs": [([1.5], 128)]}
-    return {"model_state": state, "op": Options()}
 
 
 @pytest.mark.parametrize("dropout", [pytest.param("hs", marks=SLOW), "dropout"])
