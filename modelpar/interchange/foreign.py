@@ -36,7 +36,7 @@ def readable(what: str) -> Generator[None]:
     """Turn whatever a library raises for a damaged file, or one of another kind, into one line."""
     try:
         yield
-    except RunError:
+    except (RunError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - readers of other formats check little
         text = one_line(error)[:200]
@@ -59,7 +59,7 @@ def named(
     """Return the state dict of weights and biases in the order of the layers, in float32.
 
     ``scaled_dropout``: the other program multiplies what dropout keeps by 1 / (1 - rate) in
-    training.  Differs: we multiply by 1 - rate in evaluation instead, so the weights that follow dropout
+    training.  Differs: we multiply by 1 - rate in evaluation, so the weights that follow dropout
     are divided by it here, without rounding.  Raises CheckpointError for another number of layers.
     """
     if len(tensors) != len(paper.LAYERS):

@@ -169,7 +169,7 @@ def test_pair_equals_whole_net_with_switches(pair: Ranks, switches: dict[str, An
         assert_equal_states([column[kind] for column in columns], whole[kind])
 
 
-@pytest.mark.parametrize("reads", ["rectified", "pooled"])
+@pytest.mark.parametrize("reads", [pytest.param("rectified", marks=SLOW), "pooled"])
 def test_pair_normalizes_across_the_seam_as_caffe_does(pair: Ranks, reads: str) -> None:
     recipe = replace(Recipe.named("caffe"), norm1_input=reads, norm2_input=reads)
     whole = outcome(Mesh(CPU), recipe, 3, {})

@@ -100,7 +100,9 @@ def stored_images(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8, generator=source)
 
 
-@pytest.mark.parametrize(("kind", "old"), [("alexnet", True), ("caffenet", False)])
+@pytest.mark.parametrize(
+    ("kind", "old"), [("alexnet", True), pytest.param("caffenet", False, marks=SLOW)]
+)
 def test_a_caffemodel_computes_what_caffe_computes(kind: str, *, old: bool) -> None:
     weights, images = drawn(), stored_images(1)
     Path("net.caffemodel").write_bytes(caffemodel(layers_of(weights, kind), old=old))
@@ -265,6 +267,7 @@ def ours() -> dict[str, torch.Tensor]:
     }
 
 
+@SLOW
 def test_state_dicts_of_a_net_and_of_both_columns_are_read() -> None:
     state = ours()
     torch.save({"state_dict": {f"module.{key}": one for key, one in state.items()}}, "whole.pt")

@@ -103,6 +103,7 @@ def test_onnx_computes_what_the_net_computes(trained: evaluation.TrainedNet) -> 
     assert not Path("old.onnx").exists()
 
 
+@pytest.mark.slow
 def test_torch_export_computes_what_the_net_computes(trained: evaluation.TrainedNet) -> None:
     export("net.pt2")
     files = {"modelpar": ""}
