@@ -8,13 +8,19 @@ from modelpar.bench.contenders import CONTENDERS
 from modelpar.declare import walk
 from modelpar.errors import SettingsError, refuse_choice
 from modelpar.files import check_writable
-from modelpar.schemas import BenchmarkSettings, ExportSettings, FiguresSettings, PredictSettings
+from modelpar.schemas import (
+    BenchmarkSettings,
+    ConvertSettings,
+    ExportSettings,
+    FiguresSettings,
+    PredictSettings,
+)
 from modelpar.settings import EvaluateSettings, RankSettings, TrainSettings
 
-# What the file that ``out`` names may end in.
-FILES: Final[dict[type, tuple[str, ...]]] = {
+FILES: Final[dict[type, tuple[str, ...]]] = {  # endings of the file that ``out`` names
     EvaluateSettings: (".json",),
-    ExportSettings: (".safetensors",),
+    ExportSettings: (".safetensors", ".onnx", ".pt2"),
+    ConvertSettings: (".safetensors",),
     PredictSettings: (".html", ".csv"),
 }
 

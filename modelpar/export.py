@@ -7,7 +7,7 @@ from functools import partial
 
 from modelpar import command
 
-main = partial(command.main, "export", "training.export:export")
+main = partial(command.main, "export", "interchange.exports:export")
 
 if __name__ == "__main__":
     main()

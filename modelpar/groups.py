@@ -6,7 +6,16 @@ from typing import Final
 from omegaconf import MISSING
 
 from modelpar.declare import at_least, declare, one_of, path
-from modelpar.net.paper import BASELINES, MOMENTUM, NETS, RATE, SCHEDULES, WEIGHT_DECAY
+from modelpar.net.paper import (
+    BASELINES,
+    CAFFE_NORM_K,
+    MOMENTUM,
+    NETS,
+    NORM_K,
+    RATE,
+    SCHEDULES,
+    WEIGHT_DECAY,
+)
 
 PRECISIONS: Final = ("float32", "bfloat16", "float64")
 # What a default of null stands for.
@@ -56,7 +65,7 @@ class RecipeSettings:
 
     ``conf/recipe/*.yaml`` chooses a side for each recipe.  The first value of each switch is the
     paper's, the second the code's (for ``norm2_input`` run 166's; for ``conv1_padding`` the first
-    is torchvision's); the other values are neither's.
+    is torchvision's); the other values are neither's, those of ``norm_k`` to ``norms`` Caffe's.
     """
 
     name: str = declare(MISSING, unset=BY_RECIPE, means="`paper`, `code2012` or `clean`")
@@ -69,15 +78,22 @@ class RecipeSettings:
         unset=BY_RECIPE,
         means="how alpha of the response normalization counts",
     )
+    norm_k: float = one_of(
+        NORM_K,
+        CAFFE_NORM_K,
+        default=NORM_K,
+        means="k of the response normalization: the paper's and the code's, or Caffe's",
+    )
     norm1_input: str = one_of(
-        "rectified", "linear", unset=BY_RECIPE, means="what is normalized after conv1"
+        "rectified", "linear", "pooled", unset=BY_RECIPE, means="what is normalized after conv1"
     )
     norm2_input: str = one_of(
-        "rectified", "linear", unset=BY_RECIPE, means="what is normalized after conv2"
+        "rectified", "linear", "pooled", unset=BY_RECIPE, means="what is normalized after conv2"
     )
     norms: str = one_of(
         "across",
         "across_and_within",
+        "across_both",
         unset=BY_RECIPE,
         means="which response normalizations there are",
     )

@@ -147,7 +147,41 @@ class ExportSettings:
     ema: bool = declare(
         False, means="export the moving average of `recipe.ema` in place of the weights"
     )
-    out: str = path(unit="file", means="name of the file, which must end in `.safetensors`")
+    out: str = path(
+        unit="file",
+        means="name of the file, which must end in `.safetensors`, `.onnx` or `.pt2`",
+    )
+    opset: int | None = at_least(
+        1, None, unit="number", unset="torch's own", means="operator set of an ONNX file"
+    )
+
+
+@dataclass
+class ConvertSettings:
+    """The settings of ``modelpar.convert``."""
+
+    source: Any = path(
+        unit="file, or two",
+        means="the weights; state dicts may be of one column each, `[FILE,FILE]`, column 0 first",
+    )
+    out: str = path(
+        unit="file",
+        means="name of the file, which must end in `.safetensors`; every command that takes a "
+        "checkpoint takes it",
+    )
+    recipe: RecipeSettings | None = declare(
+        None,
+        choices=("paper", "code2012", "clean", "caffe"),
+        unset="by the file",
+        means="what the net computes; required for state dicts of our nets",
+    )
+    mean: str | None = path(
+        None,
+        unit="file",
+        unset="by the format",
+        means="mean image that is subtracted: `.binaryproto`, `.npy` (3, T, T), mean colour as "
+        "`.npy` (3,), or cuda-convnet's `batches.meta`",
+    )
 
 
 @dataclass
@@ -228,6 +262,7 @@ SCHEMAS: Final = {
     "predict": PredictSettings,
     "benchmark": BenchmarkSettings,
     "export": ExportSettings,
+    "convert": ConvertSettings,
     "compare": CompareSettings,
     "figures": FiguresSettings,
     "prepare": PrepareSettings,

@@ -7,7 +7,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MAINS = ("train", "evaluate", "export", "compare", "figures", "benchmark", "prepare", "predict")
+MAINS = (
+    "train",
+    "evaluate",
+    "predict",
+    "export",
+    "convert",
+    "compare",
+    "figures",
+    "benchmark",
+    "prepare",
+)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

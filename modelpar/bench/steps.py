@@ -72,17 +72,21 @@ class Plain(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
-        plan, layer, relu, norm = self.plan, self.get_submodule, functional.relu, self._across
+        plan, layer, relu = self.plan, self.get_submodule, functional.relu
         pool = partial(functional.max_pool2d, kernel_size=3, stride=2, ceil_mode=True)
         drop = partial(functional.dropout, p=plan.dropout, training=self.training)
-        x = layer("conv1")(functional.pad(images, plan.conv1_padding))
-        linear = plan.recipe.norm1_input == "linear"
-        x = relu(pool(norm(x))) if linear else pool(norm(relu(x)))
-        x = norm(relu(layer("conv2")(x)))
-        if plan.recipe.norms == "across_and_within":
-            mean = functional.avg_pool2d(x * x, paper.WITHIN_SIZE, 1, paper.WITHIN_SIZE // 2)
-            x = x * (paper.WITHIN_K + paper.WITHIN_ALPHA * mean) ** -paper.WITHIN_BETA
-        x = relu(layer("conv3")(pool(x)))
+        x = functional.pad(images, plan.conv1_padding)
+        for name, reads in plan.norm_inputs.items():
+            x = layer(name)(x)
+            x = x if reads == "linear" else relu(x)
+            x = pool(x) if reads == "pooled" else x
+            x = self._across(x)
+            if name == "conv2" and plan.recipe.norms == "across_and_within":
+                mean = functional.avg_pool2d(x * x, paper.WITHIN_SIZE, 1, paper.WITHIN_SIZE // 2)
+                x = x * (paper.WITHIN_K + paper.WITHIN_ALPHA * mean) ** -paper.WITHIN_BETA
+            x = x if reads == "pooled" else pool(x)
+            x = relu(x) if reads == "linear" else x
+        x = relu(layer("conv3")(x))
         x = relu(layer("conv4")(x))
         x = pool(relu(layer("conv5")(x))).flatten(1)
         x = drop(relu(layer("fc6")(x)))
@@ -91,9 +95,10 @@ class Plain(nn.Module):
 
     def _across(self, x: Tensor) -> Tensor:
         norm = _sliced_norm if self.sliced else functional.local_response_norm
-        beta, alpha, k = paper.NORM_BETA, self.plan.recipe.alpha, paper.NORM_K
+        recipe, beta = self.plan.recipe, paper.NORM_BETA
+        parts = x.chunk(1 if recipe.norms == "across_both" else COLUMNS, 1)
         return torch.cat(
-            [norm(c, paper.NORM_SIZE, alpha, beta, k) for c in x.chunk(COLUMNS, 1)], 1
+            [norm(c, paper.NORM_SIZE, recipe.alpha, beta, recipe.norm_k) for c in parts], 1
         )
 
 

@@ -30,6 +30,9 @@ from modelpar.seeding import generator
 # Differs: the paper stores images of 256 pixels for crops of 224 (section 4.1); other crop sizes
 # keep that ratio.
 STORED_PER_CROP: Final = 256 / 224
+# Caffe's crops are of its own size.  Differs: Caffe squeezes an image into a square; here its
+# central square is used.
+CAFFE_CROP, CAFFE_STORED = 227, 256
 # The names of Imagenette's classes by folder; torchvision has no public name for them.
 IMAGENETTE: Final[Mapping[str, Sequence[str]]] = vars(datasets.Imagenette)["_WNID_TO_CLASS"]
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
@@ -54,6 +57,8 @@ def _folder(settings: DataSettings, cache: Path) -> Path:
 
 
 def _stored_size(settings: DataSettings) -> int:
+    if settings.image_size == CAFFE_CROP:
+        return CAFFE_STORED
     return round(settings.image_size * STORED_PER_CROP)
 
 

@@ -45,7 +45,7 @@ def _layer(plan: Plan, name: str, column: int | None) -> nn.Module:
 
 
 class _Layers(nn.Module):
-    """The layers of ``column`` with their initial weights; None: those of all columns.
+    """The layers of the column of ``link`` with their initial weights; None: of all columns.
 
     ``classes`` are the names, and ``statistics`` the mean image (3, T, T) with its colours, of the
     data that a loaded net was trained on.
@@ -58,12 +58,13 @@ class _Layers(nn.Module):
     classes: Sequence[str] = ()
     statistics: Any = None
 
-    def __init__(self, plan: Plan, seed: int | None, column: int | None) -> None:
+    def __init__(self, plan: Plan, seed: int | None, link: Link | None) -> None:
         super().__init__()
         self.plan = plan
+        column = None if link is None else link.column
         for name in plan.layers:
             self.add_module(name, _layer(plan, name, column))
-        self.blocks = Blocks(plan, column)
+        self.blocks = Blocks(plan, link)
         load_initial(self, plan, seed, column)
 
     def compile(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -92,7 +93,7 @@ class AlexNet(_Layers):
     """
 
     def __init__(self, plan: Plan, seed: int | None = None) -> None:
-        super().__init__(plan, seed, column=None)
+        super().__init__(plan, seed, link=None)
 
     @classmethod
     def from_recipe(
@@ -104,7 +105,7 @@ class AlexNet(_Layers):
         seed: int | None = None,
         **switches: Any,
     ) -> Self:
-        """Return the net of ``paper``, ``code2012`` or ``clean``, with initial weights.
+        """Return the net of ``paper``, ``code2012``, ``clean`` or ``caffe``, with initial weights.
 
         ``switches`` are the fields of ``Plan``.  Raises SettingsError.
         """
@@ -189,7 +190,7 @@ class Column(_Layers):
     """
 
     def __init__(self, plan: Plan, link: Link, seed: int | None = None) -> None:
-        super().__init__(plan, seed, link.column)
+        super().__init__(plan, seed, link)
         self.link = link
 
     @classmethod

@@ -10,8 +10,17 @@ from torch.nn import functional
 from modelpar import gpu
 from modelpar.device import check_compiled
 from modelpar.gpu.block import Block, block
+from modelpar.net.exchange import Link, swap
 from modelpar.net.fused import block_of, patches
-from modelpar.net.layers import Activation, Dropout, as_weight, compile_norm, norm, pool
+from modelpar.net.layers import (
+    AcrossMaps,
+    Activation,
+    Dropout,
+    as_weight,
+    compile_norm,
+    norm,
+    pool,
+)
 from modelpar.net.plan import Plan
 from modelpar.seeding import generator
 
@@ -19,22 +28,23 @@ from modelpar.seeding import generator
 class Blocks(nn.Module):
     """The layers without weights: padding, norms, activations, pools and dropout.
 
-    ``column`` is the one whose maps and units they process; None: all columns.
+    They process the maps and units of the column of ``link``; None: those of all columns.
     """
 
-    def __init__(self, plan: Plan, column: int | None = None) -> None:
+    def __init__(self, plan: Plan, link: Link | None = None) -> None:
         super().__init__()
         self.plan = plan
+        column = None if link is None else link.column
         self.columns = plan.columns if column is None else 1
         self.activations = nn.ModuleDict(
             {name: Activation(name, plan.activation) for name in plan.layers if name != "fc8"}
         )
         self.pool = pool(plan.pool)
-        self.norm1 = norm(plan, "conv1", self.columns)
-        self.norm2 = norm(plan, "conv2", self.columns)
+        self.norm1 = _norm_of(plan, "conv1", link)
+        self.norm2 = _norm_of(plan, "conv2", link)
         # Run 145 normalizes conv1's linear response, run 166 conv2's: the ReLU follows the pool.
-        linear = {"conv1": plan.recipe.norm1_input, "conv2": plan.recipe.norm2_input}
-        self.normalizes_linear = {name: kind == "linear" for name, kind in linear.items()}
+        # CaffeNet normalizes the pooled maps.
+        self.norm_inputs = plan.norm_inputs
         self.compiled_norms: dict[str, Callable[[Tensor], Tensor]] = {}  # by layer, for training
         self.fused: dict[str, Block] = {}  # by convolution: what our kernel does after it
         rates = {"conv4": plan.conv4_dropout, "fc6": plan.dropout, "fc7": plan.dropout}
@@ -82,7 +92,7 @@ class Blocks(nn.Module):
     def _compile_norms(self, weight: Tensor) -> None:
         compiled: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, layer in (("conv1", self.norm1), ("conv2", self.norm2)):
-            rectify = not self.normalizes_linear[name]
+            rectify = self.norm_inputs[name] == "rectified"
             function = compile_norm(layer, rectify=rectify)
             if function is None or (rectify and self.plan.activation != "relu"):
                 continue
@@ -120,8 +130,13 @@ class Blocks(nn.Module):
         # A hook on the activation needs it to run as a module.
         fused = self.training and not activation._forward_hooks  # noqa: SLF001
         compiled = self.compiled_norms.get(name) if fused else None
+        reads = self.norm_inputs[name]
+        if reads == "pooled":
+            maps = self.pool(activation(maps))
         maps = compiled(maps) if compiled else self._norm(name, maps)
-        if not self.normalizes_linear[name]:
+        if reads == "pooled":
+            return maps
+        if reads == "rectified":
             return self.pool(maps)
         if self.plan.pool == "average":
             return self.pool(activation(maps))
@@ -129,7 +144,8 @@ class Blocks(nn.Module):
 
     def _norm(self, name: str, maps: Tensor) -> Tensor:
         norm = self.norm1 if name == "conv1" else self.norm2
-        return norm(maps if self.normalizes_linear[name] else self.activations[name](maps))
+        rectified = self.norm_inputs[name] == "rectified"
+        return norm(self.activations[name](maps) if rectified else maps)
 
     def after(self, name: str, response: Tensor) -> Tensor:
         """Activate; normalize and pool, pool or drop what the layer ``name`` asks for.
@@ -143,6 +159,36 @@ class Blocks(nn.Module):
         if name == "conv5":
             return self.pool(x)
         return self.dropouts[name](x) if name in self.dropouts else x
+
+
+class AcrossBoth(nn.Module):
+    """One column's part of a response normalization over the maps of both columns, as in Caffe.
+
+    ``norm`` is that of ``maps`` neighbouring maps.  The maps next to the seam are exchanged.
+    """
+
+    def __init__(self, norm: AcrossMaps, layer: str, link: Link) -> None:
+        super().__init__()
+        self.norm, self.layer, self.link = norm, layer, link
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return this column's normalized maps (N, C, H, W).  A collective of the pair."""
+        reach, count = self.norm.size // 2, maps.shape[1]
+        if self.link.column == 0:
+            peer = swap(maps[:, -reach:], self.link, self.layer)
+            return self.norm(torch.cat([maps, peer], 1))[:, :count]
+        peer = swap(maps[:, :reach], self.link, self.layer)
+        return self.norm(torch.cat([peer, maps], 1))[:, reach:]
+
+
+def _norm_of(plan: Plan, layer: str, link: Link | None) -> nn.Module:
+    """Return the normalization after conv1 or conv2 for the column of ``link``, or for all."""
+    found = norm(plan, layer, plan.columns if link is None else 1)
+    if link is None or plan.recipe.norms != "across_both" or not isinstance(found, AcrossMaps):
+        return found
+    reach = found.size // 2
+    wider = AcrossMaps(plan.layers[layer].outputs + reach, plan.recipe.alpha, found.size, found.k)
+    return AcrossBoth(wider, layer, link)
 
 
 def _example(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
                 for the peer's, multiply those         start sending it, then compute the rest
     add_logits  add this column's logits and the       the identity: both columns compute the
                 peer's                                 same loss
+    swap        exchange some maps and wait            exchange their gradients and wait
 
 ``read_both`` is the layer that reads both columns' maps.  Its backward starts the exchange that
 the backward of ``send`` waits for; autograd adds what arrives to the column's own gradient.
@@ -261,6 +262,29 @@ def split_inputs(weight: Tensor, column: int) -> tuple[Tensor, Tensor]:
     """Return the parts of ``weight`` (M, 2 C, ...) that read this column and the peer."""
     first, second = weight.chunk(2, dim=1)
     return (first, second) if column == 0 else (second, first)
+
+
+class _Swap(Function):
+    """Exchange maps with the peer.  Adjoint: exchange their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, crossing: Crossing) -> Tensor:
+        ctx.crossing = crossing
+        crossing.start(maps, "forward")
+        return crossing.finish("forward")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.crossing.start(grads[0], "backward")
+        return ctx.crossing.finish("backward"), None
+
+
+def swap(maps: Tensor, link: Link, layer: str) -> Tensor:
+    """Return the peer's ``maps`` (N, C, H, W), which follow ``layer`` and of which it gets ours.
+
+    A collective of the pair.  Adjoint: the same with the gradients.
+    """
+    return _Swap.apply(maps, Crossing(link, layer))
 
 
 class _AddLogits(Function):

@@ -28,9 +28,11 @@ def block_of(plan: Plan, name: str, norm: nn.Module) -> Block | None:
     if norms is None or not usual:
         return None
     found = {isinstance(one, AcrossMaps): Norm(one.k, one.slope, one.size) for one in norms}
-    linear = {"conv1": plan.recipe.norm1_input, "conv2": plan.recipe.norm2_input}
+    reads = plan.norm_inputs.get(name)
+    if reads == "pooled" or plan.recipe.norms == "across_both":  # Caffe's
+        return None
     return Block(
-        rectify="last" if linear.get(name) == "linear" else "first",
+        rectify="last" if reads == "linear" else "first",
         across=found.get(True),
         within=found.get(False),
         pool=name in {"conv1", "conv2", "conv5"},

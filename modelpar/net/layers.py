@@ -145,6 +145,8 @@ class ResponseNorm(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the normalized maps (N, C, H, W)."""
+        if torch.compiler.is_exporting():  # which takes no Function of one's own
+            return _normalize(maps, [self.window(maps)])[0]
         return _respond(maps, [self.window(maps)])
 
 
@@ -152,6 +154,7 @@ class AcrossMaps(ResponseNorm):
     """Response normalization over neighbouring maps of one column (section 3.3).
 
     ``maps`` is the number of maps of a column: no window reaches from one column into the next.
+    Only Caffe's do: there it is the number of maps of both columns.
     The input (N, C, H, W) may hold several columns.  ``alpha`` counts over the whole window, as
     in torch: y = x / (k + alpha / n * sum of n squares) ** beta.  ``size`` is n, an odd number.
     """
@@ -324,7 +327,9 @@ def norm(plan: Plan, layer: str, columns: int) -> nn.Module:
     if plan.net == "four_layer":
         size, k = paper.FOUR_LAYER_NORM_SIZE, paper.FOUR_LAYER_NORM_K
         return AcrossMaps(maps, paper.FOUR_LAYER_NORM_ALPHA, size, k)
-    across = AcrossMaps(maps, plan.recipe.alpha)
+    if plan.recipe.norms == "across_both":  # of a column: see ``AcrossBoth`` in net.blocks
+        maps *= columns
+    across = AcrossMaps(maps, plan.recipe.alpha, k=plan.recipe.norm_k)
     within = layer == "conv2" and plan.recipe.norms == "across_and_within"
     return nn.Sequential(across, WithinMap()) if within else across
 

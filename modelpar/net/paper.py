@@ -127,6 +127,7 @@ NORM_SIZE: Final = 5  # section 3.3: n, neighbouring maps
 NORM_ALPHA: Final = 1e-4  # section 3.3: alpha; the code divides it by n (run 145, cmrnorm)
 NORM_BETA: Final = 0.75  # section 3.3
 NORM_K: Final = 2.0  # section 3.3; run 145: minDiv
+CAFFE_NORM_K: Final = 1.0  # caffe.proto, LRNParameter, which Caffe's AlexNets leave as it is
 WITHIN_SIZE: Final = 5  # run 145, rnorm: side of the window in pixels
 WITHIN_ALPHA: Final = 1e-3  # run 145, rnorm: divided by the window's 25 pixels
 WITHIN_BETA: Final = 0.75  # run 145, rnorm
@@ -305,6 +306,9 @@ SCHEDULES: Final = MappingProxyType(
             90, _dexp(250, 4, 2, length=90), _dexp(25, 2, 2, length=90), noise={}
         ),
         # -- other nets
+        # Caffe's models/bvlc_alexnet/readme.md: a tenth each 100,000 of 360,000 iterations of 256
+        # images, so each 20 of 72 epochs; biases at twice the rate (lr_mult), no colour noise.
+        "caffe": Timetable(72, _tenths(20, 40, 60), _tenths(20, 40, 60), noise={}),
         # layer-params-cifar10-11pct.cfg: 350, 150, 10 and 10 epochs; the biases' rate stayed.
         "cifar": Timetable(520, weights={500: 0.1, 510: 0.01}),
         # torchvision's references/classification: lr-step-size 30

@@ -32,7 +32,7 @@ class Recipe(RecipeSettings):
 
     @classmethod
     def named(cls, recipe: "str | Recipe") -> "Recipe":
-        """Return ``paper``, ``code2012``, ``clean``, or a recipe itself.  Raises SettingsError."""
+        """Return that of ``conf/recipe``, or a recipe itself.  Raises SettingsError."""
         if isinstance(recipe, Recipe):
             return recipe
         return cls(**config.load_group("recipe", recipe))
@@ -108,6 +108,11 @@ class Plan:
     def decays(self) -> dict[str, float]:
         """What multiplies the recipe's weight decay in each layer."""
         return {name: row.decay for name, row in self.layers.items()}
+
+    @property
+    def norm_inputs(self) -> dict[str, str]:
+        """What the normalization after a convolution reads, see ``recipe.norm1_input``."""
+        return {"conv1": self.recipe.norm1_input, "conv2": self.recipe.norm2_input}
 
     @property
     def by_image(self) -> bool:

@@ -83,7 +83,7 @@ def prepare_one(
     number = plan.num_classes if data.name == "synthetic" else None  # else that of the images
     data = replace(data, image_size=plan.image_size, num_classes=number)
     cache = config.cache_dir(settings.cache_dir)
-    stats = trained.statistics()
+    stats = trained.statistics
     train = train or stats is None  # to measure the mean image
     source = first.trained if first else trained  # of synthetic images: the same for all nets
     images = open_set(data, cache, source.seed, source.images_a_step, train=train)

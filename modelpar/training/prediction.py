@@ -110,7 +110,7 @@ def prepare(settings: PredictSettings, _run_dir: Path | None = None) -> Prepared
     Raises CheckpointError, SettingsError, DataError.
     """
     trained = evaluation.find_for(settings, settings.checkpoint)
-    if (stats := trained.statistics()) is None:
+    if (stats := trained.statistics) is None:
         raise CheckpointError(
             f"checkpoint={settings.checkpoint}: has no mean image, as files of older versions; "
             "export it again"
@@ -178,7 +178,7 @@ def load(kind: Any, path: str | os.PathLike[str], *link: Any) -> Any:
     weights = trained.weights(link[0].column if link else None)
     check_state(net, weights, trained.path)
     net.load_state_dict(weights)
-    net.classes, net.statistics = trained.names, trained.statistics()
+    net.classes, net.statistics = trained.names, trained.statistics
     return net.eval()
 
 

@@ -1,15 +1,11 @@
 """A trained net as it was saved: by a run, in one of its steps, or as one exported file."""
 
-import base64
-import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import safetensors
-import safetensors.torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
@@ -19,12 +15,10 @@ from modelpar.errors import CheckpointError, SettingsError, one_line
 from modelpar.groups import DataSettings
 from modelpar.images.augment import Statistics
 from modelpar.net.plan import Plan, plan_of
-from modelpar.training import checkpoint
+from modelpar.training import checkpoint, exported
 from modelpar.training.checkpoint import Checkpoint
 
 RUN_KEYS: Final = ("step", "seed", "images_a_step")  # numbers that a manifest records of its run
-METADATA: Final = "modelpar"  # of an exported file: plan, data, classes and RUN_KEYS as JSON
-MEAN: Final = "modelpar.statistics"  # its mean image and colours, safetensors in base64
 NO_RECORD: Final = (SafetensorError, KeyError, TypeError, ValueError)  # if a file is no export
 
 
@@ -42,23 +36,8 @@ class TrainedNet:
     classes: list[str] | None  # None: of a version that did not record them
     names: list[str]  # of the classes, for people; numbers if none are recorded
     kind: str  # of tensors: weights, or their moving average, ema
-
-    def statistics(self) -> Statistics | None:
-        """Return the mean image it was trained with; None: a file of a version without it.
-
-        Raises CheckpointError.
-        """
-        if isinstance(self.source, Checkpoint):
-            return Statistics(**checkpoint.read_statistics(self.source))
-        with _described(self.path):
-            content = base64.b64decode(_metadata(self.source).get(MEAN, ""), validate=True)
-            if not content:
-                return None
-            found = Statistics(**safetensors.torch.load(content))
-            side = found.mean.shape[-1]
-            if found.mean.shape != (3, side, side) or side < self.plan.image_size:
-                raise ValueError(f"mean image of shape {tuple(found.mean.shape)}")
-            return found
+    statistics: Statistics | None  # that it was trained with; None: a file of a version without
+    record: Mapping[str, Any]  # everything that the manifest or the metadata has
 
     def weights(self, column: int | None) -> dict[str, Tensor]:
         """Return a column's weights, or the whole net's for None; raises CheckpointError."""
@@ -76,11 +55,6 @@ def _described(path: str) -> Generator[None]:
         ) from None
 
 
-def _metadata(file: Path) -> dict[str, str]:
-    with safetensors.safe_open(file, framework="pt") as opened:
-        return opened.metadata() or {}
-
-
 def paths_of(given: Any) -> list[str]:
     """Return the paths of ``checkpoint=PATH`` or ``checkpoint=[PATH,PATH]``."""
     if not given:
@@ -96,9 +70,9 @@ def find(path: str, *, ema: bool = False) -> TrainedNet:
     source = checkpoint.find(path)
     with _described(path):
         if isinstance(source, Checkpoint):
-            record = source.manifest
+            record, stats = source.manifest, Statistics(**checkpoint.read_statistics(source))
         else:
-            record = json.loads(_metadata(source)[METADATA])
+            record, stats = exported.read(source)
         schema = OmegaConf.structured(DataSettings)
         data: Any = OmegaConf.to_object(OmegaConf.merge(schema, record["data"]))
         plan, numbers = plan_of(record["plan"]), [int(record[key]) for key in RUN_KEYS]
@@ -106,6 +80,10 @@ def find(path: str, *, ema: bool = False) -> TrainedNet:
         names = record.get("names") or classes or range(plan.num_classes)
         if len(names) != plan.num_classes:
             raise ValueError(f"{len(names)} names of {plan.num_classes} classes")
+        if stats is not None:
+            shape = tuple(stats.mean.shape)
+            if shape != (3, shape[-1], shape[-1]) or shape[-1] < plan.image_size:
+                raise ValueError(f"mean image of shape {shape}")
     if ema and not (isinstance(source, Checkpoint) and plan.recipe.ema):
         raise CheckpointError(
             f"checkpoint={path}: has no moving average of the weights; use ema=false, or a run "
@@ -120,4 +98,6 @@ def find(path: str, *, ema: bool = False) -> TrainedNet:
         classes=classes,
         names=[str(name) for name in names],
         kind="ema" if ema else "weights",
+        statistics=stats,
+        record=record,
     )

@@ -22,9 +22,10 @@ from modelpar.errors import CheckpointError, SettingsError
 from modelpar.images.augment import Augmentation
 from modelpar.net.four_layer import whole_net
 from modelpar.net.plan import settings_of
-from modelpar.training import averaging, evaluation, prepare, trained
+from modelpar.training import averaging, evaluation, prepare
 from modelpar.training.averaging import STEPS, search, split
 from modelpar.training.evaluation import Evaluation
+from modelpar.training.exported import METADATA
 
 ALONE = Mesh(torch.device("cpu"))
 # The second and the third net see larger images, and other nets and recipes.
@@ -45,7 +46,7 @@ def untrained(file: Path, root: Path, *words: str) -> Path:
     state[last] = state[last] * 50
     record = {"plan": settings_of(found.plan), "data": asdict(found.data), "step": 0, "seed": 0}
     about = json.dumps({**record, "images_a_step": 8})
-    save_file(state, file, {trained.METADATA: about})
+    save_file(state, file, {METADATA: about})
     return file
 
 

@@ -45,7 +45,7 @@ def batches(steps: int, images: int, device: torch.device = CPU) -> list[Batch]:
     ]
 
 
-def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
+def learner(mesh: Mesh, recipe: str | Recipe, how: dict[str, Any]) -> Learner:
     """Return what trains; ``how`` holds settings by name and switches of the plan."""
     how = dict(how)
     compiled = how.pop("compile", False)
@@ -73,7 +73,7 @@ def learner(mesh: Mesh, recipe: str, how: dict[str, Any]) -> Learner:
     return Learner(plan, settings, mesh)
 
 
-def outcome(mesh: Mesh, recipe: str, steps: int, how: dict[str, Any]) -> dict[str, Any]:
+def outcome(mesh: Mesh, recipe: str | Recipe, steps: int, how: dict[str, Any]) -> dict[str, Any]:
     """Return this rank's logits, gradients, and a trajectory of training with dropout."""
     trained = learner(mesh, recipe, how)
     net = trained.net
@@ -196,6 +196,17 @@ def test_pair_that_accumulates_equals_whole_net_with_rules_of_today(
         assert column["losses"] == pytest.approx(whole["losses"], rel=1e-12)
         assert relative(column["ema_logits"], whole["ema_logits"]) < 1e-12
     for kind in ("weights", "velocities", "ema"):
+        assert_equal_states([column[kind] for column in columns], whole[kind])
+
+
+@pytest.mark.parametrize("reads", [pytest.param("rectified", marks=SLOW), "pooled"])
+def test_pair_normalizes_across_the_seam_as_caffe_does(pair: Ranks, reads: str) -> None:
+    recipe = replace(Recipe.named("caffe"), norm1_input=reads, norm2_input=reads)
+    whole = outcome(Mesh(CPU), recipe, 3, {})
+    columns = pair.run(outcome, recipe, 3, {"compile": True})
+    for column in columns:
+        assert relative(column["logits"], whole["logits"]) < 1e-12
+    for kind in ("gradients", "weights"):
         assert_equal_states([column[kind] for column in columns], whole[kind])
 
 

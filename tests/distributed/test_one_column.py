@@ -15,8 +15,9 @@ from modelpar import Recipe, config
 from modelpar.distributed import Mesh
 from modelpar.errors import SettingsError
 from modelpar.images.loader import Batch
+from modelpar.interchange import exports
 from modelpar.net.plan import plan_for
-from modelpar.training import evaluation, export, prediction, prepare, runner
+from modelpar.training import evaluation, prediction, prepare, runner
 from modelpar.training.checkpoint import newest, read_conv1, read_part
 from modelpar.training.engine import Learner
 
@@ -95,7 +96,7 @@ def test_run_resumes_exactly_and_is_evaluated_and_exported(
 
     file = tmp_path / "net.safetensors"
     request = [f"checkpoint={tmp_path / 'once'}", f"out={file}"]
-    export.export(config.read("export", request))
+    exports.export(config.read("export", request))
     assert f"{len(state)} tensors" in capsys.readouterr().out
     exported = load_file(file)
     assert all(torch.equal(value, exported[key]) for key, value in state.items())

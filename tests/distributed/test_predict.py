@@ -21,11 +21,12 @@ from modelpar import AlexNet, Column, Link, config, predict
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, DataError, SettingsError
 from modelpar.images.augment import Augmentation
+from modelpar.interchange.exports import export
 from modelpar.studies import predictions
 from modelpar.training import evaluation, prediction, prepare, runner
 from modelpar.training.checkpoint import Checkpoint
 from modelpar.training.prediction import Answer, Prediction
-from modelpar.training.trained import export, find
+from modelpar.training.trained import find
 
 ALONE = Mesh(torch.device("cpu"))
 HOW = ["workers=0", "batch_size=16"]

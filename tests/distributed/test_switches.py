@@ -15,14 +15,18 @@ from torch.nn import functional
 from modelpar import config
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, SettingsError
+from modelpar.groups import DataSettings
 from modelpar.images.loader import Batch
+from modelpar.interchange import exports
 from modelpar.net.plan import Plan, Recipe
-from modelpar.settings import DataSettings, EvaluateSettings, ExportSettings, TrainSettings
+from modelpar.schemas import ExportSettings
+from modelpar.settings import EvaluateSettings, TrainSettings
 from modelpar.studies import runs
-from modelpar.training import evaluation, export, prepare, runner, trainer
+from modelpar.training import evaluation, prepare, runner, trainer
 from modelpar.training.checkpoint import newest, open_step, read_part, read_tensors
 from modelpar.training.engine import Learner
 from modelpar.training.metrics import Errors, read_rows
+from modelpar.training.trained import find
 
 CLASSES = 10
 BATCH = 4
@@ -192,14 +196,16 @@ def test_average_of_a_checkpoint_is_evaluated_and_exported(
     stopped: Stopped, tmp_path: Path
 ) -> None:
     exported = tmp_path / "net.safetensors"
-    export.export(ExportSettings(str(stopped.once), ema=True, out=str(exported)))
+    exports.export(ExportSettings(str(stopped.once), ema=True, out=str(exported)))
     settings = EvaluateSettings(columns=1, batch_size=8, data=DataSettings("", None))
     for path, ema in ((stopped.once, True), (exported, False)):
         settings.checkpoint, settings.ema = str(path), ema
         found = evaluation.evaluate_checkpoint(settings, evaluation.prepare(settings), ALONE)
         assert found.members[0].loss == pytest.approx(stopped.rows[-1]["ema_loss"], rel=1e-6)
     with pytest.raises(CheckpointError, match="has no moving average of the weights; use ema="):
-        export.export(ExportSettings(str(exported), ema=True, out=str(tmp_path / "a.safetensors")))
+        exports.export(
+            ExportSettings(str(exported), ema=True, out=str(tmp_path / "a.safetensors"))
+        )
 
 
 @pytest.mark.parametrize("ema", [False, True])
@@ -208,7 +214,7 @@ def test_export_of_several_steps_has_their_mean(
 ) -> None:
     steps = [stopped.often / "checkpoints" / f"step-{step:08d}" for step in (3, 10)]
     words = [f"checkpoint=[{steps[1]},{steps[0]}]", f"ema={ema}"]
-    export.export(config.read("export", [*words, f"out={tmp_path / 'mean.safetensors'}"]))
+    exports.export(config.read("export", [*words, f"out={tmp_path / 'mean.safetensors'}"]))
     assert "mean of 2 checkpoints" in capsys.readouterr().out
     parts = [read_part(open_step(step), "ema" if ema else "weights", None) for step in steps]
     mean = read_tensors(tmp_path / "mean.safetensors")
@@ -216,24 +222,24 @@ def test_export_of_several_steps_has_their_mean(
     for name, value in mean.items():
         assert value.dtype == torch.float32
         assert torch.equal(value, ((parts[0][name].double() + parts[1][name]) / 2).float())
-    assert evaluation.find(str(tmp_path / "mean.safetensors")).step == 10
+    assert find(str(tmp_path / "mean.safetensors")).step == 10
 
 
 def test_only_steps_of_one_training_are_averaged(stopped: Stopped) -> None:
-    one = evaluation.find(str(stopped.once))
-    early = evaluation.find(str(stopped.often / "checkpoints" / "step-00000003"))
+    one = find(str(stopped.once))
+    early = find(str(stopped.often / "checkpoints" / "step-00000003"))
     for other, line in (
         (one, "step 10 is there twice"),
         (replace(early, seed=1), "another seed than"),
         (replace(early, plan=replace(early.plan, activation="tanh")), "another plan than"),
     ):
         with pytest.raises(SettingsError, match=f"^checkpoint={other.path}: {line}"):
-            export.mean_weights([one, other])
+            exports.mean_weights([one, other])
     batch = [
         replace(each, plan=Plan(Recipe.named("paper"), norm="batch")) for each in (one, early)
     ]
     with pytest.raises(SettingsError, match=r"statistics than those of model.norm=batch; use one"):
-        export.mean_weights(batch)
+        exports.mean_weights(batch)
 
 
 def test_run_ends_after_evaluations_without_a_better_one(

@@ -51,6 +51,8 @@ LEFT_OUT = {
     r"bash \.ci/run": TESTS,
     r"python tests/faults/inject\.py": "takes minutes; tests/faults/test_faults.py runs it",
     r"eval": "changes the shell; tests/unit/test_help.py tests what it runs",
+    r"modelpar-convert": "needs a file of another program; tests/unit/test_convert.py writes them",
+    r".*caffe\.safetensors": "needs that file, too",
     r"docker": "needs Docker",
     r"tensorboard": "is a server, which does not end",
     r"launch/gpu_check\.sh": "needs a GPU",

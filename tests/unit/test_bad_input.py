@@ -17,8 +17,9 @@ from PIL import Image
 from modelpar import config, evaluate, export, train
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, LaunchError
+from modelpar.interchange import exports
 from modelpar.training import checkpoint, evaluation, prepare, runner, trained
-from modelpar.training.export import export as export_file
+from modelpar.training.metrics import read_rows
 
 MAINS: dict[str, Callable[[], Any]] = {
     "train": train.main,
@@ -220,9 +221,16 @@ def test_val_alone_is_enough_to_evaluate(place: Path) -> None:
 
 
 def test_an_export_knows_its_classes_and_old_checkpoints_load(place: Path) -> None:
-    export_file(config.read("export", ["checkpoint=run", "out=net.safetensors"]))
+    exports.export(config.read("export", ["checkpoint=run", "out=net.safetensors"]))
     exported = trained.find("net.safetensors")
     assert exported.classes == ["dark", "light"]
+    (last,) = [row for row in read_rows(place / "run") if row["kind"] == "test"]
+    card = (place / "net.safetensors.md").read_text()
+    assert (
+        f"| error | top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} %, the central " in card
+    )
+    assert "| made | trained for 2 steps from seed 0 with modelpar " in card
+    assert f"```yaml\n{(place / 'run/config.yaml').read_text()}```" in card
     manifest = place / STEP / "manifest.json"
     record = json.loads(manifest.read_text())
     assert record.pop("classes") == ["dark", "light"]

@@ -1,6 +1,7 @@
 """modelpar.benchmark: its contenders train the same net, and its tables show what it measured."""
 
 import json
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -19,9 +20,11 @@ ALONE = ("plain", "plain_compiled", "plain_reduce_overhead", "torchvision", "lay
 
 
 @pytest.mark.parametrize("sliced", [False, True])
-@pytest.mark.parametrize("recipe", ["paper", "code2012", "clean"])
+@pytest.mark.parametrize("recipe", ["paper", "code2012", "clean", "caffenet"])
 def test_plain_contender_computes_the_same_logits_as_our_net(recipe: str, *, sliced: bool) -> None:
-    plan = Plan(Recipe.named(recipe), 10, 64, dropout=0.0)
+    pooled = {"norm1_input": "pooled", "norm2_input": "pooled"} if recipe == "caffenet" else {}
+    named = Recipe.named("caffe" if pooled else recipe)
+    plan = Plan(replace(named, **pooled), 10, 64, dropout=0.0)
     plain, ours = Plain(plan, sliced=sliced).double(), AlexNet(plan, seed=1).double()
     plain.load_state_dict(ours.state_dict())
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64) * 60

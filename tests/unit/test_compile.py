@@ -1,16 +1,20 @@
 """torch.compile: whatever it compiles must compute what the eager version computes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from modelpar import AlexNet, Plan, Recipe
 from modelpar.device import CompileError, check_compiled
 from modelpar.distributed import Mesh
+from modelpar.gpu.block import block
 from modelpar.images.loader import Batch
+from modelpar.net.fused import block_of
 from modelpar.net.layers import AcrossMaps
 from modelpar.settings import TrainSettings
 from modelpar.training.engine import Learner
@@ -71,7 +75,10 @@ def test_a_compiled_function_that_differs_is_refused(
 
 
 def learner(recipe: str, *, compiled: bool, **switches: Any) -> Learner:
-    plan = Plan(Recipe.named(recipe), 10, 64, **switches)
+    named = Recipe.named(recipe.removesuffix(" pooled"))
+    if recipe.endswith("pooled"):
+        named = replace(named, norm1_input="pooled", norm2_input="pooled")
+    plan = Plan(named, 10, 64, **switches)
     settings = TrainSettings(batch_size=2, epochs=90, channels_last=False, compile=compiled)
     return Learner(plan, settings, Mesh(torch.device("cpu")))
 
@@ -87,7 +94,13 @@ def gradients(trained: Learner) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("recipe", [pytest.param("paper", marks=pytest.mark.slow), "code2012"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("paper", "caffe pooled")),
+        "code2012",
+    ],
+)
 def test_each_compiled_gradient_is_the_eager_one(recipe: str) -> None:
     torch.compiler.reset()  # stay under torch's limit of versions for a function
     trained = learner(recipe, compiled=True)
@@ -154,6 +167,24 @@ def test_only_response_normalizations_are_compiled(
     net = AlexNet(Plan(Recipe.named("code2012"), 10, 64, **switches), seed=0)
     net.compile()
     assert set(net.blocks.compiled_norms) == names
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"norms": "across_both"}, {"norm1_input": "pooled"}, {"norm_k": 1.0}],
+    ids=str,
+)
+def test_our_kernels_are_not_used_for_what_they_do_not_compute(changes: dict[str, Any]) -> None:
+    plan = Plan(replace(Recipe.named("paper"), **changes), 10, 64)
+    norm = AlexNet(plan, seed=0).blocks.norm1
+    found = block_of(plan, "conv1", norm)
+    if "norm_k" not in changes:
+        assert found is None
+        return
+    assert found is not None
+    response = torch.randn(2, 48, 9, 9) * 60
+    expected = functional.max_pool2d(norm(response.relu()), 3, 2, ceil_mode=True)
+    assert torch.allclose(block(response, torch.zeros(48), found), expected, rtol=1e-5)
 
 
 def test_a_hook_on_an_activation_sees_its_output_in_compiled_training() -> None:

@@ -127,6 +127,7 @@ PLACES = [
     ("evaluate", "settings.md", ("Evaluate",)),
     ("export", "settings.md", ("Export",)),
     ("predict", "settings.md", ("Predict",)),
+    ("convert", "weights.md", ("Convert",)),
     ("prepare", "settings.md", ("Prepare",)),
     ("compare", "experiments.md", ("Compare runs",)),
     ("figures", "figures.md", ()),

@@ -51,6 +51,7 @@ FLOORS = [
     ["analysis.neighbours"],
     [
         "training.checkpoint",
+        "training.exported",
         "training.run_dir",
         "training.consistency",
         "training.readback",
@@ -63,7 +64,10 @@ FLOORS = [
     ["training.trainer", "training.averaging", "training.trained"],
     ["training.runner"],
     ["training.evaluation"],
-    ["training.export", "training.prediction"],
+    ["training.prediction"],
+    ["interchange.foreign", "interchange.card"],
+    ["interchange.caffe", "interchange.cuda_convnet", "interchange.exports"],
+    ["interchange.imports"],
     ["studies.runs", "studies.averages", "studies.html"],
     ["studies.comparison", "studies.snapshots"],
     ["studies.plots"],
@@ -75,7 +79,17 @@ FLOORS = [
     ["bench.report"],
     ["sweep"],
     ["launch"],
-    ["train", "evaluate", "benchmark", "export", "compare", "figures", "prepare", "predict"],
+    [
+        "train",
+        "evaluate",
+        "predict",
+        "export",
+        "convert",
+        "compare",
+        "figures",
+        "benchmark",
+        "prepare",
+    ],
 ]
 HEIGHT = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(

@@ -20,17 +20,20 @@ WORDS = {
     "evaluate": ["checkpoint=x"],
     "benchmark": [],
     "export": ["checkpoint=x", "out=x.safetensors"],
+    "convert": ["source=x", "out=x.safetensors"],
     "compare": ["runs=[x]"],
     "figures": ["checkpoint=x"],
     "prepare": ["out=x"],
     "predict": ["checkpoint=x", "images=x"],
 }
 
+# Of the file that out names.
 ENDS = {
     "evaluate": ".json",
     "export": ".safetensors",
+    "convert": ".safetensors",
     "predict": ".csv",
-}  # of the file that out names
+}
 
 
 @pytest.fixture(autouse=True)

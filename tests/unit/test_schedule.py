@@ -40,6 +40,14 @@ LOGGED = {
     "run146_2012": (54, "0 1e-3 22 1e-4 42 1e-5", "0 1e-4 5 1e-5 7 0", "0 .02", "38 off"),
     "run146_2009": (7, "0 1e-3", "", "0 .02", ""),
     "run146_2011": (8, "0 1e-3", "", "0 .02", ""),
+    # Not a log, but Caffe's solver.prototxt in epochs.
+    "caffe": (
+        72,
+        "0 1e-2 20 1e-3 40 1e-4 60 1e-5",
+        "",
+        "0 .02 20 .002 40 .0002 60 .00002",
+        "",
+    ),
 }
 # By the rules of lr.cu: schedW and schedB with their first rates, conv1 frozen, noise off.
 RULED = {
@@ -117,7 +125,7 @@ def test_a_run_by_a_rule_has_the_rates_of_lr_cu(name: str) -> None:
 
 
 def test_every_published_run_is_compared_with_its_log() -> None:
-    runs = {name for name in paper.SCHEDULES if name.startswith(("run", "cuda"))}
+    runs = {name for name in paper.SCHEDULES if name.startswith(("run", "cuda", "caffe"))}
     assert runs == LOGGED.keys() | RULED.keys()
 
 

@@ -1,0 +1,95 @@
+"""The model card beside an exported file: the net, its data, its errors, how it was made."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import modelpar
+from modelpar.config import without_secrets
+from modelpar.tables import markdown
+from modelpar.training.checkpoint import Checkpoint
+from modelpar.training.metrics import read_rows
+from modelpar.training.trained import TrainedNet
+
+CONFIG: Final = "config.yaml"  # of a run
+TERMS: Final = {  # of the images; those of the photographs are in docs/data.md
+    "imagenet": "ImageNet's terms of access: non-commercial research and education; the images "
+    "belong to their owners",
+    "imagenette": "a part of ImageNet, whose terms hold",
+    "photos": "photographs of scikit-image, each under its own terms, see docs/data.md",
+    "fashion_mnist": "MIT license",
+    "synthetic": "noise, without a license",
+}
+UNKNOWN: Final = "not known to modelpar; see where the images come from"
+
+
+def history(trained: TrainedNet) -> dict[str, Any]:
+    """Return what is known of the making of a net: ``made``, ``errors`` and ``settings``.
+
+    An exported file has them in its record.  For a run they are in its manifest and directory.
+    """
+    if not isinstance(trained.source, Checkpoint):
+        return {key: trained.record.get(key) for key in ("made", "errors", "settings")}
+    folder, versions = trained.source.folder, trained.record.get("versions", {})
+    run_dir = folder.parent.parent
+    rows = [row for row in read_rows(run_dir) if row["kind"] == "test"]
+    rows = [row for row in rows if row["step"] == trained.step]
+    config = run_dir / CONFIG
+    programs = ", ".join(f"{name} {version}" for name, version in versions.items())
+    made = f"trained for {trained.step} steps from seed {trained.seed} with {programs}"
+    return {
+        "made": made,
+        "errors": rows[-1] if rows else None,
+        "settings": config.read_text("utf-8", "replace") if config.is_file() else None,
+    }
+
+
+def card(out: str, trained: TrainedNet, parameters: int, what: str, mean: str) -> str:
+    """Return the card of ``out``, a file that takes and returns ``what``, as Markdown.
+
+    ``mean``: how many checkpoints the weights are the mean of, if they are.
+    """
+    plan, stats, past = trained.plan, trained.statistics, history(trained)
+    program = Path(sys.argv[0]).stem.removeprefix("modelpar-")
+    words = [f"modelpar-{program}", *sys.argv[1:]]
+    columns = "two columns" if plan.columns > 1 else "one column"
+    rows = [
+        ("net", f"`{plan.net}`, {columns}, {parameters:,} parameters"),
+        ("recipe", f"`{plan.recipe.name}`"),
+        ("file", what),
+    ]
+    if stats is not None:
+        means = ", ".join(f"{one:.2f}" for one in stats.mean.flatten(1).mean(1).tolist())
+        rows.append(("mean colour", f"{means} (red, green, blue, 0-255)"))
+    rows += [
+        ("data", f"`{trained.data.name}`, {plan.num_classes} classes"),
+        ("terms of the data", TERMS.get(trained.data.name, UNKNOWN)),
+        ("error", _error(None if mean or trained.kind == "ema" else past["errors"])),
+        ("made", ", ".join(filter(None, [past["made"] or "not recorded", mean]))),
+        ("written", f"by {_program()}: `{shlex.join(words)}`"),
+    ]
+    text = f"# {Path(out).name}\n\n{markdown(('', ''), rows)}\n"
+    if past["settings"]:
+        text += f"\n## Settings of the training\n\n```yaml\n{past['settings'].rstrip()}\n```\n"
+    return without_secrets(text)
+
+
+def _error(row: Mapping[str, Any] | None) -> str:
+    """Return the errors of an evaluation in words."""
+    if row is None:
+        return "not recorded; modelpar-evaluate measures it"
+    views = {1: "the central view"}.get(row.get("views", 1), f"{row.get('views')} views")
+    return f"top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %, {views} per test image"
+
+
+def _program() -> str:
+    """Return the version of this package, and its commit where it is a checkout."""
+    place = Path(__file__).parents[2]
+    commit, words = "", ["git", "-C", str(place), "rev-parse", "--short", "HEAD"]
+    if (place / ".git").exists():
+        done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603
+        commit = done.stdout.strip()
+    return f"modelpar {modelpar.__version__}{f' (commit {commit})' if commit else ''}"
