@@ -147,6 +147,7 @@ class MonitorSettings:
 
     progress: bool = True
     tensorboard: bool = True
+    wandb: bool = False  # also send TensorBoard's events to Weights & Biases
 
 
 @dataclass

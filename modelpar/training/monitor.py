@@ -6,10 +6,13 @@ import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from operator import sub
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
@@ -24,9 +27,11 @@ from modelpar.net.exchange import Link
 from modelpar.net.paper import COLUMNS
 from modelpar.settings import MonitorSettings
 from modelpar.training.metrics import METRICS, Errors, read_rows
+from modelpar.training.run_dir import CONFIG
 
 KERNELS: Final = "conv1.png"
 LOGFILE_INTERVAL: Final = 10.0  # s between lines of the progress bar in a log file
+WANDB_ID: Final = "wandb_id"  # in log/, of the run at Weights & Biases
 GRID_IMAGES: Final = 16  # of a batch
 
 
@@ -45,6 +50,7 @@ class Monitor:
         kept = [row for row in read_rows(run_dir) if row["step"] <= last.get(row["kind"], -1)]
         atomic_write(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = (run_dir / METRICS).open("a", buffering=1, encoding="utf-8")
+        self.tracked: Any = _tracked(run_dir) if settings.wandb else None
         self.board: SummaryWriter | None = None
         if settings.tensorboard:
             self.board = SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
@@ -166,12 +172,39 @@ class Monitor:
             with suppress(OSError):
                 if part is not None:
                     part.close()
+        if self.tracked is not None:
+            with self.drawing():
+                self.tracked.finish()
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
         with self.drawing():
             if board := self.board:
                 for name, value in values.items():
                     board.add_scalar(name, value, step)
+
+
+def _tracked(run_dir: Path) -> Any:
+    """Start or continue the run of Weights & Biases that copies TensorBoard's events.
+
+    Returns None, with a line that says why, if that fails.  It must start before TensorBoard.
+    """
+    log = run_dir / "log"
+    try:
+        if not (log / WANDB_ID).is_file():
+            log.mkdir(exist_ok=True)
+            atomic_write(log / WANDB_ID, uuid4().hex)
+        return import_module("wandb").init(
+            id=(log / WANDB_ID).read_text("utf-8"),
+            name=run_dir.name,
+            dir=str(log),
+            resume="allow",
+            config=OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG)),
+            sync_tensorboard=True,
+            settings={"console": "off"},
+        )
+    except Exception as error:  # noqa: BLE001 - of a library and of its server
+        say(f"{run_dir}: not sent to Weights & Biases ({one_line(error)})")
+        return None
 
 
 def show(line: str) -> None:
