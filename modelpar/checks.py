@@ -56,6 +56,9 @@ def _check_training(settings: TrainSettings) -> None:
             f"accumulate={parts}: batch_size={size} cannot be cut into {parts} equal parts; "
             "use a divisor"
         )
+    if settings.monitor.wandb and not settings.monitor.tensorboard:
+        wrong = "monitor.wandb=true: copies the events of TensorBoard"
+        raise SettingsError(f"{wrong}; use monitor.tensorboard=true")
     recipe = settings.recipe
     unrecorded = {"accumulate": parts > 1, "recipe.clip": recipe.clip, "recipe.ema": recipe.ema}
     if settings.cuda_graph == "on" and (used := [key for key in unrecorded if unrecorded[key]]):

@@ -1,4 +1,11 @@
-"""Weights of another program as one of our files: ``modelpar-convert source=FILE out=FILE``."""
+"""Convert weights of other programs to a file that every command takes as a checkpoint.
+
+It reads Caffe's .caffemodel files, the same nets as .onnx, checkpoints of cuda-convnet, and state
+dicts of torchvision's AlexNet and of this package.
+
+    modelpar-convert source=bvlc_alexnet.caffemodel out=caffe.safetensors
+    modelpar-convert source=[column0.pt,column1.pt] recipe=paper out=net.safetensors
+"""
 
 from functools import partial
 

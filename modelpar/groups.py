@@ -297,6 +297,9 @@ class MonitorSettings:
 
     progress: bool = declare(True, means="show a progress bar")
     tensorboard: bool = declare(True, means="write what TensorBoard shows")
+    wandb: bool = declare(
+        False, means="also send that to Weights & Biases, see docs/tensorboard.md"
+    )
 
 
 @dataclass

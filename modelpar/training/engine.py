@@ -192,10 +192,11 @@ class Learner:
         The norm is that of both columns; replicas have the same.  Where it overflows ``good``
         becomes 0.
         """
-        squares = get_total_norm(self._gradients()).double().square()
-        norm = self._sum_of_columns(squares).sqrt()
+        own = get_total_norm(self._gradients())
+        norm = self._sum_of_columns(own.double().square()).sqrt()
         self.good.mul_(norm.isfinite())
-        clip_grads_with_norm_(self.net.parameters(), self.recipe.clip, norm)
+        # In the dtype of the gradients, in which torch's own clipping has it.
+        clip_grads_with_norm_(self.net.parameters(), self.recipe.clip, norm.to(own.dtype))
 
     def _gradients(self) -> list[Tensor]:
         return [weight.grad for weight in self.net.parameters() if weight.grad is not None]

@@ -35,6 +35,7 @@ from modelpar.net.exchange import Link
 from modelpar.net.paper import COLUMNS
 from modelpar.training.metrics import METRICS, Errors, read_rows
 from modelpar.training.showing import Embedding, Seen, points
+from modelpar.training.tracking import tracked
 
 KERNELS: Final = "conv1.png"
 LOGFILE_INTERVAL: Final = 10.0  # s between lines of the progress bar in a log file
@@ -63,6 +64,7 @@ class Monitor:
         atomic_write(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
         self.best = min((row["top1"] for row in kept if row["kind"] == "test"), default=math.inf)
         self.file = (run_dir / METRICS).open("a", buffering=1, encoding="utf-8")
+        self.tracked: Any = tracked(run_dir) if settings.wandb else None
         self.board: SummaryWriter | None = None
         self.ending: Any = None  # what tells TensorBoard that the run has finished
         if settings.tensorboard:
@@ -256,6 +258,9 @@ class Monitor:
             with suppress(OSError):
                 if part is not None:
                     part.close()
+        if self.tracked is not None:
+            with self.drawing():
+                self.tracked.finish()
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
         with self.drawing():

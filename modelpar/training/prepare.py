@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,6 +50,8 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
     Raises an error if ``run_dir``, unless it is None, or ``resume`` belongs to another training.
     Writes nothing outside the cache.
     """
+    if settings.monitor.wandb and find_spec("wandb") is None:
+        raise SettingsError("monitor.wandb=true: needs wandb; pip install 'modelpar[wandb]'")
     if run_dir is not None:
         check_writable("run_dir", run_dir)
         check_space(run_dir, LOG_BYTES, "what a run writes down")

@@ -304,6 +304,9 @@ def test_moving_average_is_made_of_the_weights_of_each_step() -> None:
     trained.load(expected, trained.optimizer.velocities(), expected)
     assert torch.allclose(trained.net(batch.images), other, rtol=1e-12)
     assert not torch.allclose(own, other, rtol=1e-3)
+    start = {name: 2 * value for name, value in expected.items()}
+    trained.load(start, trained.optimizer.velocities())  # as init.checkpoint does
+    assert_equal(trained.state()["ema"], start, tolerance=0.0)
 
 
 def test_bad_step_does_not_move_the_average() -> None:

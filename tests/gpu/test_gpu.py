@@ -68,11 +68,11 @@ def value(of: dict[str, Any], name: str) -> Any:
 def test_two_ranks_on_one_gpu_end_with_the_weights_of_one_rank(ran: Ran) -> None:
     columns = [value(one, "trajectories") for one in ran.together]
     whole = value(ran.alone, "trajectories")
-    for recipe in RECIPES[:2]:
+    for recipe in (*RECIPES[:2], "rules"):
         for column in columns:
             assert relative(column[recipe]["logits"], whole[recipe]["logits"]) < 1e-12
             assert column[recipe]["losses"] == pytest.approx(whole[recipe]["losses"], rel=1e-12)
-        for kind in ("gradients", "weights", "velocities"):
+        for kind in {"gradients", "weights", "velocities", "ema"} & whole[recipe].keys():
             parts = [column[recipe][kind] for column in columns]
             assert_equal_states(parts, whole[recipe][kind])
 

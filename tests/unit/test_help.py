@@ -98,7 +98,7 @@ def test_the_tab_key_completes(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for line, words in (
-        ("modelpar-train recipe=c", "recipe=clean recipe=code2012"),
+        ("modelpar-train recipe=c", "recipe=caffe recipe=clean recipe=code2012"),
         ("modelpar-train batch_s", "batch_size="),
     ):
         monkeypatch.setenv("COMP_LINE", line)

@@ -59,6 +59,7 @@ FLOORS = [
     ["training.graph", "training.debug"],
     ["training.engine"],
     ["training.nonfinite", "training.prepare", "training.dry", "training.showing"],
+    ["training.tracking"],
     ["training.monitor"],
     ["training.report"],
     ["training.trainer", "training.averaging", "training.trained"],

@@ -1,7 +1,10 @@
 """What a run shows: one row per step, and the kernels of both columns as one picture."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +16,15 @@ from tensorboard.plugins.hparams.metadata import (
     parse_session_start_info_plugin_data,
 )
 
+from modelpar import config
 from modelpar.analysis.activations import Activity
 from modelpar.analysis.histograms import Histogram
 from modelpar.analysis.kernels import kernel_picture
+from modelpar.errors import SettingsError
 from modelpar.groups import MonitorSettings
 from modelpar.training.metrics import Errors, read_rows, top1_errors
 from modelpar.training.monitor import KERNELS, Monitor
+from modelpar.training.prepare import prepare
 from modelpar.training.showing import Embedding, Seen
 
 RATES = {"conv1.weight": 0.01, "fc8.weight": 0.01, "fc8.bias": 0.02}
@@ -91,6 +97,56 @@ def test_training_continues_when_nothing_can_be_drawn(
     monitor.flush()
     monitor.close()
     assert len(read_rows(tmp_path)) == 2
+
+
+def test_wandb_copies_the_events_of_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its module is a fake, so nothing is sent."""
+    (tmp_path / "config.yaml").write_text("seed: 3\nkey: ${oc.env:SECRET}\n")
+    calls: list[Any] = []
+
+    def init(**how: Any) -> Any:
+        calls.append(how)
+        assert len(list(tmp_path.glob("events.*"))) == len(calls) // 3  # before TensorBoard starts
+        return SimpleNamespace(finish=lambda: calls.append("finish"))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    settings = MonitorSettings(progress=False, wandb=True)
+    for start in (0, 2):
+        monitor = Monitor(tmp_path, start, 4, settings, repeats=False)
+        assert calls[-1] != "finish"
+        monitor.close()
+    first, _, second, end = calls
+    assert end == "finish"
+    assert first == second
+    assert (first["sync_tensorboard"], first["resume"]) == (True, "allow")
+    assert first["config"] == {"seed": 3, "key": "${oc.env:SECRET}"}
+
+
+def test_run_goes_on_where_wandb_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**_how: Any) -> Any:
+        raise RuntimeError("api_key not configured (no-tty)\ncall wandb login")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    (tmp_path / "config.yaml").touch()
+    settings = MonitorSettings(progress=False, wandb=True)
+    monitor = Monitor(tmp_path, 0, 1, settings, repeats=False)
+    monitor.train(row(1), RATES)
+    monitor.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"modelpar: {tmp_path}: not sent to Weights & Biases (api_key not")
+    assert len(list(tmp_path.glob("events.*"))) == 1
+
+
+def test_missing_wandb_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SettingsError, match=r"^monitor.wandb=true: needs wandb; pip install"):
+        prepare(config.read("train", ["monitor.wandb=true"]))
+    with pytest.raises(SettingsError, match=r"use monitor.tensorboard=true"):
+        config.read("train", ["monitor.wandb=true", "monitor.tensorboard=false"])
 
 
 def test_kernels_of_one_column_have_no_gap() -> None:
