@@ -189,7 +189,7 @@ class Monitor:
                 self._histogram(one, step)
             if self.board and seen.confusion is not None:
                 picture = confusion_picture(seen.confusion, classes)
-                self.board.add_image("test/confusion", picture, step)
+                self.board.add_image("test_answers/confusion", picture, step)
             if self.board and seen.embedding is not None:
                 self._embedding(seen.embedding, classes, step)
 

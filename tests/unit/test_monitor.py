@@ -259,7 +259,7 @@ def test_what_an_evaluation_has_seen(tmp_path: Path, capfd: pytest.CaptureFixtur
     (event,) = board.Histograms("units_histogram/conv1/column1")
     assert event.histogram_value.num == 6
     assert event.histogram_value.bucket_limit[-1] == 3.0
-    assert board.Images("test/confusion")[0].step == 5
+    assert board.Images("test_answers/confusion")[0].step == 5
     place = tmp_path / "00005" / "fc7"
     assert (place / "metadata.tsv").read_text().split() == ["brick", "moon"] * 3
     points = [line.split() for line in (place / "tensors.tsv").read_text().splitlines()]
