@@ -32,6 +32,7 @@ def identity(settings: Mapping[str, Any]) -> dict[str, str]:
     chosen = {key: settings[key] for key in IDENTIFYING if key in settings}
     chosen["epochs"] = settings.get("epochs") or data.get("epochs")
     chosen["init"] = {"layers": settings.get("init", {}).get("layers", [])}
+    chosen["debug"] = {"one_batch": settings.get("debug", {}).get("one_batch", False)}
     chosen["crossing"] = {"dtype": settings.get("crossing", {}).get("dtype")}
     chosen["data"] = {key: data[key] for key in ("name", "image_size", "num_classes")}
     if data["name"] == "imagefolder":  # its folder decides which images these are

@@ -25,6 +25,7 @@ from modelpar.interchange.exports import export
 from modelpar.studies import predictions
 from modelpar.training import evaluation, prediction, prepare, runner
 from modelpar.training.checkpoint import Checkpoint
+from modelpar.training.exported import STATISTICS
 from modelpar.training.prediction import Answer, Prediction
 from modelpar.training.trained import find
 
@@ -121,8 +122,8 @@ def test_an_export_needs_no_training_images_and_keeps_mean_and_names(place: Path
     assert len(prepared.images.train) == 0
     assert isinstance(run.source, Checkpoint)
     assert file.names == run.names == run.source.manifest["names"] == ["dark", "light"]
-    for kept in (file.statistics(), prepared.statistics):
-        pairs = zip(vars(kept).values(), vars(run.statistics()).values(), strict=True)
+    for kept in (file.statistics, prepared.statistics):
+        pairs = zip(vars(kept).values(), vars(run.statistics).values(), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
 
 
@@ -132,10 +133,10 @@ def test_a_damaged_mean_is_an_error_and_a_missing_one_says_what_to_do(
     file = tmp_path / "net.safetensors"
     with safe_open(place / "net.safetensors", "pt") as opened:
         about = opened.metadata()
-    save_file({}, file, {**about, "modelpar.statistics": "AAAA"})
+    save_file({}, file, {**about, STATISTICS: "AAAA"})
     with pytest.raises(CheckpointError, match="does not describe the net it holds"):
         answers(ALONE, [f"checkpoint={file}", f"images={images}"])
-    del about["modelpar.statistics"]
+    del about[STATISTICS]
     save_file({}, file, about)
     with pytest.raises(CheckpointError, match=r"no mean image, .* export it again"):
         answers(ALONE, [f"checkpoint={file}", f"images={images}"])

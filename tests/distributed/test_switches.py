@@ -247,7 +247,7 @@ def test_run_ends_after_evaluations_without_a_better_one(
 ) -> None:
     top1 = {5: 50.0, 10: 40.0, 12: 30.0, 15: 41.0, 20: 40.0, 25: 45.0}
 
-    def errors(self: trainer.Trainer, _net: torch.nn.Module, views: int) -> Errors:
+    def errors(self: trainer.Trainer, _net: torch.nn.Module, views: int, *_: object) -> Errors:
         return Errors(top1[self.step] - (views > 1), 1.0, 1.0, 10, 1.0)
 
     monkeypatch.setattr(trainer.Trainer, "_errors", errors)

@@ -39,7 +39,7 @@ def trained(
         "step": 7,
         "seed": 1,
         "images_a_step": 8,
-        "classes": ["a", "b"],
+        "classes": [f"class {number}" for number in range(CLASSES)],
         "made": MADE,
         "errors": {"top1": 12.5, "top5": 1.25, "views": 10},
         "settings": "seed: 1\n",
@@ -97,7 +97,7 @@ def test_onnx_computes_what_the_net_computes(trained: TrainedNet) -> None:
     one = session.run(None, {"pixels": crops(stored, 1)[0][:1].float().numpy()})[0]
     assert one.shape == (1, CLASSES)
     (about,) = onnx.load("net.onnx").metadata_props
-    assert json.loads(about.value)["classes"] == ["a", "b"]
+    assert json.loads(about.value)["classes"] == [f"class {number}" for number in range(CLASSES)]
     with pytest.raises(SettingsError, match="opset=7: not supported, torch would write opset 18"):
         export("old.onnx", "opset=7")
     assert not Path("old.onnx").exists()

@@ -54,7 +54,8 @@ def root(tmp_path: Path) -> Path:
 
 def settings(root: Path, out: str = "out", **how: Any) -> PrepareSettings:
     data = DataSettings(name="imagefolder", root=str(root), image_size=14, epochs=1)
-    made = PrepareSettings(str(root.parent / out), data, SIZE, workers=0, progress=False)
+    out = str(root.parent / out)
+    made = PrepareSettings(data, out, SIZE, workers=0, progress=False)
     return replace(made, **how)
 
 

@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(packing, "BLOCK", 3)
         for form in FORMATS:
             settings = PrepareSettings(
-                str(place / form), data("imagefolder", place / "images"), SIZE, form
+                data("imagefolder", place / "images"), str(place / form), SIZE, form
             )
             settings.workers, settings.progress = 0, False
             packing.prepare(settings)
