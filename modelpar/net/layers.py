@@ -145,7 +145,9 @@ class ResponseNorm(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the normalized maps (N, C, H, W)."""
-        if torch.compiler.is_exporting():  # which takes no Function of one's own
+        # torch.export takes no Function of one's own.  In torch.compile of torch 2.11 the first
+        # question is also answered with yes, and there only ``_respond`` has the right gradient.
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             return _normalize(maps, [self.window(maps)])[0]
         return _respond(maps, [self.window(maps)])
 
