@@ -109,6 +109,7 @@ def tags(run_dir: Path) -> tuple[set[str], set[str], set[str]]:
     return scalars, pictures, histograms
 
 
+@pytest.mark.slow
 def test_tensorboard_changes_no_bit_of_the_training(
     pair: Ranks, images: Path, tmp_path: Path
 ) -> None:
