@@ -5,19 +5,11 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from modelpar.schemas import SCHEMAS
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MAINS = (
-    "train",
-    "evaluate",
-    "predict",
-    "export",
-    "convert",
-    "compare",
-    "figures",
-    "benchmark",
-    "prepare",
-)
+MAINS = tuple(SCHEMAS)  # the commands
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

@@ -26,11 +26,25 @@ TERMS: Final = {  # of the images; those of the photographs are in docs/data.md
 UNKNOWN: Final = "not known to modelpar; see where the images come from"
 
 
-def history(trained: TrainedNet) -> dict[str, Any]:
+def history(trained: TrainedNet, checkpoints: int = 1) -> dict[str, Any]:
     """Return what is known of the making of a net: ``made``, ``errors`` and ``settings``.
 
-    An exported file has them in its record.  For a run they are in its manifest and directory.
+    Weights that are the mean of several ``checkpoints``, or a moving average, have no errors yet.
     """
+    past = _recorded(trained)
+    averages = []
+    if trained.kind == "ema":
+        averages.append("moving average of the weights")
+    if checkpoints > 1:
+        averages.append(f"mean of {checkpoints} checkpoints")
+    if averages:
+        past["made"] = ", ".join([past["made"] or "training not recorded", *averages])
+        past["errors"] = None
+    return past
+
+
+def _recorded(trained: TrainedNet) -> dict[str, Any]:
+    """Return the history in the record of an exported file, or in the run of a checkpoint."""
     if not isinstance(trained.source, Checkpoint):
         return {key: trained.record.get(key) for key in ("made", "errors", "settings")}
     folder, versions = trained.source.folder, trained.record.get("versions", {})
@@ -47,12 +61,12 @@ def history(trained: TrainedNet) -> dict[str, Any]:
     }
 
 
-def card(out: str, trained: TrainedNet, parameters: int, what: str, mean: str) -> str:
+def card(out: str, trained: TrainedNet, parameters: int, what: str, checkpoints: int) -> str:
     """Return the card of ``out``, a file that takes and returns ``what``, as Markdown.
 
-    ``mean``: how many checkpoints the weights are the mean of, if they are.
+    ``checkpoints``: how many the weights are the mean of.
     """
-    plan, stats, past = trained.plan, trained.statistics, history(trained)
+    plan, stats, past = trained.plan, trained.statistics, history(trained, checkpoints)
     program = Path(sys.argv[0]).stem.removeprefix("modelpar-")
     words = [f"modelpar-{program}", *sys.argv[1:]]
     columns = "two columns" if plan.columns > 1 else "one column"
@@ -67,8 +81,8 @@ def card(out: str, trained: TrainedNet, parameters: int, what: str, mean: str) -
     rows += [
         ("data", f"`{trained.data.name}`, {plan.num_classes} classes"),
         ("terms of the data", TERMS.get(trained.data.name, UNKNOWN)),
-        ("error", _error(None if mean or trained.kind == "ema" else past["errors"])),
-        ("made", ", ".join(filter(None, [past["made"] or "not recorded", mean]))),
+        ("error", _error(past["errors"])),
+        ("made", past["made"] or "not recorded"),
         ("written", f"by {_program()}: `{shlex.join(words)}`"),
     ]
     text = f"# {Path(out).name}\n\n{markdown(('', ''), rows)}\n"

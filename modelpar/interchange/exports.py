@@ -63,10 +63,8 @@ def export(settings: ExportSettings) -> None:
 
     Raises CheckpointError, SettingsError.
     """
-    nets, out = (
-        [find(path, ema=settings.ema) for path in paths_of(settings.checkpoint)],
-        settings.out,
-    )
+    nets = [find(path, ema=settings.ema) for path in paths_of(settings.checkpoint)]
+    out = settings.out
     trained = max(nets, key=attrgetter("step"))
     if settings.opset is not None and not out.endswith(".onnx"):
         raise SettingsError(f"opset={settings.opset}: is for files that end in .onnx")
@@ -84,7 +82,7 @@ def export(settings: ExportSettings) -> None:
     lens = Augmentation(trained.statistics, size, scaled=False, device="cpu")
     module = FromPixels(net, lens.mean).eval()
     pixels = torch.zeros(2, 3, size, size)  # with one image torch would fix their number
-    record = json.dumps(record_of(trained))
+    record = json.dumps(record_of(trained, len(nets)))
     content = (
         _onnx(module, pixels, record, settings.opset)
         if out.endswith(".onnx")
@@ -128,13 +126,16 @@ def mean_weights(nets: Sequence[TrainedNet]) -> dict[str, Tensor]:
     return {name: (sums[name] / len(nets)).to(weight.dtype) for name, weight in weights.items()}
 
 
-def record_of(trained: TrainedNet) -> dict[str, Any]:
-    """Return what an exported file records of a net, as plain values without secrets."""
+def record_of(trained: TrainedNet, checkpoints: int) -> dict[str, Any]:
+    """Return what an exported file records of a net, as plain values without secrets.
+
+    ``checkpoints``: how many the weights are the mean of.
+    """
     record = {
         "plan": settings_of(trained.plan),
         "data": asdict(trained.data),
         **{key: getattr(trained, key) for key in (*RUN_KEYS, "classes", "names")},
-        **history(trained),
+        **history(trained, checkpoints),
     }
     return config.without_secrets(record)
 
@@ -143,7 +144,7 @@ def write(
     out: str, trained: TrainedNet, weights: Mapping[str, Tensor], checkpoints: int = 1
 ) -> None:
     """Write a file that every command takes as a checkpoint; raises CheckpointError."""
-    content = content_of(weights, record_of(trained), trained.statistics)
+    content = content_of(weights, record_of(trained, checkpoints), trained.statistics)
     _write(out, trained, weights, content, WEIGHTS, checkpoints)
 
 
@@ -158,7 +159,7 @@ def _write(
     parameters = sum(value.numel() for value in weights.values())
     write_out(out, content)
     mean = f"mean of {checkpoints} checkpoints" if checkpoints > 1 else ""
-    write_out(f"{out}.md", card(out, trained, parameters, what, mean))
+    write_out(f"{out}.md", card(out, trained, parameters, what, checkpoints))
     about = ", ".join(filter(None, [trained.plan.recipe.name, mean]))
     print(f"{out}: {len(weights)} tensors, {parameters:,} parameters, {about}")  # noqa: T201
 

@@ -1,7 +1,6 @@
 """A trained net as it was saved: by a run, in one of its steps, or as one exported file."""
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -44,17 +43,6 @@ class TrainedNet:
         return checkpoint.read_part(self.source, self.kind, column)
 
 
-@contextmanager
-def _described(path: str) -> Generator[None]:
-    """Raise CheckpointError for what a record lacks or has wrong."""
-    try:
-        yield
-    except (*NO_RECORD, OmegaConfBaseException, SettingsError) as error:
-        raise CheckpointError(
-            f"checkpoint={path}: does not describe the net it holds ({one_line(error)})"
-        ) from None
-
-
 def paths_of(given: Any) -> list[str]:
     """Return the paths of ``checkpoint=PATH`` or ``checkpoint=[PATH,PATH]``."""
     if not given:
@@ -68,7 +56,7 @@ def find(path: str, *, ema: bool = False) -> TrainedNet:
     ``ema``: with the moving average in place of the weights.
     """
     source = checkpoint.find(path)
-    with _described(path):
+    try:
         if isinstance(source, Checkpoint):
             record, stats = source.manifest, Statistics(**checkpoint.read_statistics(source))
         else:
@@ -84,6 +72,10 @@ def find(path: str, *, ema: bool = False) -> TrainedNet:
             shape = tuple(stats.mean.shape)
             if shape != (3, shape[-1], shape[-1]) or shape[-1] < plan.image_size:
                 raise ValueError(f"mean image of shape {shape}")
+    except (*NO_RECORD, OmegaConfBaseException, SettingsError) as error:
+        raise CheckpointError(
+            f"checkpoint={path}: does not describe the net it holds ({one_line(error)})"
+        ) from None
     if ema and not (isinstance(source, Checkpoint) and plan.recipe.ema):
         raise CheckpointError(
             f"checkpoint={path}: has no moving average of the weights; use ema=false, or a run "

@@ -197,6 +197,7 @@ def test_average_of_a_checkpoint_is_evaluated_and_exported(
 ) -> None:
     exported = tmp_path / "net.safetensors"
     exports.export(ExportSettings(str(stopped.once), ema=True, out=str(exported)))
+    assert find(str(exported)).record["errors"] is None  # those of the run are of its weights
     settings = EvaluateSettings(columns=1, batch_size=8, data=DataSettings("", None))
     for path, ema in ((stopped.once, True), (exported, False)):
         settings.checkpoint, settings.ema = str(path), ema
@@ -222,7 +223,10 @@ def test_export_of_several_steps_has_their_mean(
     for name, value in mean.items():
         assert value.dtype == torch.float32
         assert torch.equal(value, ((parts[0][name].double() + parts[1][name]) / 2).float())
-    assert find(str(tmp_path / "mean.safetensors")).step == 10
+    found = find(str(tmp_path / "mean.safetensors"))
+    assert found.step == 10
+    assert found.record["errors"] is None  # those of a step are not those of the mean
+    assert found.record["made"].endswith("mean of 2 checkpoints")
 
 
 def test_only_steps_of_one_training_are_averaged(stopped: Stopped) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import modelpar
+from modelpar.schemas import SCHEMAS
 
 PACKAGE = Path(modelpar.__file__).parent
 # From the ground up; a module may import what stands before it.
@@ -80,17 +81,7 @@ FLOORS = [
     ["bench.report"],
     ["sweep"],
     ["launch"],
-    [
-        "train",
-        "evaluate",
-        "predict",
-        "export",
-        "convert",
-        "compare",
-        "figures",
-        "benchmark",
-        "prepare",
-    ],
+    [*SCHEMAS],
 ]
 HEIGHT = {module: height for height, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(
