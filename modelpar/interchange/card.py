@@ -1,13 +1,13 @@
 """The model card beside an exported file: the net, its data, its errors, how it was made."""
 
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import modelpar
+from modelpar import environment
 from modelpar.config import without_secrets
 from modelpar.tables import markdown
 from modelpar.training.checkpoint import Checkpoint
@@ -101,9 +101,5 @@ def _error(row: Mapping[str, Any] | None) -> str:
 
 def _program() -> str:
     """Return the version of this package, and its commit where it is a checkout."""
-    place = Path(__file__).parents[2]
-    commit, words = "", ["git", "-C", str(place), "rev-parse", "--short", "HEAD"]
-    if (place / ".git").exists():
-        done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603
-        commit = done.stdout.strip()
+    commit = environment.commit(Path(modelpar.__file__).parent)
     return f"modelpar {modelpar.__version__}{f' (commit {commit})' if commit else ''}"
