@@ -25,6 +25,8 @@ FORWARD_ROWS: Final = 4  # rows of the pooled maps that a program writes
 BACKWARD_PAIRS: Final = 1  # pairs of rows of which a program writes the gradient
 POSITIONS: Final = 16  # of a tile without a pool
 TILES: Final = 8  # of them whose bias gradient a program adds up
+STRIP_ROWS: Final = 9  # of a program of a normalization within maps
+STRIP: Final = 128  # groups of eight maps in a row of it: as many as it has threads
 GROUPS: Final = 8  # groups of eight maps of a tile, where no sum over maps needs all of them
 WARPS: Final = 4  # of a program without a pool
 
@@ -56,7 +58,8 @@ def block(response: Tensor, bias: Tensor, what: Block) -> Tensor:
     The result is (N, C, H', W') in channels_last memory, in the dtype of ``response``.
     """
     runs = gpu.available(response.device) and response.dtype in gpu.DTYPES
-    if not runs or (what.across and what.across.size != paper.NORM_SIZE):
+    sizes = ((what.across, paper.NORM_SIZE), (what.within, paper.WITHIN_SIZE))
+    if not runs or any(norm and norm.size != size for norm, size in sizes):
         return plain(response, bias, what)
     return _Block.apply(response, bias, what)
 
@@ -95,10 +98,18 @@ class _Shape:
         groups = groups if what.across else GROUPS
         self.point = {"C": self.count, "G": groups, "P": POSITIONS}
         self.parts = -(-self.count // (8 * groups))
+        columns = min(POSITIONS, STRIP // groups)
+        self.strip = {"C": self.count, "G": groups, "P": columns, "ROWS": STRIP_ROWS}
 
     def tiles(self, positions: int, tiles: int = 1) -> tuple[int, int]:
         """Return how many programs there are for ``tiles`` tiles each: places, maps."""
         return -(-self.positions // (positions * tiles)), self.parts
+
+    def strips(self) -> tuple[int, int]:
+        """Return how many programs there are for a strip each: places, maps."""
+        height, width = self.sides
+        bands, tiles = -(-height // self.strip["ROWS"]), -(-width // self.strip["P"])
+        return self.images * bands * tiles, self.parts
 
 
 def _like(maps: Tensor, sides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -156,18 +167,17 @@ class _Block(Function):
             maps_grad, sums = _pool_backward(maps, bias, grad, saved[0], shape, **shape.flags)
             return maps_grad, _total(sums).to(bias.dtype), None
         maps_grad = torch.empty_like(maps)
-        grid = shape.tiles(POSITIONS, TILES)
+        grid = shape.strips() if what.within else shape.tiles(POSITIONS, TILES)
         sums = torch.empty(grid[0], shape.count, dtype=torch.float32, device=maps.device)
         if what.within:
             places, across, zeros = saved
             grad, _ = _pool_backward(across, zeros, grad, places, shape, FIRST=False, ACROSS=False)
             uneven = torch.empty_like(maps)
             _within("within_uneven", what.within, shape, across, grad, uneven)
-            k, slope, size = what.within
             within_kernels.within_backward[grid](
                 maps, bias, across, grad, uneven, maps_grad, sums,
-                shape.positions, *shape.sides, *shape.norm, k, slope,
-                **shape.point, TILES=TILES, REACH=size // 2, **shape.flags, num_warps=WARPS,
+                *shape.sides, *shape.norm, what.within.k, what.within.slope,
+                **shape.strip, **shape.flags, num_warps=WARPS,
             )  # fmt: skip
         else:
             block_kernels.pointwise_backward[grid](
@@ -210,8 +220,6 @@ def _pool_backward(
 
 def _within(name: str, norm: Norm, shape: _Shape, *tensors: Tensor) -> None:
     """Launch a kernel for a normalization within maps."""
-    sizes = {"C": shape.count, "G": GROUPS, "P": POSITIONS, "REACH": norm.size // 2}
-    grid = -(-shape.positions // POSITIONS), -(-shape.count // (8 * GROUPS))
-    getattr(within_kernels, name)[grid](
-        *tensors, shape.positions, *shape.sides, norm.k, norm.slope, **sizes, num_warps=WARPS
+    getattr(within_kernels, name)[shape.strips()](
+        *tensors, *shape.sides, norm.k, norm.slope, **shape.strip, num_warps=WARPS
     )

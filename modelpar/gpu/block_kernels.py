@@ -81,7 +81,7 @@ def tile(number, positions, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
 
 
 @jit
-def _offset(image, h, w, W, c, C: tl.constexpr):
+def offset_of(image, h, w, W, c, C: tl.constexpr):
     """Return where the maps c (G, 8) at the columns w (P) of row h are."""
     return image + (h * W + w)[:, None, None] * C + c[None, :, :]
 
@@ -105,7 +105,7 @@ def _row_maximum(
         w = 2 * p + j
         inside = (w < W) & (h < H)
         mask = inside[:, None, None] & (c < C)[None, :, :]
-        x = load(maps, bias, _offset(image, h, w, W, c, C), mask, FIRST)
+        x = load(maps, bias, offset_of(image, h, w, W, c, C), mask, FIRST)
         if ACROSS:
             root = _inverse_root(x, k, slope)
             x = x * root * tl.sqrt(root)
@@ -143,7 +143,7 @@ def pool_forward(
         if LAST:  # place 9 is in no window: no gradient passes
             where = tl.where(best <= 0.0, 9, where)
             best = tl.where(best < 0.0, 0.0, best)
-        offset = _offset(n * OH * OW * C, oh, p, OW, c, C)
+        offset = offset_of(n * OH * OW * C, oh, p, OW, c, C)
         mask = ((oh < OH) & (p < OW))[:, None, None] & (c < C)[None, :, :]
         tl.store(out + offset, best.to(out.dtype.element_ty), mask=mask)
         tl.store(places + offset, where.to(tl.uint8), mask=mask)
@@ -168,7 +168,7 @@ def _window(grads, places, image, oh, ow, c, OH, OW, C: tl.constexpr):
     """Return gradients and places of the windows ``ow`` of row ``oh``; outside, place 255."""
     inside = (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
     mask = inside[:, None, None] & (c < C)[None, :, :]
-    offset = _offset(image, oh, ow, OW, c, C)
+    offset = offset_of(image, oh, ow, OW, c, C)
     grad = tl.load(grads + offset, mask=mask, other=0.0)
     return grad, tl.load(places + offset, mask=mask, other=255)
 
@@ -207,7 +207,7 @@ def pool_backward(
                     grad += tl.where(at10 == 6 + j, g10.to(tl.float32), 0.0)
                 if i == 0 and j == 0:
                     grad += tl.where(at11 == 8, g11.to(tl.float32), 0.0)
-                offset = _offset(image, h, w, W, c, C)
+                offset = offset_of(image, h, w, W, c, C)
                 x = load(maps, offsets, offset, mask, FIRST)
                 grad = input_gradient(x, grad, k, slope, FIRST, ACROSS)
                 tl.store(maps_grad + offset, grad.to(maps_grad.dtype.element_ty), mask=mask)

@@ -1,7 +1,7 @@
 """The Triton kernels of ``block`` for a normalization within each map (run 145, ``rnorm``).
 
-A thread adds up the 25 places of its window; neighbouring threads read them from the same cache.
-Tiles are those of ``block_kernels``.
+A window is 5 x 5 places.  A program writes a strip, P columns of ROWS rows, from the top down: it
+adds up five places of each row once, and five of these sums are those of a window.
 """
 
 # Triton has a language of its own.
@@ -9,75 +9,112 @@ Tiles are those of ``block_kernels``.
 
 from __future__ import annotations  # tl is None without Triton
 
-from modelpar.gpu.block_kernels import groups, input_gradient, load, tile
+from modelpar.gpu.block_kernels import groups, input_gradient, load, offset_of
 from modelpar.gpu.language import jit, tl
 
 
 @jit
-def _window_sum(
-    values, p, c, positions, H, W, C: tl.constexpr, REACH: tl.constexpr, SQUARE: tl.constexpr
-):
-    """Return the sums over the windows around the positions p of values, or of their squares."""
-    w, h = p % W, p // W % H
-    total = tl.zeros([p.shape[0], c.shape[0], 8], tl.float32)
-    for i in range(-REACH, REACH + 1):
-        for j in tl.static_range(2 * REACH + 1):
-            column = w + j - REACH
-            inside = (h + i >= 0) & (h + i < H) & (column >= 0) & (column < W) & (p < positions)
-            mask = inside[:, None, None] & (c < C)[None, :, :]
-            offset = (p + i * W + j - REACH).to(tl.int64)[:, None, None] * C + c[None, :, :]
-            value = tl.load(values + offset, mask=mask, other=0.0).to(tl.float32)
-            total += value * value if SQUARE else value
+def _strip(H, W, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr):
+    """Return where the program's image begins, its first row, its columns and its maps."""
+    bands, tiles = tl.cdiv(H, ROWS), tl.cdiv(W, P)
+    number = tl.program_id(0)
+    image = (number // (bands * tiles)).to(tl.int64) * H * W * C
+    first = number // tiles % bands * ROWS
+    w = number % tiles * P + tl.arange(0, P)
+    return image, first, w, groups(tl.program_id(1) * G * 8, G)
+
+
+@jit
+def _places(image, h, w, c, H, W, C: tl.constexpr):
+    """Return where the maps c at the columns w of row h are, and which exist."""
+    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    mask = inside[:, None, None] & (c < C)[None, :, :]
+    return offset_of(image, h, w, W, c, C), mask
+
+
+@jit
+def _row_sum(values, image, h, w, c, H, W, C: tl.constexpr, SQUARE: tl.constexpr):
+    """Return the sums over the columns w - 2 to w + 2 of row h, of values or of their squares."""
+    total = tl.zeros([w.shape[0], c.shape[0], 8], tl.float32)
+    for j in tl.static_range(5):
+        offset, mask = _places(image, h, w + j - 2, c, H, W, C)
+        value = tl.load(values + offset, mask=mask, other=0.0).to(tl.float32)
+        total += value * value if SQUARE else value
     return total
 
 
 @jit
+def _four_rows(values, image, h, w, c, H, W, C: tl.constexpr, SQUARE: tl.constexpr):
+    """Return the sums of the rows h - 2 to h + 1."""
+    row0 = _row_sum(values, image, h - 2, w, c, H, W, C, SQUARE)
+    row1 = _row_sum(values, image, h - 1, w, c, H, W, C, SQUARE)
+    row2 = _row_sum(values, image, h, w, c, H, W, C, SQUARE)
+    row3 = _row_sum(values, image, h + 1, w, c, H, W, C, SQUARE)
+    return row0, row1, row2, row3
+
+
+@jit
 def within_forward(
-    maps, out, positions, H, W, k, slope,
-    C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, REACH: tl.constexpr,
+    maps, out, H, W, k, slope,
+    C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write the normalized maps at P positions."""
-    p, c, offset, mask = tile(tl.program_id(0), positions, C, G, P)
-    x = tl.load(maps + offset, mask=mask, other=0.0).to(tl.float32)
-    root = tl.rsqrt(k + slope * _window_sum(maps, p, c, positions, H, W, C, REACH, True))
-    tl.store(out + offset, (x * root * tl.sqrt(root)).to(out.dtype.element_ty), mask=mask)
+    """Write the normalized maps."""
+    image, first, w, c = _strip(H, W, C, G, P, ROWS)
+    a, b, d, e = _four_rows(maps, image, first, w, c, H, W, C, True)
+    for step in range(ROWS):
+        f = _row_sum(maps, image, first + step + 2, w, c, H, W, C, True)
+        offset, mask = _places(image, first + step, w, c, H, W, C)
+        x = tl.load(maps + offset, mask=mask, other=0.0).to(tl.float32)
+        root = tl.rsqrt(k + slope * (a + b + d + e + f))
+        tl.store(out + offset, (x * root * tl.sqrt(root)).to(out.dtype.element_ty), mask=mask)
+        a, b, d, e = b, d, e, f
 
 
 @jit
 def within_uneven(
-    maps, grads, uneven, positions, H, W, k, slope,
-    C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, REACH: tl.constexpr,
+    maps, grads, uneven, H, W, k, slope,
+    C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write g x s ** -7/4, whose sum over each window is part of the gradient, at P positions."""
-    p, c, offset, mask = tile(tl.program_id(0), positions, C, G, P)
-    x = tl.load(maps + offset, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grads + offset, mask=mask, other=0.0).to(tl.float32)
-    root = tl.rsqrt(k + slope * _window_sum(maps, p, c, positions, H, W, C, REACH, True))
-    value = grad * x * root * tl.sqrt(root) * root * root
-    tl.store(uneven + offset, value.to(uneven.dtype.element_ty), mask=mask)
+    """Write g x s ** -7/4, whose sum over each window is part of the gradient."""
+    image, first, w, c = _strip(H, W, C, G, P, ROWS)
+    a, b, d, e = _four_rows(maps, image, first, w, c, H, W, C, True)
+    for step in range(ROWS):
+        f = _row_sum(maps, image, first + step + 2, w, c, H, W, C, True)
+        offset, mask = _places(image, first + step, w, c, H, W, C)
+        x = tl.load(maps + offset, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grads + offset, mask=mask, other=0.0).to(tl.float32)
+        root = tl.rsqrt(k + slope * (a + b + d + e + f))
+        value = grad * x * root * tl.sqrt(root) * root * root
+        tl.store(uneven + offset, value.to(uneven.dtype.element_ty), mask=mask)
+        a, b, d, e = b, d, e, f
 
 
 @jit
 def within_backward(
-    maps, bias, across, grads, uneven, maps_grad, bias_grad, positions, H, W,
+    maps, bias, across, grads, uneven, maps_grad, bias_grad, H, W,
     k, slope, within_k, within_slope,
-    C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, REACH: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     FIRST: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of the response at TILES times P positions, and their sum over these."""
-    c = groups(tl.program_id(1) * G * 8, G)
+    """Write the gradients of the response, and their sum over the strip."""
+    image, first, w, c = _strip(H, W, C, G, P, ROWS)
     offsets = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
     total = tl.zeros([P, G, 8], tl.float32)
-    for number in range(TILES):
-        p, _c, offset, mask = tile(tl.program_id(0) * TILES + number, positions, C, G, P)
-        squares = _window_sum(across, p, c, positions, H, W, C, REACH, True)
-        around = _window_sum(uneven, p, c, positions, H, W, C, REACH, False)
-        root = tl.rsqrt(within_k + within_slope * squares)
+    a, b, d, e = _four_rows(across, image, first, w, c, H, W, C, True)
+    q, r, s, t = _four_rows(uneven, image, first, w, c, H, W, C, False)
+    for step in range(ROWS):
+        f = _row_sum(across, image, first + step + 2, w, c, H, W, C, True)
+        u = _row_sum(uneven, image, first + step + 2, w, c, H, W, C, False)
+        offset, mask = _places(image, first + step, w, c, H, W, C)
+        root = tl.rsqrt(within_k + within_slope * (a + b + d + e + f))
         normalized = tl.load(across + offset, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grads + offset, mask=mask, other=0.0).to(tl.float32)
-        grad = grad * root * tl.sqrt(root) - 1.5 * within_slope * normalized * around
+        around = 1.5 * within_slope * normalized * (q + r + s + t + u)
+        grad = grad * root * tl.sqrt(root) - around
         x = load(maps, offsets, offset, mask, FIRST)
         grad = input_gradient(x, grad, k, slope, FIRST, ACROSS)
         tl.store(maps_grad + offset, grad.to(maps_grad.dtype.element_ty), mask=mask)
         total += tl.where(mask, grad, 0.0)
+        a, b, d, e = b, d, e, f
+        q, r, s, t = r, s, t, u
     tl.store(bias_grad + tl.program_id(0) * C + c, tl.sum(total, axis=0), mask=c < C)
