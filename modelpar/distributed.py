@@ -7,8 +7,8 @@ since gloo returns wrong numbers, without an error, for tensors that are not con
 import os
 import re
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final
 
@@ -51,6 +51,7 @@ class Mesh:
     patient: dist.ProcessGroup | None = None  # the same, for a wait that may take hours
     readers: dist.ProcessGroup | None = None  # the columns of this replica, if on one host: gloo
     shares_gpu: bool = False  # with other ranks
+    closing: ExitStack = field(default_factory=ExitStack)  # closed before the groups end
 
     @property
     def rank(self) -> int:
@@ -199,7 +200,8 @@ def process_mesh(
             f"({one_line(error).partition('. ')[0][:200]}); check that all ranks were started"
         ) from None
     replica, column = divmod(env.rank, columns)
-    try:
+    with ExitStack() as closing:
+        closing.callback(dist.destroy_process_group)
         yield Mesh(
             place,
             threads,
@@ -214,9 +216,8 @@ def process_mesh(
             patient=patient,
             readers=readers if columns > 1 and env.has_ranks(grid[replica].tolist()) else None,
             shares_gpu=shares_gpu,
+            closing=closing,
         )
-    finally:
-        dist.destroy_process_group()
 
 
 def _name_own_host(env: Environment) -> None:

@@ -103,6 +103,7 @@ class Learner:
         graphs = {"on": True, "auto": mesh.pair is None, "off": False}[settings.cuda_graph]
         if fused and mesh.replicas == 1 and graphs:
             self.run = Graphed(self._step, self.link)
+            mesh.closing.callback(self.run.reset)
 
     def step(
         self,

@@ -48,6 +48,15 @@ class Graphed:
             counter.update(count)
         return self.result
 
+    def reset(self) -> None:
+        """Forget the recording; NCCL waits for those with its kernels before it ends.
+
+        Without this a rank never ends (https://github.com/pytorch/pytorch/issues/115388).
+        """
+        if self.graph is not None:
+            self.graph.reset()
+            self.graph = None
+
     def _record(self, inputs: Sequence[Tensor]) -> None:
         before = [counter.copy() for counter in self._counters()]
         graph = torch.cuda.CUDAGraph()

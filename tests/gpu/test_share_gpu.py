@@ -96,6 +96,13 @@ def test_both_ways_to_start_end_with_the_weights_of_one_process(
         "one": start("one", LAUNCHER, f"steps={STEPS}", "columns=1"),
         "launcher": start("launcher", LAUNCHER, f"steps={STEPS}", "share_gpu=true"),
         "torchrun": start("torchrun", TORCHRUN, f"steps={STEPS}", "share_gpu=true"),
+        # With kernels, and exchanges in a CUDA graph: NCCL does not end before the graph has.
+        "recorded": start(
+            "recorded",
+            LAUNCHER,
+            *(f"steps={STEPS}", "share_gpu=true"),
+            *("precision=float32", "compile=true", "cuda_graph=on"),
+        ),
     }
     for name, process in runs.items():
         assert process.wait(PATIENCE) == 0, start.printed(name)

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,25 @@ def test_only_ranks_that_share_a_gpu_name_hosts_of_their_own(
     assert joined == [expected]
     shared = ("modelpar-1", "lo") if gpus == 1 else (None, None)
     assert (os.environ.get("NCCL_HOSTID"), os.environ.get("NCCL_SOCKET_IFNAME")) == shared
+
+
+def test_what_is_closing_with_the_mesh_ends_before_the_process_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL waits for the CUDA graphs that hold its kernels."""
+    ended: list[str] = []
+    for key, value in LAUNCHED.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: None)
+    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", lambda *_, **__: (None, None))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append("groups"))
+    mesh = distributed.process_mesh(2, "cpu", 60, threads=torch.get_num_threads())
+    with suppress(KeyError), mesh as ranks:
+        ranks.closing.callback(ended.append, "graph")
+        raise KeyError
+    assert ended == ["graph", "groups"]
 
 
 def test_the_processes_of_a_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

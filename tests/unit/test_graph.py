@@ -51,7 +51,8 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[Net], Graphed]:
         def replay() -> None:
             net.out.copy_(2 * made.inputs[0])
 
-        monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: SimpleNamespace(replay=replay))
+        graph = SimpleNamespace(replay=replay, reset=lambda: net.out.fill_(torch.nan))
+        monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: graph)
         monkeypatch.setattr("torch.cuda.graph", recording)
         monkeypatch.setattr("torch.cuda.current_stream", lambda: None)
         made = Graphed(net, net.link)
@@ -75,6 +76,9 @@ def test_a_recorded_step_reads_its_inputs_and_counts_what_it_sends(
         assert net.link.swaps.total() == number
     assert net.calls == EAGER_CALLS + 1  # the last one was the recording
     assert step.graph is not None
+    step.reset()
+    assert step.graph is None
+    assert net.out.isnan().all()  # the graph no longer holds its memory
 
 
 def test_a_step_that_cannot_be_recorded_runs_as_before_with_one_line(
