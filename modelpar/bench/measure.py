@@ -2,7 +2,7 @@
 
 import platform
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from itertools import product
@@ -34,9 +34,9 @@ ON_CPU: Final = (
 ON_GPU: Final = (
     ". The floor is the time of a step whose kernels compute at the peak of matrix products or "
     "move their bytes as fast as a copy, whichever takes longer. Launches by the processor and "
-    "kernels are those of a step of the last batch. 90 epochs are ImageNet's, which took the "
-    "paper's two GPUs five to six days. A column's images are those of the pair. Memory is the "
-    "peak of what a process allocates on its GPU."
+    "kernels are those of a step of its last batch. 90 epochs are ImageNet's, which took "
+    "the paper's two GPUs five to six days. A column's images are those of the pair. Memory is "
+    "the peak of what a process allocates on its GPU."
 )
 
 
@@ -64,33 +64,41 @@ def with_defaults(settings: BenchmarkSettings) -> BenchmarkSettings:
     )
 
 
+def contenders(settings: BenchmarkSettings, *, by_default: bool) -> list[Contender]:
+    """Return what is timed, in the order in which it starts; see ``Kind.one_size``."""
+    names, sizes = settings.contenders or [], settings.batch_sizes or []
+    return [
+        Contender(name, precision, size, settings)
+        for precision, name, size in product(settings.precisions or [], names, sizes)
+        if size == sizes[0] or not (by_default and CONTENDERS[name].one_size)
+    ]
+
+
 def measure(settings: BenchmarkSettings) -> dict[str, Any]:
     """Return what ``benchmark.json`` holds: times in s, sizes in bytes, speeds in GFLOP/s.
 
     Raises LaunchError if no contender can run.
     """
-    settings = with_defaults(settings)
+    by_default, settings = settings.contenders is None, with_defaults(settings)
     result: dict[str, Any] = {"machine": machine(), "settings": asdict(settings)}
     result |= {"peaks": [], "rows": []}
-    on_gpu, sizes = settings.device == "cuda", settings.batch_sizes or []
-    contenders = [
-        Contender(name, precision, sizes[0], settings)
-        for precision, name in product(settings.precisions or [], settings.contenders or [])
-    ]
-    # On a GPU the processes serve all batches: it takes them longer to start than to compile.
-    for group in [sizes] if on_gpu else [[size] for size in sizes]:
+    on_gpu, found = settings.device == "cuda", contenders(settings, by_default=by_default)
+    sizes = dict.fromkeys(one.batch_size for one in found)
+    # On a GPU all start at once: they mostly compile their steps, each on about one core.
+    groups = [found] if on_gpu else [[one for one in found if one.batch_size == s] for s in sizes]
+    for group in groups:
         with ExitStack() as stack:
             stack.callback(limit_link, settings.link.hosts, None)
-            starting = (stack.enter_context(closing(Workers(one))) for one in contenders)
-            workers = list(starting) if on_gpu else starting
-            for size in group:
-                workers = _ready(workers, size, on_gpu=on_gpu)
+            starting = (stack.enter_context(closing(Workers(one))) for one in group)
+            ready = _ready(list(starting) if on_gpu else starting, on_gpu=on_gpu)
+            for size in sizes if on_gpu else [group[0].batch_size]:
+                workers = [one for one in ready if one.contender.batch_size == size]
                 with _failure_reported():
                     peaks, rows = _measure(workers, settings)
                     result["peaks"].append({"batch_size": size, **peaks})
                     result["rows"] += rows
             if on_gpu:  # at the end, since a profiler may slow the steps that follow
-                _count_launches(list(workers), result["rows"])
+                _count_launches(ready, result["rows"])
     if not result["rows"]:
         raise LaunchError("benchmark: none of the contenders can run")
     return result
@@ -105,16 +113,16 @@ def _failure_reported() -> Generator[None]:
         say(str(error))
 
 
-def _ready(workers: Iterable[Workers], batch_size: int, *, on_gpu: bool) -> list[Workers]:
-    """Return those of ``workers`` that can take their step of a batch.
+def _ready(workers: Iterable[Workers], *, on_gpu: bool) -> list[Workers]:
+    """Return those of ``workers`` that can take their step.
 
     On CPUs they start one after another.  On a GPU all make and compile their steps at the same
-    time, but each is alone while it tunes.
+    time.  Each is alone while it tunes, but for those that still compile what they make.
     """
     ready: list[Workers] = []
     for some in [list(workers)] if on_gpu else ([one] for one in workers):
         for one in some:
-            one.prepare(batch_size)
+            one.begin("prepare")
         tuned: list[Workers] = []
         for one in _able(some):
             one.begin("tune")
@@ -127,24 +135,25 @@ def _ready(workers: Iterable[Workers], batch_size: int, *, on_gpu: bool) -> list
     return ready
 
 
-def _able(workers: Iterable[Workers]) -> list[Workers]:
-    """Return those of ``workers`` that finish the part of their start that they have begun."""
-    able: list[Workers] = []
+def _able(workers: Iterable[Workers]) -> Iterator[Workers]:
+    """Yield those of ``workers`` that finish the part of their start that they have begun."""
     for one in workers:
-        with _failure_reported():
+        try:
             one.started()
-            able.append(one)
-    return able
+        except LaunchError as error:
+            say(str(error))
+        else:
+            yield one
 
 
 def _count_launches(workers: Sequence[Workers], rows: Sequence[dict[str, Any]]) -> None:
-    """Add to each row how often a step of the contender, of the last batch, starts kernels."""
-    for one in workers:
-        name, precision = one.contender.name, one.contender.precision
+    """Add to each row how often a step of the contender, of its last batch, starts kernels."""
+    last = {(one.contender.name, one.contender.precision): one for one in workers}
+    for key, one in last.items():
         with _failure_reported():
             counts = one.ask("launches")[0]
             for row in rows:
-                if (row["contender"], row["precision"]) == (name, precision):
+                if (row["contender"], row["precision"]) == key:
                     row.update(counts)
 
 

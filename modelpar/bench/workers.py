@@ -1,7 +1,6 @@
 """The processes of one contender: started once, and idle while other contenders are timed."""
 
 import ctypes
-import gc
 import multiprocessing
 import os
 import re
@@ -14,7 +13,6 @@ import timeit
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -76,11 +74,6 @@ class Workers:
         self.begin(method, *arguments)
         return self.finish()
 
-    def prepare(self, batch_size: int) -> None:
-        """Begin to make the step for another batch."""
-        self.contender, self.start_s = replace(self.contender, batch_size=batch_size), 0.0
-        self.begin("prepare", self.contender)
-
     def started(self) -> None:
         """Wait for a part of the start, and add the time it took; raises LaunchError."""
         self.start_s += max(self.finish())
@@ -100,7 +93,7 @@ class Workers:
             process.join(5)
             answer = f"a process ended with status {process.exitcode}"
             if process.exitcode == -signal.SIGKILL:
-                answer += "; if memory ran out, use fewer contenders or precisions"
+                answer += "; if memory ran out, use fewer contenders, precisions or batch sizes"
         if succeeded:
             return answer
         self.close(wait=0)
@@ -146,7 +139,7 @@ def _serve(contender: Contender, rank: int, port: int, pipe: Connection, started
             columns = size if contender.name in {"pair", "in_turn"} else 1
             context = process_mesh(columns, device, settings.comm.timeout, threads=threads)
         with context as mesh:
-            worker = _Worker(mesh, started)
+            worker = _Worker(contender, mesh, started)
             while request := pipe.recv():
                 method, arguments = request
                 answer = getattr(worker, method)(*arguments)
@@ -164,29 +157,17 @@ def _serve(contender: Contender, rank: int, port: int, pipe: Connection, started
 class _Worker:
     """What one process answers."""
 
-    contender: Contender
     steps: tuple[Step, ...]  # the first, and the others
 
-    def __init__(self, mesh: Mesh, started: float) -> None:
-        self.mesh, self.on_gpu = mesh, mesh.device.type == "cuda"
+    def __init__(self, contender: Contender, mesh: Mesh, started: float) -> None:
+        self.contender, self.mesh, self.started = contender, mesh, started
+        self.on_gpu, self.peak_bytes = mesh.device.type == "cuda", 0
         self.synchronize = torch.get_device_module(mesh.device).synchronize
-        self.start_s = time.time() - started
 
-    def prepare(self, contender: Contender) -> float:
-        """Make the step; return the time in s that this took, at first from the process's start.
-
-        The step of an earlier batch is forgotten, with all that torch has compiled for it.
-        """
-        began = time.perf_counter() - self.start_s
-        self.contender, self.start_s, self.peak_bytes = contender, 0.0, 0
-        self.steps = ()
-        if self.on_gpu:
-            torch.compiler.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        self.steps = make(contender, self.mesh)
-        return time.perf_counter() - began
+    def prepare(self) -> float:
+        """Make the step; return the time in s since the process was started."""
+        self.steps = make(self.contender, self.mesh)
+        return time.time() - self.started
 
     def tune(self) -> float:
         """On a GPU take the first step, alone, see ``make``; return the time in s."""

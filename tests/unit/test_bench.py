@@ -101,6 +101,13 @@ def test_defaults_depend_on_the_device(
     assert chosen.precisions == (["bfloat16"] if gpus else ["float32", "bfloat16"])
     assert chosen.batch_sizes == ([128, 256, 512] if gpus else [128])
     assert chosen.steps == (20 if gpus else 2)
+    timed = [(one.name, one.batch_size) for one in measure.contenders(chosen, by_default=True)]
+    if gpus:  # the slowest, and those that take long to compile, with one batch
+        sizes = {name: [size for each, size in timed if each == name] for name in contenders}
+        assert sizes["plain"] == sizes["plain_reduce_overhead"] == sizes["torchvision"] == [128]
+        assert sizes["plain_compiled"] == sizes["layers"] == sizes["column"] == [128, 256, 512]
+    given = measure.contenders(chosen, by_default=False)
+    assert len(given) == len(chosen.batch_sizes) * len(contenders) * len(chosen.precisions)
     words = ["contenders=[pair]", "precisions=[float64]", "batch_sizes=[6]", "steps=9"]
     given = measure.with_defaults(config.read("benchmark", words))
     assert given.device == ("cuda" if gpus == 2 else "cpu")  # as a run would
@@ -120,11 +127,8 @@ class Failing:
     def __init__(self, problem: str = "") -> None:
         self.problem = problem
 
-    def prepare(self, _batch_size: int) -> None:
-        pass
-
-    def begin(self, *_: Any) -> None:
-        assert not self.problem
+    def begin(self, method: str) -> None:
+        assert method == "prepare" or not self.problem
 
     def started(self) -> None:
         if self.problem:
@@ -139,7 +143,7 @@ def test_contender_that_cannot_run_is_one_line(
     capsys: pytest.CaptureFixture[str], *, on_gpu: bool
 ) -> None:
     good: Any = [Failing(), Failing("no\nnet"), Failing()]
-    assert measure._ready(good, 4, on_gpu=on_gpu) == [good[0], good[2]]
+    assert measure._ready(good, on_gpu=on_gpu) == [good[0], good[2]]
     assert capsys.readouterr().err == "modelpar: no net\n"
 
 
