@@ -27,7 +27,7 @@ part() { # NAME SECONDS COMMAND...
   local name=$1 limit=$2 begin=$SECONDS status=0 outcome=passed
   shift 2
   printf '\n== %s, at most %s s: %s\n' "$name" "$limit" "$*"
-  timeout --kill-after 3 "$limit" "$@" || status=$?
+  timeout --signal INT --kill-after 3 "$limit" "$@" || status=$? # pytest still prints failures
   if [ "$status" != 0 ]; then
     outcome="failed with status $status" failed=1
     [ "$status" != 124 ] && [ "$status" != 137 ] || outcome="failed, it took too long"
@@ -58,8 +58,9 @@ export -f versions
     part wheels 10 "$python" -m pip install --quiet --no-index --no-deps \
       --target "$scratch/packages" "$wheels"/*.whl
   fi
-  part tests 180 "$python" -m pytest -m gpu -rap --durations 10 -p no:cacheprovider tests/gpu
-  part benchmark 120 "$python" -m modelpar.benchmark "out=$scratch/benchmark"
+  part tests 180 "$python" -m pytest -m gpu -n 8 --dist loadgroup -vv -rap --durations 20 \
+    -p no:cacheprovider tests/gpu
+  part benchmark 120 "$python" -m modelpar.benchmark recipe=paper "out=$scratch/benchmark"
   part training 60 "$python" -m modelpar.train columns=1 device=cuda precision=bfloat16 \
     monitor.progress=false "run_dir=$scratch/run"
   tail -n 12 "$scratch/run/metrics.jsonl"

@@ -14,9 +14,14 @@ from modelpar import device
 # Only the processes that GPU tests start see a GPU, by the fixture gpu_env.
 GPUS = torch.cuda.device_count()
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 device.set_up("cpu")  # keeps freed memory, as a rank does: nets train faster
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, but not from the workers of pytest-xdist, which start later."""
+    if not config.getoption("numprocesses", None):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_report_header() -> str:

@@ -3,8 +3,10 @@
 Each function takes the mesh.  In the file is what it returned, or its traceback.
 """
 
+import faulthandler
 import os
 import sys
+import time
 import traceback
 from itertools import chain, islice, product
 from pathlib import Path
@@ -226,11 +228,14 @@ FUNCTIONS = {
 }
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(150, exit=True)
     results: dict[str, Any] = {}
     with process_mesh(int(os.environ.get("WORLD_SIZE", "1")), "cuda", 60) as ranks:
         for name in sys.argv[2:]:
+            began = time.monotonic()
             try:
                 results[name] = FUNCTIONS[name](ranks)
             except Exception:  # noqa: BLE001 - the other functions still run
                 results[name] = traceback.format_exc()
+            sys.stderr.write(f"{name}: {time.monotonic() - began:.1f} s\n")
     torch.save(results, Path(sys.argv[1]))

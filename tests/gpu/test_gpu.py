@@ -1,4 +1,4 @@
-"""The package on one GPU.  Each test starts processes that see it; this process does not."""
+"""What functions of on_gpu.py find on one GPU, in processes that see it; this one does not."""
 
 import subprocess
 import sys
@@ -13,8 +13,8 @@ from test_exact import RECIPES, assert_equal_states, difference, relative
 
 from modelpar import merge
 
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.gpu
+# One worker of pytest-xdist runs all of them, since they share a fixture.
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("on_gpu")]
 
 
 ALONE = ("trajectories", "recorded", "unwaited", "gradient_errors", "loader_errors", "replayed")
@@ -30,6 +30,7 @@ class Ran(NamedTuple):
 
 def returned(process: subprocess.Popen[str], out: Path) -> dict[str, Any]:
     _, stderr = process.communicate(timeout=280)
+    sys.stdout.write(stderr)
     assert process.returncode == 0, stderr[-4000:]
     return torch.load(out, weights_only=True)
 
@@ -122,33 +123,3 @@ def test_loader_on_a_busy_gpu_yields_the_batches_of_the_cpu(ran: Ran) -> None:
     errors = value(ran.alone, "loader_errors")
     assert len(errors) == 3 * 2 * 2 * 12  # ways to read, to crop, epochs, batches
     assert max(errors.values()) < 1e-3, errors  # of pixel values 0 to 255
-
-
-def test_train_evaluate_figures_and_export_finish(
-    gpu_env: dict[str, str], images: Path, tmp_path: Path
-) -> None:
-    def run(command: str, *words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", f"modelpar.{command}", *words],
-            cwd=tmp_path,
-            env=gpu_env,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout + done.stderr
-
-    root = f"data.root={images}"
-    data = ["data=imagefolder", root, "workers=0", "batch_size=8"]
-    small = [*data, "model.image_size=64", "columns=1", "device=cuda", "monitor.progress=false"]
-    shown = run("train", *small, "epochs=1", "run_dir=run")
-    assert "torch.compile is not used" not in shown
-    run(
-        "evaluate", "checkpoint=run", f"data.root={images}", "columns=1", "device=cuda", "views=10"
-    )
-    run("figures", "checkpoint=run", root, "device=cuda", "out=figures")
-    assert (tmp_path / "figures" / "figure4.png").exists()
-    run("export", "checkpoint=run", "out=net.safetensors")
-    assert (tmp_path / "net.safetensors").exists()
