@@ -561,6 +561,8 @@ def test_stopped_sweep_saves_and_continues(
         time.sleep(0.1)
     steps = [found.step + 1 for name in runs if (found := newest(tmp_path / name))]
     assert len(steps) == len(runs)
+    if launcher and number == signal.SIGINT:
+        return  # the same jobs continue after SIGTERM
     fine(swept(tmp_path, images, *grid, f"steps={max(steps)}", *launcher))
     for name in map(str, range(jobs)):
         found = [row["step"] for row in rows(tmp_path / "sweep" / name)]
