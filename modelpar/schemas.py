@@ -248,7 +248,9 @@ class PrepareSettings:
     max_bad: float = at_least(
         0, 0.001, below=1, means="share of the images of `train` and of `val` that may be skipped"
     )
-    verify: bool = declare(False, means="read the finished store and compare it with its hashes")
+    verify: bool = declare(
+        False, means="read the finished store and compare it with its hashes; needs no `data`"
+    )
     workers: int | None = at_least(
         0, None, unset="all cores", means="processes that decode; `0`: this one"
     )

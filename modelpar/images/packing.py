@@ -56,17 +56,22 @@ from modelpar.shutdown import Request, signals_noted
 def prepare(settings: PrepareSettings) -> None:
     """Make the packed store ``settings.out``, or continue it; nothing is done if it is finished.
 
+    With ``verify`` and no ``data`` a finished store is only read.
+
     Raises SettingsError if the folder holds something else, DataError for damaged images,
     CheckpointError for a full disk, StoppedError after a signal.
     """
     root = Path(settings.out)
-    source = sets.open_images(settings.data, config.cache_dir(settings.cache_dir))
-    if source.skipped:
-        say(source.skipped)
-    if (made := _finished(settings, source)) is None:
-        with locked(root), signals_noted() as request:
-            made = _finished(settings, source) or _make(settings, source, request)
-            delete_journal(root)
+    if settings.verify and not settings.data.name:  # the images may no longer be there
+        made = open_store(root)
+    else:
+        source = sets.open_images(settings.data, config.cache_dir(settings.cache_dir))
+        if source.skipped:
+            say(source.skipped)
+        if (made := _finished(settings, source)) is None:
+            with locked(root), signals_noted() as request:
+                made = _finished(settings, source) or _make(settings, source, request)
+                delete_journal(root)
     if settings.verify:
         verify(open_store(root), progress=settings.progress)
     images = " + ".join(f"{made.parts[part].images:,}" for part in PARTS)

@@ -406,12 +406,23 @@ def test_a_finished_store_is_left_as_it_is(root: Path, capsys: pytest.CaptureFix
     packing.prepare(settings(root))
     before, said = contents(root.parent / "out"), capsys.readouterr().out
     packing.prepare(settings(root, verify=True))
+    packing.prepare(config.read("prepare", [f"out={root.parent / 'out'}", "verify=true"]))
     assert contents(root.parent / "out") == before
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == 2 * said
     assert "out: 10 + 4 images, 0 MB; train with modelpar-train data=packed data.root=" in said
     assert "holds a store with size=16, not 8" in refused(SettingsError, settings(root, size=8))
     (root / "val" / "bee" / "5.jpg").write_bytes(GOOD["cmyk.jpg"])
     assert "holds a store with other images" in refused(SettingsError, settings(root))
+
+
+def test_a_store_is_verified_without_its_images(root: Path) -> None:
+    words = [f"out={root.parent / 'out'}", "verify=true", "progress=false"]
+    alone = config.read("prepare", words)
+    assert "has no packed store" in refused(DataError, alone)
+    packing.prepare(settings(root))
+    store = root.parent / "out" / "val.images"
+    store.write_bytes(store.read_bytes()[:-1] + b"?")
+    assert "which are images 3 to 3, have changed" in refused(DataError, alone)
 
 
 def test_a_folder_with_something_else_is_refused(root: Path) -> None:
