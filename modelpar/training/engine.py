@@ -102,8 +102,7 @@ class Learner:
         fused = self.compiled and any(net.blocks.fused for net in nets) and not untested
         graphs = {"on": True, "auto": mesh.pair is None, "off": False}[settings.cuda_graph]
         if fused and mesh.replicas == 1 and graphs:
-            self.run = Graphed(self._step, self.link)
-            mesh.closing.callback(self.run.reset)
+            self.run = mesh.closing.enter_context(Graphed(self._step, self.link))
 
     def step(
         self,

@@ -5,12 +5,12 @@ At batch 128 a GPU finishes the kernels of a step faster than Python can launch 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
 
-from modelpar.errors import one_line, say
+from modelpar.errors import PeerLostError, one_line, say
 from modelpar.net.exchange import Link
 
 # Calls before the recording: they compile kernels, choose algorithms and connect the ranks.
@@ -48,12 +48,16 @@ class Graphed:
             counter.update(count)
         return self.result
 
-    def reset(self) -> None:
-        """Forget the recording; NCCL waits for those with its kernels before it ends.
+    def __enter__(self) -> Self:
+        return self
 
-        Without this a rank never ends (https://github.com/pytorch/pytorch/issues/115388).
+    def __exit__(self, *error: object) -> None:
+        """Forget the recording: NCCL does not end before those that hold its kernels do.
+
+        See https://github.com/pytorch/pytorch/issues/115388.  After a lost rank it is left alone,
+        since a step that waits for that rank may still run.
         """
-        if self.graph is not None:
+        if self.graph is not None and not isinstance(error[1], PeerLostError):
             self.graph.reset()
             self.graph = None
 
