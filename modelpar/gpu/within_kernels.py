@@ -60,14 +60,14 @@ def within_forward(
 ):  # fmt: skip
     """Write the normalized maps."""
     image, first, w, c = _strip(H, W, C, G, P, ROWS)
-    a, b, d, e = _four_rows(maps, image, first, w, c, H, W, C, True)
+    s0, s1, s2, s3 = _four_rows(maps, image, first, w, c, H, W, C, True)
     for step in range(ROWS):
-        f = _row_sum(maps, image, first + step + 2, w, c, H, W, C, True)
+        s4 = _row_sum(maps, image, first + step + 2, w, c, H, W, C, True)
         offset, mask = _places(image, first + step, w, c, H, W, C)
         x = tl.load(maps + offset, mask=mask, other=0.0).to(tl.float32)
-        root = tl.rsqrt(k + slope * (a + b + d + e + f))
+        root = tl.rsqrt(k + slope * (s0 + s1 + s2 + s3 + s4))
         tl.store(out + offset, (x * root * tl.sqrt(root)).to(out.dtype.element_ty), mask=mask)
-        a, b, d, e = b, d, e, f
+        s0, s1, s2, s3 = s1, s2, s3, s4
 
 
 @jit
@@ -77,16 +77,16 @@ def within_uneven(
 ):  # fmt: skip
     """Write g x s ** -7/4, whose sum over each window is part of the gradient."""
     image, first, w, c = _strip(H, W, C, G, P, ROWS)
-    a, b, d, e = _four_rows(maps, image, first, w, c, H, W, C, True)
+    s0, s1, s2, s3 = _four_rows(maps, image, first, w, c, H, W, C, True)
     for step in range(ROWS):
-        f = _row_sum(maps, image, first + step + 2, w, c, H, W, C, True)
+        s4 = _row_sum(maps, image, first + step + 2, w, c, H, W, C, True)
         offset, mask = _places(image, first + step, w, c, H, W, C)
         x = tl.load(maps + offset, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grads + offset, mask=mask, other=0.0).to(tl.float32)
-        root = tl.rsqrt(k + slope * (a + b + d + e + f))
+        root = tl.rsqrt(k + slope * (s0 + s1 + s2 + s3 + s4))
         value = grad * x * root * tl.sqrt(root) * root * root
         tl.store(uneven + offset, value.to(uneven.dtype.element_ty), mask=mask)
-        a, b, d, e = b, d, e, f
+        s0, s1, s2, s3 = s1, s2, s3, s4
 
 
 @jit
@@ -100,21 +100,21 @@ def within_backward(
     image, first, w, c = _strip(H, W, C, G, P, ROWS)
     offsets = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
     total = tl.zeros([P, G, 8], tl.float32)
-    a, b, d, e = _four_rows(across, image, first, w, c, H, W, C, True)
-    q, r, s, t = _four_rows(uneven, image, first, w, c, H, W, C, False)
+    s0, s1, s2, s3 = _four_rows(across, image, first, w, c, H, W, C, True)
+    u0, u1, u2, u3 = _four_rows(uneven, image, first, w, c, H, W, C, False)
     for step in range(ROWS):
-        f = _row_sum(across, image, first + step + 2, w, c, H, W, C, True)
-        u = _row_sum(uneven, image, first + step + 2, w, c, H, W, C, False)
+        s4 = _row_sum(across, image, first + step + 2, w, c, H, W, C, True)
+        u4 = _row_sum(uneven, image, first + step + 2, w, c, H, W, C, False)
         offset, mask = _places(image, first + step, w, c, H, W, C)
-        root = tl.rsqrt(within_k + within_slope * (a + b + d + e + f))
+        root = tl.rsqrt(within_k + within_slope * (s0 + s1 + s2 + s3 + s4))
         normalized = tl.load(across + offset, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grads + offset, mask=mask, other=0.0).to(tl.float32)
-        around = 1.5 * within_slope * normalized * (q + r + s + t + u)
+        around = 1.5 * within_slope * normalized * (u0 + u1 + u2 + u3 + u4)
         grad = grad * root * tl.sqrt(root) - around
         x = load(maps, offsets, offset, mask, FIRST)
         grad = input_gradient(x, grad, k, slope, FIRST, ACROSS)
         tl.store(maps_grad + offset, grad.to(maps_grad.dtype.element_ty), mask=mask)
         total += tl.where(mask, grad, 0.0)
-        a, b, d, e = b, d, e, f
-        q, r, s, t = r, s, t, u
+        s0, s1, s2, s3 = s1, s2, s3, s4
+        u0, u1, u2, u3 = u1, u2, u3, u4
     tl.store(bias_grad + tl.program_id(0) * C + c, tl.sum(total, axis=0), mask=c < C)
