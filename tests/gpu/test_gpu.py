@@ -13,8 +13,7 @@ from test_exact import RECIPES, assert_equal_states, difference, relative
 
 from modelpar import merge
 
-# One worker of pytest-xdist runs all of them, since they share a fixture.
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("on_gpu")]
+pytestmark = pytest.mark.gpu
 
 
 ALONE = ("trajectories", "recorded", "unwaited", "gradient_errors", "loader_errors", "replayed")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from kernel_cases import EVERYWHERE, ON_GPUS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("kernels")]  # they share a fixture
+pytestmark = pytest.mark.gpu
 CASES = [case.__name__ for case in EVERYWHERE + ON_GPUS]
 SCRIPT = Path(__file__).parents[1] / "kernel_cases.py"
 
