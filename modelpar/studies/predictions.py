@@ -33,6 +33,7 @@ h1 { font-size: 1.5rem }
 main { display: grid; gap: 1.25rem; margin-top: 1.25rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
 article { border: 1px solid #8884; border-radius: .6rem; overflow: hidden; padding: 1rem }
 article > img { aspect-ratio: 1; border-radius: .3rem; display: block; margin: auto; max-width: 16rem; width: 100% }
+h1 + p { overflow-wrap: anywhere }
 h2 { font-size: .95rem; margin: .7rem 0 .3rem; overflow-wrap: anywhere }
 ol { list-style: none; margin: 0; padding: 0 }
 li { display: flex; gap: .5rem; justify-content: space-between; margin-top: .35rem; position: relative; padding: 0 0 .4rem }
@@ -142,12 +143,12 @@ def _card(answer: Answer, prepared: Prepared, settings: PredictSettings) -> str:
         picture = _picture(square(opened, side), answer.file)
     found = answer.prediction
     bars = "".join(
-        f'<li style="--share: {100 * share:.1f}%"><span>{escape(name)}</span>'
+        f'<li style="--share: {100 * share:.1f}%"><span>{html.breakable(name)}</span>'
         f"<span>{100 * share:.1f} %</span></li>"
         for name, share in zip(found.classes, found.probabilities, strict=True)
     )
     return (
-        f"<article>{picture}<h2>{escape(answer.file)}</h2><ol>{bars}</ol>"
+        f"<article>{picture}<h2>{html.breakable(answer.file)}</h2><ol>{bars}</ol>"
         f"{_neighbours(answer, prepared, settings)}</article>"
     )
 
@@ -158,7 +159,7 @@ def _neighbours(answer: Answer, prepared: Prepared, settings: PredictSettings) -
     searched = min(settings.training_images, len(prepared.searched.train))
     figures = "".join(
         f"<figure>{_picture(_pil(pixels), prepared.trained.names[label])}<figcaption>"
-        f"{escape(prepared.trained.names[label])}<br>{distance:.3g}</figcaption></figure>"
+        f"{html.breakable(prepared.trained.names[label])}<br>{distance:.3g}</figcaption></figure>"
         for pixels, label, distance in answer.nearest
     )
     return (
