@@ -10,7 +10,8 @@ PAGE: Final = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title><style>
 :root { color-scheme: light dark }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem }
+body { overflow-wrap: break-word; padding: 0 1rem }
 $style</style></head><body>
 $body
 </body></html>

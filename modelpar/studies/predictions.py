@@ -33,7 +33,6 @@ h1 { font-size: 1.5rem }
 main { display: grid; gap: 1.25rem; margin-top: 1.25rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
 article { border: 1px solid #8884; border-radius: .6rem; overflow: hidden; padding: 1rem }
 article > img { aspect-ratio: 1; border-radius: .3rem; display: block; margin: auto; max-width: 16rem; width: 100% }
-h1 + p { overflow-wrap: anywhere }
 h2 { font-size: .95rem; margin: .7rem 0 .3rem; overflow-wrap: anywhere }
 ol { list-style: none; margin: 0; padding: 0 }
 li { display: flex; gap: .5rem; justify-content: space-between; margin-top: .35rem; position: relative; padding: 0 0 .4rem }
