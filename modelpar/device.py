@@ -110,13 +110,13 @@ def set_threads(processes: int, threads: int | None = None) -> int:
 
 def oversubscription_warning(threads: int) -> str:
     """Return a warning if this host's ranks have more threads than cores, or an empty string."""
-    processes = environment.read().local_size
-    if threads * processes <= num_cores():
+    processes, cores = environment.read().local_size, num_cores()
+    if threads * processes <= cores:
         return ""
-    return (
-        f"{processes} processes with {threads} threads each oversubscribe {num_cores()} cores; "
-        "unset threads and OMP_NUM_THREADS"
-    )
+    fix = "unset threads and OMP_NUM_THREADS" if threads > 1 else "start fewer processes"
+    each = f"{threads} thread{'s' * (threads > 1)} each"
+    here = f"{cores} core{'s' * (cores > 1)}"
+    return f"{processes} processes with {each} oversubscribe {here}; {fix}"
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

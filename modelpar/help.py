@@ -32,7 +32,7 @@ OPTIONS: Final = {
     "--cfg job": "print the settings that a command line stands for",
     "--config-dir FOLDER": "find files of your own: FOLDER/GROUP/FILE.yaml is GROUP=FILE",
     "--shell-completion install=bash": "complete keys and values in this shell: "
-    'eval "$(modelpar-NAME --shell-completion install=bash)"; also zsh and fish',
+    'eval "$(modelpar-NAME --shell-completion install=bash)"; zsh and fish: docs/settings.md',
     "--version": "print the version",
     "--help, -h": "print this page",
 }

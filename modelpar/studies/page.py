@@ -13,11 +13,20 @@ from modelpar.studies.comparison import Group
 
 TITLE: Final = "modelpar: comparison of runs"
 STYLE: Final = """\
-table { border-collapse: collapse; display: block; font-size: 14px; overflow-x: auto }
-tr:first-child { font-weight: bold }
-td { border-bottom: 1px solid #8884; padding: .35rem .7rem; white-space: nowrap }
-td:first-child, td:last-child { min-width: 14rem; white-space: normal }
-svg { background: white; height: auto; max-width: 100% }
+h1 { font-size: 1.5rem }
+h2 { font-size: 1.15rem; margin: 1.5rem 0 .5rem }
+section { overflow-x: auto }
+table { border-collapse: collapse; font-size: 14px }
+th, td { border-bottom: 1px solid #8884; padding: .35rem .6rem }
+th, td { text-align: left; vertical-align: top }
+td { white-space: nowrap }
+td:nth-child(9) { min-width: 8rem; white-space: normal }
+tr > :first-child { background: Canvas; left: 0; position: sticky }
+td:first-child { min-width: 6rem; white-space: normal }
+td:last-child { min-width: 13rem; white-space: normal }
+svg { background: white; display: block; height: auto; margin: 1.25rem 0 }
+svg { max-width: 100%; min-width: 40rem }
+@media (prefers-color-scheme: dark) { svg { filter: invert(.93) hue-rotate(180deg) } }
 """
 
 
@@ -46,19 +55,20 @@ def page(sets: dict[str, list[Group]], averaged: Sequence[Sequence[str]] = ()) -
         picture = io.StringIO()
         plots.learning_curves(groups).savefig(picture, format="svg", metadata={"Date": None})
         svg = picture.getvalue().partition("<svg")[2]
-        parts.append(f"{table}<svg{svg}")
+        shows = escape(f"{data}: training loss and test error over the steps")
+        parts.append(f'{table}<section><svg role="img" aria-label="{shows}"{svg}</section>')
     notes = [*comparison.notes(sets)] if sets else []
     if averaged:
         parts.append(_table(averages.TITLE, averages.HEAD, averaged))
         notes.append(averages.NOTE)
     parts += [f"<p>{escape(note)}</p>" for note in notes]
-    return html.page(TITLE, STYLE, "\n".join(parts))
+    return html.page(TITLE, STYLE, "\n".join(["<h1>Comparison of runs</h1>", *parts]))
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = "".join(_row(cells) for cells in (head, *rows))
-    return f"<h2>{escape(title)}</h2><table>{lines}</table>"
+    lines = "".join(_row(cells, "td") for cells in rows)
+    return f"<h2>{escape(title)}</h2><section><table>{_row(head, 'th')}{lines}</table></section>"
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+def _row(cells: Sequence[str], kind: str) -> str:
+    return "<tr>" + "".join(f"<{kind}>{html.breakable(cell)}</{kind}>" for cell in cells) + "</tr>"

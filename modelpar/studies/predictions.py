@@ -142,12 +142,12 @@ def _card(answer: Answer, prepared: Prepared, settings: PredictSettings) -> str:
         picture = _picture(square(opened, side), answer.file)
     found = answer.prediction
     bars = "".join(
-        f'<li style="--share: {100 * share:.1f}%"><span>{escape(name)}</span>'
+        f'<li style="--share: {100 * share:.1f}%"><span>{html.breakable(name)}</span>'
         f"<span>{100 * share:.1f} %</span></li>"
         for name, share in zip(found.classes, found.probabilities, strict=True)
     )
     return (
-        f"<article>{picture}<h2>{escape(answer.file)}</h2><ol>{bars}</ol>"
+        f"<article>{picture}<h2>{html.breakable(answer.file)}</h2><ol>{bars}</ol>"
         f"{_neighbours(answer, prepared, settings)}</article>"
     )
 
@@ -158,7 +158,7 @@ def _neighbours(answer: Answer, prepared: Prepared, settings: PredictSettings) -
     searched = min(settings.training_images, len(prepared.searched.train))
     figures = "".join(
         f"<figure>{_picture(_pil(pixels), prepared.trained.names[label])}<figcaption>"
-        f"{escape(prepared.trained.names[label])}<br>{distance:.3g}</figcaption></figure>"
+        f"{html.breakable(prepared.trained.names[label])}<br>{distance:.3g}</figcaption></figure>"
         for pixels, label, distance in answer.nearest
     )
     return (

@@ -46,7 +46,8 @@ INSTALLS = "installs packages from the network; .ci/run does it in a fresh folde
 TESTS = "is what runs this test"
 LEFT_OUT = {
     r"python3 -m venv": INSTALLS,
-    r"\.venv/bin/pip": INSTALLS,
+    r"(\.venv/bin/)?pip": INSTALLS,
+    r"\. \.venv/bin/activate": "changes the shell",
     r"\.venv/bin/(pytest|ruff|pyright)": TESTS,
     r"bash \.ci/run": TESTS,
     r"python tests/faults/inject\.py": "takes minutes; tests/faults/test_faults.py runs it",

@@ -14,6 +14,7 @@ from modelpar import compare, config
 from modelpar.distributed import Mesh
 from modelpar.errors import DataError, SettingsError
 from modelpar.studies import averages, comparison, plots, runs
+from modelpar.studies.html import breakable
 from modelpar.training import run_dir
 from modelpar.training.schedule import run_length
 
@@ -229,9 +230,14 @@ def test_command_prints_tables_and_writes_a_page_without_external_files(
     assert end.value.code == 0
     assert "| no_lrn | 2 | 4 | 10 | 13.50 ± 0.71 |" in capsys.readouterr().out
     html = (place / "compare" / "compare.html").read_text()
-    assert html.count("<svg") == html.count("<table") == 2
+    assert html.count("<svg") == html.count("<table") == html.count("<th>experiment</th>") == 2
+    assert html.count('role="img" aria-label="') == 2
     for outside in ("<script", "<link", "<img", 'src="', 'href="http'):  # it needs nothing else
         assert outside not in html
+
+
+def test_names_on_a_page_break_after_underscores_and_slashes() -> None:
+    assert breakable("a/b_<c>/d") == "a/<wbr>b_&lt;c&gt;/<wbr>d"
 
 
 def errors(top1: float) -> dict[str, float]:

@@ -176,10 +176,12 @@ def test_more_threads_than_cores_bring_a_warning(monkeypatch: pytest.MonkeyPatch
     for key, value in LAUNCHED.items():
         monkeypatch.setenv(key, value)
     assert not device.oversubscription_warning(2)
-    assert (
-        "2 processes with 3 threads each oversubscribe 4 cores"
-        in device.oversubscription_warning(3)
-    )
+    for threads, cores, line in (
+        (3, 4, "3 threads each oversubscribe 4 cores; unset threads and OMP_NUM_THREADS"),
+        (1, 1, "1 thread each oversubscribe 1 core; start fewer processes"),
+    ):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert device.oversubscription_warning(threads) == f"2 processes with {line}"
 
 
 def test_a_rank_that_needs_more_open_files_than_allowed_is_refused(
