@@ -199,7 +199,8 @@ def test_pair_that_accumulates_equals_whole_net_with_rules_of_today(
         assert_equal_states([column[kind] for column in columns], whole[kind])
 
 
-@pytest.mark.parametrize("reads", [pytest.param("rectified", marks=SLOW), "pooled"])
+@SLOW
+@pytest.mark.parametrize("reads", ["rectified", "pooled"])
 def test_pair_normalizes_across_the_seam_as_caffe_does(pair: Ranks, reads: str) -> None:
     recipe = replace(Recipe.named("caffe"), norm1_input=reads, norm2_input=reads)
     whole = outcome(Mesh(CPU), recipe, 3, {})
@@ -238,7 +239,7 @@ def test_pair_equals_plain_whole_net_however_fast(
         ("float32", None, 2e-6),
         ("float32", "float16", 1e-3),
         ("float32", "bfloat16", 1e-2),
-        ("bfloat16", None, 3e-2),
+        pytest.param("bfloat16", None, 3e-2, marks=SLOW),
     ],
 )
 def test_less_precision_is_off_by_its_rounding(

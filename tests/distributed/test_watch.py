@@ -190,7 +190,7 @@ def interrupted(mesh: Mesh, words: list[str], run_dir: str, step: int, where: st
     [
         (2, "step", 3),
         pytest.param(4, "step", 5, marks=pytest.mark.slow),
-        (4, "evaluation", 5),
+        pytest.param(4, "evaluation", 5, marks=pytest.mark.slow),
         pytest.param(9, "evaluation", 10, marks=pytest.mark.slow),
     ],
 )

@@ -3,6 +3,7 @@
 import resource
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
@@ -44,6 +45,7 @@ def test_all_ranks_raise_if_one_raises(two_pairs: Ranks) -> None:
         assert two_pairs.run(prepared, rank) == lines
 
 
+@pytest.mark.slow
 def test_a_host_may_prepare_for_longer_than_the_timeout() -> None:
     ranks = Ranks(2, timeout=2.0)
     try:

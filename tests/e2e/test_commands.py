@@ -361,13 +361,18 @@ def children(of: int) -> set[int]:
     return found
 
 
+NOHUP = pytest.mark.skipif(
+    signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, reason="the tests run under nohup"
+)
+
+
 @pytest.mark.parametrize(
     "number",
     [
         signal.SIGTERM,
         pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=[pytest.mark.slow, NOHUP]),
     ],
 )
 def test_signal_saves_and_the_run_resumes(tmp_path: Path, number: signal.Signals) -> None:

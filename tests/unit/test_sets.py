@@ -57,6 +57,7 @@ def test_crops_of_caffe_are_from_images_of_its_size_and_others_keep_the_papers_r
     assert [sets._stored_size(one) for one in how] == [256, 256, 73]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("image_size", "side"), [(64, 80), (96, 96)])
 def test_test_images_of_photos_are_windows_of_cells_that_are_not_trained_on(
     tmp_path: Path, image_size: int, side: int
