@@ -83,15 +83,15 @@ def measure(settings: BenchmarkSettings) -> dict[str, Any]:
     result: dict[str, Any] = {"machine": machine(), "settings": asdict(settings)}
     result |= {"peaks": [], "rows": []}
     on_gpu, found = settings.device == "cuda", contenders(settings, by_default=by_default)
-    sizes = dict.fromkeys(one.batch_size for one in found)
     # On a GPU all start at once: they mostly compile their steps, each on about one core.
-    groups = [found] if on_gpu else [[one for one in found if one.batch_size == s] for s in sizes]
-    for group in groups:
+    sizes = dict.fromkeys(one.batch_size for one in found)
+    of_sizes = ([one for one in found if one.batch_size == size] for size in sizes)
+    for group in [found] if on_gpu else of_sizes:
         with ExitStack() as stack:
             stack.callback(limit_link, settings.link.hosts, None)
             starting = (stack.enter_context(closing(Workers(one))) for one in group)
             ready = _ready(list(starting) if on_gpu else starting, on_gpu=on_gpu)
-            for size in sizes if on_gpu else [group[0].batch_size]:
+            for size in dict.fromkeys(one.batch_size for one in group):
                 workers = [one for one in ready if one.contender.batch_size == size]
                 with _failure_reported():
                     peaks, rows = _measure(workers, settings)
@@ -138,11 +138,8 @@ def _ready(workers: Iterable[Workers], *, on_gpu: bool) -> list[Workers]:
 def _able(workers: Iterable[Workers]) -> Iterator[Workers]:
     """Yield those of ``workers`` that finish the part of their start that they have begun."""
     for one in workers:
-        try:
+        with _failure_reported():
             one.started()
-        except LaunchError as error:
-            say(str(error))
-        else:
             yield one
 
 

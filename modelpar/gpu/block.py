@@ -149,7 +149,7 @@ class _Block(Function):
             ctx.save_for_backward(maps, bias)
             return across
         normalized = torch.empty_like(across)
-        _within("within_forward", what.within, shape, across, normalized)
+        _within(what.within, shape, across, across, normalized)
         zeros = torch.zeros_like(bias)
         out, places = _pool(
             normalized, zeros, maps.dtype, shape, FIRST=False, ACROSS=False, **last
@@ -173,7 +173,7 @@ class _Block(Function):
             places, across, zeros = saved
             grad, _ = _pool_backward(across, zeros, grad, places, shape, FIRST=False, ACROSS=False)
             uneven = torch.empty_like(maps)
-            _within("within_uneven", what.within, shape, across, grad, uneven)
+            _within(what.within, shape, across, grad, uneven, uneven=True)
             within_kernels.within_backward[grid](
                 maps, bias, across, grad, uneven, maps_grad, sums,
                 *shape.sides, *shape.norm, what.within.k, what.within.slope,
@@ -218,8 +218,11 @@ def _pool_backward(
     return maps_grad, sums
 
 
-def _within(name: str, norm: Norm, shape: _Shape, *tensors: Tensor) -> None:
-    """Launch a kernel for a normalization within maps."""
-    getattr(within_kernels, name)[shape.strips()](
-        *tensors, *shape.sides, norm.k, norm.slope, **shape.strip, num_warps=WARPS
-    )
+def _within(
+    norm: Norm, shape: _Shape, maps: Tensor, grads: Tensor, out: Tensor, *, uneven: bool = False
+) -> None:
+    """Normalize within maps into ``out``; ``uneven``: a part of the gradient, from ``grads``."""
+    within_kernels.within_places[shape.strips()](
+        maps, grads, out, *shape.sides, norm.k, norm.slope,
+        **shape.strip, UNEVEN=uneven, num_warps=WARPS,
+    )  # fmt: skip

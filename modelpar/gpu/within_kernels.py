@@ -54,11 +54,12 @@ def _four_rows(values, image, h, w, c, H, W, C: tl.constexpr, SQUARE: tl.constex
 
 
 @jit
-def within_forward(
-    maps, out, H, W, k, slope,
+def within_places(
+    maps, grads, out, H, W, k, slope,
     C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    UNEVEN: tl.constexpr,
 ):  # fmt: skip
-    """Write the normalized maps."""
+    """Write the normalized maps, or g x s ** -7/4, whose window sums are part of the gradient."""
     image, first, w, c = _strip(H, W, C, G, P, ROWS)
     s0, s1, s2, s3 = _four_rows(maps, image, first, w, c, H, W, C, True)
     for step in range(ROWS):
@@ -66,26 +67,10 @@ def within_forward(
         offset, mask = _places(image, first + step, w, c, H, W, C)
         x = tl.load(maps + offset, mask=mask, other=0.0).to(tl.float32)
         root = tl.rsqrt(k + slope * (s0 + s1 + s2 + s3 + s4))
-        tl.store(out + offset, (x * root * tl.sqrt(root)).to(out.dtype.element_ty), mask=mask)
-        s0, s1, s2, s3 = s1, s2, s3, s4
-
-
-@jit
-def within_uneven(
-    maps, grads, uneven, H, W, k, slope,
-    C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Write g x s ** -7/4, whose sum over each window is part of the gradient."""
-    image, first, w, c = _strip(H, W, C, G, P, ROWS)
-    s0, s1, s2, s3 = _four_rows(maps, image, first, w, c, H, W, C, True)
-    for step in range(ROWS):
-        s4 = _row_sum(maps, image, first + step + 2, w, c, H, W, C, True)
-        offset, mask = _places(image, first + step, w, c, H, W, C)
-        x = tl.load(maps + offset, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.load(grads + offset, mask=mask, other=0.0).to(tl.float32)
-        root = tl.rsqrt(k + slope * (s0 + s1 + s2 + s3 + s4))
-        value = grad * x * root * tl.sqrt(root) * root * root
-        tl.store(uneven + offset, value.to(uneven.dtype.element_ty), mask=mask)
+        value = x * root * tl.sqrt(root)
+        if UNEVEN:
+            value *= tl.load(grads + offset, mask=mask, other=0.0).to(tl.float32) * root * root
+        tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
         s0, s1, s2, s3 = s1, s2, s3, s4
 
 
