@@ -27,7 +27,7 @@ NEAREST: Final = 6  # training images next to each query
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Example:
     """A stored image (3, T, T), its class, the most probable classes and their probabilities."""
 
     image: Tensor
@@ -49,7 +49,7 @@ class Neighbours:
 class Figure4:
     """Both halves of the figure, and the number of training images that were searched."""
 
-    predictions: list[Prediction]
+    predictions: list[Example]
     neighbours: list[Neighbours]
     searched: int
 
@@ -93,10 +93,10 @@ def most_likely(probabilities: Tensor) -> list[tuple[list[int], list[float]]]:
     return [*zip(*best, strict=True)]
 
 
-def top_predictions(samples: Sequence[Sample], logits: Tensor) -> list[Prediction]:
+def top_predictions(samples: Sequence[Sample], logits: Tensor) -> list[Example]:
     """Return the most probable classes of each stored image; ``logits`` is (N, classes)."""
     each = zip(samples, most_likely(functional.softmax(logits.double(), dim=1)), strict=True)
-    return [Prediction(*sample, *found) for sample, found in each]
+    return [Example(*sample, *found) for sample, found in each]
 
 
 def distances(

@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any, Final
 
 import torch
-from tqdm import tqdm
 
 from modelpar import tables
 from modelpar.bench.contenders import CONTENDERS
@@ -20,6 +19,7 @@ from modelpar.bench.steps import Contender
 from modelpar.bench.workers import Workers, limit_link
 from modelpar.device import choose_device, num_cores
 from modelpar.errors import LaunchError, say
+from modelpar.progress import progress_bar
 from modelpar.schemas import BenchmarkSettings
 
 # A contender without a precision is one at the same precision.
@@ -172,7 +172,7 @@ def _measure(
     ordered = sorted(workers, key=lambda one: one.contender.processes)
     largest = {one.contender.precision: one for one in ordered}
     peaks: dict[str, float] = {}
-    for _ in tqdm(range(settings.rounds), "rounds", leave=False):
+    for _ in progress_bar(iterable=range(settings.rounds), desc="rounds", leave=False):
         for one in largest.values():
             ranks = one.ask("peak")
             for name in ranks[0]:

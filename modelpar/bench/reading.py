@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from modelpar import config, tables
 from modelpar.bench.measure import machine, with_defaults
@@ -39,6 +38,7 @@ from modelpar.images.samples import ImageSet
 from modelpar.images.sets import STORED_PER_CROP, open_set
 from modelpar.images.statistics import statistics
 from modelpar.net.plan import Recipe, plan_for
+from modelpar.progress import progress_bar
 from modelpar.schemas import BenchmarkSettings
 from modelpar.settings import TrainSettings
 from modelpar.training.engine import Learner, compile_parts
@@ -181,7 +181,7 @@ def _rates(setup: Setup, rounds: int) -> list[dict[str, Any]]:
     ``rounds``, in each of which every means has one turn.
     """
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in MEANS}
-    for _ in tqdm(range(rounds), "rounds", leave=False):
+    for _ in progress_bar(iterable=range(rounds), desc="rounds", leave=False):
         for name, found in turns.items():
             with _on_one_core():
                 alone = _rate(_batches(setup, name, 1), setup)

@@ -21,12 +21,12 @@ from typing import Any, Final
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import profile
-from tqdm import tqdm
 
 from modelpar.bench.steps import Contender, Step, make
 from modelpar.device import check_precision, choose_device, num_cores
 from modelpar.distributed import Mesh, process_mesh
 from modelpar.errors import LaunchError, RunError, one_line
+from modelpar.progress import show
 from modelpar.tracing import traced
 
 ANSWER_SECONDS: Final = 600.0  # for one answer: a slow link, a cold compile
@@ -82,7 +82,7 @@ class Workers:
         """Print how long the start took."""
         contender = self.contender
         about = f"{contender.name} {contender.precision}, batch {contender.batch_size}"
-        tqdm.write(f"modelpar: {about}: first step after {self.start_s:.1f} s")
+        show(f"modelpar: {about}: first step after {self.start_s:.1f} s")
 
     def _answer(self, process: Any, pipe: Connection) -> Any:
         succeeded, answer = False, f"no answer within {ANSWER_SECONDS:.0f} s"

@@ -14,7 +14,6 @@ import numpy as np
 import PIL
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 import modelpar
 from modelpar import config, device
@@ -49,6 +48,7 @@ from modelpar.images.store import (
     verify,
     write_manifest,
 )
+from modelpar.progress import progress_bar
 from modelpar.schemas import PrepareSettings
 from modelpar.shutdown import Request, signals_noted
 
@@ -133,13 +133,8 @@ def _make(settings: PrepareSettings, source: Source, request: Request) -> Store:
         if settings.format == "raw":
             check_space(root, (total - done) * 3 * size**2, "the rest of the store", "out")
         with (
-            tqdm(
-                total=total,
-                initial=done,
-                desc="prepare",
-                unit="image",
-                dynamic_ncols=True,
-                disable=not settings.progress,
+            progress_bar(
+                total=total, initial=done, desc="prepare", unit="image", shown=settings.progress
             ) as bar,
             closing(packed(tasks, workers, root)) as made,
         ):

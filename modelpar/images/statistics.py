@@ -7,7 +7,6 @@ from typing import Final
 import safetensors.torch
 import torch
 from filelock import FileLock
-from tqdm import tqdm
 
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, DataError, one_line
@@ -15,6 +14,7 @@ from modelpar.files import atomic_write
 from modelpar.images.augment import Statistics, principal_colours
 from modelpar.images.loader import TestLoader
 from modelpar.images.samples import ImageSet
+from modelpar.progress import progress_bar
 
 STATISTICS_BATCH: Final = 64
 
@@ -33,7 +33,9 @@ def locked(path: Path) -> AbstractContextManager[FileLock]:
         ) from None
 
 
-def statistics(images: ImageSet, cache: Path, workers: int = 0) -> Statistics:
+def statistics(
+    images: ImageSet, cache: Path, workers: int = 0, *, progress: bool = False
+) -> Statistics:
     """Return the mean image and colour statistics of the training images.
 
     A packed store has them.  Otherwise the first call reads all images once and stores the result
@@ -47,7 +49,9 @@ def statistics(images: ImageSet, cache: Path, workers: int = 0) -> Statistics:
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
-                content = safetensors.torch.save(vars(_compute(images, workers)))
+                content = safetensors.torch.save(
+                    vars(_compute(images, workers, progress=progress))
+                )
                 try:
                     atomic_write(path, content)
                 except OSError as error:
@@ -63,7 +67,7 @@ def statistics(images: ImageSet, cache: Path, workers: int = 0) -> Statistics:
         ) from None
 
 
-def _compute(images: ImageSet, workers: int) -> Statistics:
+def _compute(images: ImageSet, workers: int, *, progress: bool) -> Statistics:
     """Read the training images once and return their mean and colour covariance (section 4.1)."""
     side = images.stored_size
     total = torch.zeros(3, side, side, dtype=torch.float64)
@@ -71,10 +75,15 @@ def _compute(images: ImageSet, workers: int) -> Statistics:
     # The synthetic training images repeat the test batch: one pass over that batch is enough.
     source = images.train if images.shuffled else images.test
     batches = TestLoader(source, STATISTICS_BATCH, Mesh(torch.device("cpu")), workers=workers)
-    for batch, _ in tqdm(batches, desc="mean image", unit="batch", leave=False, delay=2):
-        pixels = batch.double()
-        total += pixels.sum(0)
-        colours = pixels.transpose(0, 1).flatten(1)
-        products += colours @ colours.T
     count = len(source)
+    bar = progress_bar(
+        total=count, desc="mean image", unit="image", leave=False, delay=2, shown=progress
+    )
+    with bar:
+        for batch, _ in batches:
+            pixels = batch.double()
+            total += pixels.sum(0)
+            colours = pixels.transpose(0, 1).flatten(1)
+            products += colours @ colours.T
+            bar.update(len(batch))
     return principal_colours(total / count, products / (count * side * side))

@@ -24,12 +24,12 @@ import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from modelpar.errors import DataError, one_line, readable
 from modelpar.files import atomic_write, fsync_folder
 from modelpar.images.augment import Statistics
 from modelpar.images.samples import Images, InMemory, sha256
+from modelpar.progress import progress_bar
 
 FORMAT: Final = "modelpar packed store"
 VERSION: Final = 1
@@ -246,7 +246,9 @@ def verify(store: Store, *, progress: bool = False) -> None:
         if sha256((store.root / name).read_bytes()) != file.sha256:
             raise DataError(f"{store.root / name}: has changed; {AGAIN}")
     total = sum(part.bytes for part in store.parts.values())
-    with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(
+        total=total, desc="verify", unit="B", unit_scale=True, shown=progress
+    ) as bar:
         for name, part in store.parts.items():
             image = byte = 0
             with (store.root / f"{name}.images").open("rb") as file:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modelpar.analysis.activations import Activity
 from modelpar.analysis.kernels import COLOUR_SHARE, RANDOM_SHARE, kernel_picture
-from modelpar.analysis.neighbours import NEAREST, Prediction
+from modelpar.analysis.neighbours import NEAREST, Example
 from modelpar.studies.comparison import Group
 from modelpar.studies.runs import GOAL, Run
 from modelpar.studies.snapshots import Kernels, Snapshot
@@ -128,7 +128,7 @@ def figure4(snapshot: Snapshot) -> Figure:
     return figure
 
 
-def _bars(panel: Axes, one: Prediction, classes: Sequence[str]) -> None:
+def _bars(panel: Axes, one: Example, classes: Sequence[str]) -> None:
     colours = [RED if found == one.label else BLUE for found in one.classes]
     panel.barh(range(len(one.classes)), one.probabilities, color=colours, height=0.82)
     for place, found in enumerate(one.classes):

@@ -91,7 +91,7 @@ def prepare_one(
     if first is not None:
         _check_same_images(first, path, data, images)
     if stats is None:
-        stats = statistics(images, cache, data.workers)
+        stats = statistics(images, cache, data.workers, progress=True)
     elif stats.mean.shape[-1] != images.stored_size:
         raise SettingsError(
             f"data={data.name}: its images are stored at another size than those of {path}; "

@@ -4,7 +4,6 @@ import io
 import json
 import math
 import platform
-import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +18,6 @@ from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 import modelpar
 from modelpar import environment
@@ -33,12 +31,12 @@ from modelpar.groups import MonitorSettings
 from modelpar.images.loader import Batch
 from modelpar.net.exchange import Link
 from modelpar.net.paper import COLUMNS
+from modelpar.progress import progress_bar, show
 from modelpar.training.metrics import METRICS, Errors, read_rows
 from modelpar.training.showing import Embedding, Seen, points
 from modelpar.training.tracking import tracked
 
 KERNELS: Final = "conv1.png"
-LOGFILE_INTERVAL: Final = 10.0  # s between lines of the progress bar in a log file
 GRID_IMAGES: Final = 16  # of a batch
 SPRITE: Final = 48  # pixels, the side of an image in the projector
 # Settings that are no hyperparameters: names, and what was published.
@@ -69,16 +67,7 @@ class Monitor:
         self.ending: Any = None  # what tells TensorBoard that the run has finished
         if settings.tensorboard:
             self.board = SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
-        terminal = sys.stderr.isatty()
-        self.bar: Any = tqdm(
-            total=total,
-            initial=step,
-            unit="step",
-            file=None if terminal else LogFile(),
-            dynamic_ncols=terminal,
-            disable=not settings.progress,
-            mininterval=0.5 if terminal else LOGFILE_INTERVAL,
-        )
+        self.bar = progress_bar(total=total, initial=step, unit="step", shown=settings.progress)
 
     def train(self, row: Mapping[str, Any], rates: Mapping[str, float]) -> None:
         """Record a training row (docs/settings.md lists its fields) and learning rates."""
@@ -269,19 +258,6 @@ class Monitor:
                     board.add_scalar(name, value, step)
 
 
-class LogFile:
-    """Standard error that is no terminal: each state of a progress bar is a line of its own."""
-
-    def write(self, text: str) -> None:
-        """Write a state of the bar, which begins with a carriage return."""
-        if line := text.strip():
-            print(line, file=sys.stderr)  # noqa: T201
-
-    def flush(self) -> None:
-        """Write what is buffered."""
-        sys.stderr.flush()
-
-
 def _preformatted(text: str) -> str:
     """Return ``text`` as Markdown that keeps its lines."""
     return "".join(f"    {line}\n" for line in text.splitlines())
@@ -303,11 +279,6 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | floa
         else:
             found[prefix + key] = "null" if value is None else str(value)
     return found
-
-
-def show(line: str) -> None:
-    """Print a line above the progress bar."""
-    tqdm.write(line)
 
 
 class Meter:

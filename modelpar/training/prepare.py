@@ -93,7 +93,7 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
         "precision": settings.precision,
         "fingerprint": images.fingerprint,
     }
-    stats = statistics(images, cache, data.workers)
+    stats = statistics(images, cache, data.workers, progress=settings.monitor.progress)
     prepared = Prepared(data, images, stats, plan, steps, len(order), identity)
     if resume_point(settings, prepared, run_dir) is None and run_dir is not None:
         _check_init(settings.init)

@@ -11,10 +11,10 @@ from typing import Final
 
 from modelpar.distributed import Mesh
 from modelpar.overrides import shell_word
+from modelpar.progress import show
 from modelpar.settings import TrainSettings
 from modelpar.training.checkpoint import list_steps
 from modelpar.training.metrics import read_rows
-from modelpar.training.monitor import show
 from modelpar.training.prepare import Prepared
 
 LABEL: Final = 9  # columns of a row's name

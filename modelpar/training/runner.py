@@ -8,10 +8,10 @@ from modelpar.command import Output
 from modelpar.distributed import Mesh
 from modelpar.errors import say
 from modelpar.images.sets import IN_FOLDERS
+from modelpar.progress import show
 from modelpar.settings import TrainSettings
 from modelpar.training import report
 from modelpar.training.consistency import StepCheck
-from modelpar.training.monitor import show
 from modelpar.training.prepare import Prepared, agreed_start
 from modelpar.training.run_dir import locked, trajectory_changes, write_config
 from modelpar.training.trainer import Trainer

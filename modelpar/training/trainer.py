@@ -23,6 +23,7 @@ from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.net.weights import check_state, of_layers
+from modelpar.progress import show
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint, report
 from modelpar.training.checkpoint import Checkpoint, Checkpointer, num_bytes
@@ -30,7 +31,7 @@ from modelpar.training.consistency import StepCheck
 from modelpar.training.debug import Debugging
 from modelpar.training.engine import Learner, all_finite, compile_parts, evaluate
 from modelpar.training.metrics import Errors, rank_of_label
-from modelpar.training.monitor import Meter, Monitor, show
+from modelpar.training.monitor import Meter, Monitor
 from modelpar.training.nonfinite import first_nonfinite
 from modelpar.training.prepare import Prepared
 from modelpar.training.readback import Launched, Readback

@@ -11,7 +11,16 @@ from modelpar.schemas import SCHEMAS
 PACKAGE = Path(modelpar.__file__).parent
 # From the ground up; a module may import what stands before it.
 FLOORS = [
-    ["limits", "seeding", "tables", "tracing", "net.paper", "gpu.language", "bench.contenders"],
+    [
+        "limits",
+        "progress",
+        "seeding",
+        "tables",
+        "tracing",
+        "net.paper",
+        "gpu.language",
+        "bench.contenders",
+    ],
     ["errors"],
     [
         "command",

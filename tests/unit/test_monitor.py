@@ -16,7 +16,7 @@ from tensorboard.plugins.hparams.metadata import (
     parse_session_start_info_plugin_data,
 )
 
-from modelpar import config
+from modelpar import config, progress
 from modelpar.analysis.activations import Activity
 from modelpar.analysis.histograms import Histogram
 from modelpar.analysis.kernels import kernel_picture
@@ -271,3 +271,22 @@ def test_what_an_evaluation_has_seen(tmp_path: Path, capfd: pytest.CaptureFixtur
     monitor.seen(seen, ["brick", "moon"], 9)
     assert "no more pictures and charts (" in capfd.readouterr().err
     monitor.close()
+
+
+def test_bar_in_a_log_file_is_a_line_for_each_state(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LOG_FILE_INTERVAL", 0)
+    for _ in progress.progress_bar(iterable=range(2), desc="images"):
+        pass
+    printed = capfd.readouterr().err
+    assert "\r" not in printed
+    assert [line.partition("|")[0] for line in printed.splitlines()] == [
+        "images:   0%",
+        "images:  50%",
+        "images: 100%",
+        "images: 100%",
+    ]
+    for _ in progress.progress_bar(iterable=range(2), shown=False):
+        pass
+    assert not capfd.readouterr().err
