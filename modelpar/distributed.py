@@ -6,6 +6,7 @@ since gloo returns wrong numbers, without an error, for tensors that are not con
 
 import os
 import re
+import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ DTYPES: Final = (
     torch.uint8,
 )
 COMM_ERROR: Final = re.compile(r"onnection|imed out|gloo|NCCL|[Ss]ocket")
+OTHER_ERROR: Final = re.compile("^CUDA error|out of memory")  # which may have these words, too
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ def process_mesh(
 ) -> Generator[Mesh]:
     """Start the process groups that torchrun's variables describe; destroy them on exit.
 
+    After an error on a GPU they are left, see ``exit_if_groups_remain``.
     ``kind`` is ``cuda`` or ``cpu``; ``timeout`` in s holds for every collective; for ``threads``,
     ``tf32`` and ``deterministic`` see ``device``.  A collective of the world.  Raises LaunchError
     if the groups cannot be started.
@@ -202,22 +205,39 @@ def process_mesh(
     replica, column = divmod(env.rank, columns)
     with ExitStack() as closing:
         closing.callback(dist.destroy_process_group)
-        yield Mesh(
-            place,
-            threads,
-            timeout,
-            replicas,
-            columns,
-            replica,
-            column,
-            pair=pair if columns > 1 else None,
-            replica_group=replica_group if replicas > 1 else None,
-            world=world,
-            patient=patient,
-            readers=readers if columns > 1 and env.has_ranks(grid[replica].tolist()) else None,
-            shares_gpu=shares_gpu,
-            closing=closing,
-        )
+        try:
+            yield Mesh(
+                place,
+                threads,
+                timeout,
+                replicas,
+                columns,
+                replica,
+                column,
+                pair=pair if columns > 1 else None,
+                replica_group=replica_group if replicas > 1 else None,
+                world=world,
+                patient=patient,
+                readers=readers if columns > 1 and env.has_ranks(grid[replica].tolist()) else None,
+                shares_gpu=shares_gpu,
+                closing=closing,
+            )
+        except BaseException:
+            if kind == "cuda":
+                closing.pop_all()
+            raise
+
+
+def exit_if_groups_remain(status: int) -> None:
+    """Exit with ``status`` at once, if process groups of GPUs were left after an error.
+
+    NCCL ends when the ranks of its group meet and when no CUDA graph holds its kernels.  It waits
+    for both without a limit, also in the destructors that run at the end of an interpreter.
+    """
+    if dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
 
 
 def _name_own_host(env: Environment) -> None:
@@ -245,7 +265,7 @@ def comm_errors(operation: str) -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not COMM_ERROR.search(str(error)):
+        if OTHER_ERROR.search(str(error)) or not COMM_ERROR.search(str(error)):
             raise
         reason = re.sub(r"^\[[^]]*\]\s*", "", one_line(error)).partition(". ")[0]
         raise PeerLostError(

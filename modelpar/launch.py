@@ -31,7 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import modelpar
 from modelpar import config, device, environment, errors, limits, overrides, shutdown, sweep
 from modelpar.declare import flatten
-from modelpar.distributed import Mesh, process_mesh
+from modelpar.distributed import Mesh, exit_if_groups_remain, process_mesh
 from modelpar.environment import Environment
 from modelpar.errors import CheckpointError, LaunchError, PeerLostError, StoppedError
 from modelpar.files import atomic_write
@@ -218,7 +218,9 @@ def run_rank(name: str, prepare: Prepare, work: Work, words: list[str]) -> int:
             run_dir = place
             return _work(partial(work, settings, prepared, mesh, run_dir), settings, mesh, run_dir)
     except BaseException as error:  # noqa: BLE001 - every error has its exit status
-        return report_from_rank(error, run_dir)
+        status = report_from_rank(error, run_dir)
+        exit_if_groups_remain(status)
+        return status
 
 
 def _rank_settings(name: str, words: list[str], env: Environment) -> tuple[Any, Path | None]:

@@ -102,7 +102,8 @@ class Learner:
         fused = self.compiled and any(net.blocks.fused for net in nets) and not untested
         graphs = {"on": True, "auto": mesh.pair is None, "off": False}[settings.cuda_graph]
         if fused and mesh.replicas == 1 and graphs:
-            self.run = mesh.closing.enter_context(Graphed(self._step, self.link))
+            self.run = Graphed(self._step, self.link)
+            mesh.closing.callback(self.run.close)
 
     def step(
         self,

@@ -5,12 +5,12 @@ At batch 128 a GPU finishes the kernels of a step faster than Python can launch 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from modelpar.errors import PeerLostError, one_line, say
+from modelpar.errors import one_line, say
 from modelpar.net.exchange import Link
 
 # Calls before the recording: they compile kernels, choose algorithms and connect the ranks.
@@ -48,16 +48,12 @@ class Graphed:
             counter.update(count)
         return self.result
 
-    def __enter__(self) -> Self:
-        return self
+    def close(self) -> None:
+        """Delete the graph: NCCL does not end while one holds its kernels.
 
-    def __exit__(self, *error: object) -> None:
-        """Forget the recording: NCCL does not end before those that hold its kernels do.
-
-        See https://github.com/pytorch/pytorch/issues/115388.  After a lost rank it is left alone,
-        since a step that waits for that rank may still run.
+        See https://github.com/pytorch/pytorch/issues/115388.
         """
-        if self.graph is not None and not isinstance(error[1], PeerLostError):
+        if self.graph is not None:
             self.graph.reset()
             self.graph = None
 
@@ -73,6 +69,8 @@ class Graphed:
         except RuntimeError as error:
             if self.link is None or self.link.column == 0:
                 say(f"cuda_graph is not used and steps are slower ({one_line(error)[:160]})")
+            for counter, earlier in zip(self._counters(), before, strict=True):
+                counter.subtract(counter - earlier)
             return
         self.graph = graph
         for counter, earlier in zip(self._counters(), before, strict=True):

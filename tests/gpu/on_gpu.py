@@ -24,6 +24,7 @@ from modelpar.images.order import BatchOrder
 from modelpar.images.samples import Images, InMemory
 from modelpar.training import prepare, trainer
 from modelpar.training.consistency import StepCheck
+from modelpar.training.engine import Learner
 from modelpar.training.graph import EAGER_CALLS, Graphed
 
 IMAGES = 96
@@ -37,6 +38,10 @@ def to_cpu(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: to_cpu(part) for key, part in value.items()}
     return value
+
+
+def has_graph(trained: Learner) -> bool:
+    return isinstance(trained.run, Graphed) and trained.run.graph is not None
 
 
 def trajectories(mesh: Mesh) -> dict[str, Any]:
@@ -54,8 +59,7 @@ def recorded(mesh: Mesh) -> dict[str, Any]:
     for step, batch in enumerate(batches(STEPS, BATCH, mesh.device)):
         losses.append(float(trained.step(batch, step, trained.schedule.rates(0))))
         sent.append(0 if trained.link is None else trained.link.bytes_sent)
-    assert isinstance(trained.run, Graphed)
-    assert trained.run.graph is not None
+    assert has_graph(trained)
     assert trained.good
     assert sent == [sent[0] * (step + 1) for step in range(STEPS)]
     return {"losses": losses, "weights": to_cpu(trained.optimizer.weights())}
@@ -72,7 +76,7 @@ def replayed(mesh: Mesh) -> dict[str, Any]:
             trained.step(batch, step, trained.schedule.rates(0)).clone()
             for step, batch in enumerate(batches(50, BATCH, mesh.device))
         ]
-        assert isinstance(trained.run, Graphed) == (graphs == "on")
+        assert has_graph(trained) == (graphs == "on")
         state = {"losses": torch.stack(losses), **trained.state()}
         found[f"{precision} {graphs}"] = to_cpu(state)
     return found
@@ -92,6 +96,7 @@ def poisoned(mesh: Mesh) -> dict[str, Any]:
                 batch.images[0, 0, 0, 0] = torch.nan
         trained.step(batch, step - 1, trained.schedule.rates(0))
         good.append(bool(trained.good))
+    assert has_graph(trained)
     return {"good": good, "states": [*states, to_cpu(trained.state())]}
 
 
@@ -124,7 +129,7 @@ def unwaited(mesh: Mesh) -> dict[str, int]:
             trained._train_step(batch, 0, rates)
         torch.cuda.set_sync_debug_mode("default")
         assert read == list(range(1, 12))  # the last one is in flight
-        assert isinstance(trained.learner.run, Graphed) == compiled
+        assert has_graph(trained.learner) == compiled
         found[precision] = len(read)
     return found
 

@@ -32,3 +32,4 @@ def test_a_killed_rank_is_noticed_within_comm_timeout(
     assert process.wait(TIMEOUT + 10) == 6, start.printed("run")
     assert re.search("rank [01] was killed by SIGKILL", start.printed("run"))
     assert not still_alive(ranks)
+    assert "is not used" not in start.printed("run")  # a step that could not be recorded

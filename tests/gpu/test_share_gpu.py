@@ -29,6 +29,7 @@ def test_both_ways_to_start_end_with_the_weights_of_one_process(
     }
     for name, process in runs.items():
         assert process.wait(PATIENCE) == 0, start.printed(name)
+        assert "is not used" not in start.printed(name)  # a step that could not be recorded
     whole = final_weights(tmp_path / "one")
     for name in ("launcher", "torchrun"):
         assert f"modelpar: {SHARED}, float64" in start.printed(name)

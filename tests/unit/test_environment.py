@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -138,11 +139,24 @@ def test_only_ranks_that_share_a_gpu_name_hosts_of_their_own(
     assert (os.environ.get("NCCL_HOSTID"), os.environ.get("NCCL_SOCKET_IFNAME")) == shared
 
 
-def test_what_is_closing_with_the_mesh_ends_before_the_process_groups(
+@pytest.mark.parametrize(
+    ("kind", "error", "expected"),
+    [
+        ("cpu", None, ["graph", "groups"]),
+        ("cpu", KeyError, ["graph", "groups"]),
+        ("cuda", None, ["graph", "groups"]),
+        ("cuda", KeyError, []),
+    ],
+)
+def test_how_process_groups_end(
     monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    error: type[Exception] | None,
+    expected: list[str],
 ) -> None:
-    """NCCL waits for the CUDA graphs that hold its kernels."""
+    """NCCL waits for the CUDA graphs that hold its kernels, and for ranks that may be lost."""
     ended: list[str] = []
+    monkeypatch.setattr(distributed, "set_up", lambda *_, **__: torch.device("cpu"))
     for key, value in LAUNCHED.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -150,11 +164,29 @@ def test_what_is_closing_with_the_mesh_ends_before_the_process_groups(
         monkeypatch.setattr(dist, name, lambda *_, **__: None)
     monkeypatch.setattr(dist, "new_subgroups_by_enumeration", lambda *_, **__: (None, None))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append("groups"))
-    mesh = distributed.process_mesh(2, "cpu", 60, threads=torch.get_num_threads())
+    mesh = distributed.process_mesh(2, kind, 60, threads=torch.get_num_threads())
     with suppress(KeyError), mesh as ranks:
         ranks.closing.callback(ended.append, "graph")
-        raise KeyError
-    assert ended == ["graph", "groups"]
+        if error:
+            raise error
+    assert ended == expected
+
+
+def test_a_process_exits_at_once_if_process_groups_remain(tmp_path: Path) -> None:
+    code = (
+        "import atexit, sys, torch.distributed as dist\n"
+        "from modelpar.distributed import exit_if_groups_remain\n"
+        "atexit.register(print, 'an ordinary end')\n"
+        "exit_if_groups_remain(7)\n"
+        "print('no groups')\n"
+        f"dist.init_process_group('gloo', 'file://{tmp_path}/store', rank=0, world_size=1)\n"
+        "print('a buffered line', end='')\n"
+        "exit_if_groups_remain(7)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (7, "no groups\na buffered line"), done.stderr
 
 
 def test_the_processes_of_a_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
