@@ -212,6 +212,8 @@ BLOCKS = {  # by layer: maps and side in the interpreter, the same on a GPU, wha
     "only within maps": ((20, 6), (48, 55), Block("last", None, WITHIN, pool=True)),
     "conv4": ((192, 4), (192, 13), Block("first")),
     "conv5": ((128, 5), (128, 13), Block("first", pool=True)),
+    "conv2 of no_crossing": ((136, 4), (160, 27), Block("first", ACROSS, pool=True)),
+    "conv5 of one_column": ((136, 5), (256, 13), Block("first", pool=True)),
     "no pool": ((20, 4), (128, 27), Block("first", ACROSS)),
 }
 

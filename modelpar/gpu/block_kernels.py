@@ -15,10 +15,11 @@ from modelpar.gpu.language import jit, tl
 
 @jit
 def load(maps, bias, offset, mask, FIRST: tl.constexpr):
-    """Return response plus bias, rectified if FIRST; NaN stays NaN."""
-    x = tl.load(maps + offset, mask=mask, other=0.0).to(tl.float32) + bias[None, :, :]
+    """Return response plus bias, rectified if FIRST, when it is 0 outside; NaN stays NaN."""
+    outside = float("-inf") if FIRST else 0.0
+    x = tl.load(maps + offset, mask=mask, other=outside).to(tl.float32) + bias[None, :, :]
     if FIRST:
-        x = tl.where(x < 0.0, 0.0, x)
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return x
 
 
@@ -46,14 +47,15 @@ def _around(v):
     v3, v7 = tl.split(v37)
     before6, before7 = _from_group(v6, -1), _from_group(v7, -1)
     after0, after1 = _from_group(v0, 1), _from_group(v1, 1)
-    s0 = before6 + before7 + v0 + v1 + v2
-    s1 = before7 + v0 + v1 + v2 + v3
-    s2 = v0 + v1 + v2 + v3 + v4
-    s3 = v1 + v2 + v3 + v4 + v5
-    s4 = v2 + v3 + v4 + v5 + v6
-    s5 = v3 + v4 + v5 + v6 + v7
-    s6 = v4 + v5 + v6 + v7 + after0
-    s7 = v5 + v6 + v7 + after0 + after1
+    v01, v23, v45, v67 = v0 + v1, v2 + v3, v4 + v5, v6 + v7
+    s0 = before6 + before7 + v01 + v2
+    s1 = before7 + v01 + v23
+    s2 = v01 + v23 + v4
+    s3 = v1 + v23 + v45
+    s4 = v23 + v45 + v6
+    s5 = v3 + v45 + v67
+    s6 = v45 + v67 + after0
+    s7 = v5 + v67 + (after0 + after1)
     even = tl.reshape(tl.join(tl.join(s0, s4), tl.join(s2, s6)), [P, G, 4])
     odd = tl.reshape(tl.join(tl.join(s1, s5), tl.join(s3, s7)), [P, G, 4])
     return tl.reshape(tl.join(even, odd), [P, G, 8])
@@ -99,8 +101,7 @@ def _row_maximum(
     C: tl.constexpr, FIRST: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """Return the largest of the values at columns 2 p, 2 p + 1 and 2 p + 2, and which it is."""
-    best = tl.full([p.shape[0], c.shape[0], 8], float("-inf"), tl.float32)
-    where = tl.zeros([p.shape[0], c.shape[0], 8], tl.int32)
+    best, where = 0.0, 0  # replaced by those of the first place
     for j in tl.static_range(3):
         w = 2 * p + j
         inside = (w < W) & (h < H)
@@ -109,8 +110,9 @@ def _row_maximum(
         if ACROSS:
             root = _inverse_root(x, k, slope)
             x = x * root * tl.sqrt(root)
-        x = tl.where(inside[:, None, None], x, float("-inf"))
-        best, where = _larger(x, j, best, where)
+        if not FIRST:  # else 0, and the first place of a window, which exists, is no less
+            x = tl.where(inside[:, None, None], x, float("-inf"))
+        best, where = (x, tl.zeros_like(x).to(tl.int32)) if j == 0 else _larger(x, j, best, where)
     return best, where
 
 
@@ -155,9 +157,8 @@ def input_gradient(x, grad, k, slope, FIRST: tl.constexpr, ACROSS: tl.constexpr)
     """Return the gradient of the response from that of the normalized value of ``x``."""
     if ACROSS:
         root = _inverse_root(x, k, slope)
-        factor = root * tl.sqrt(root)
-        around = _around(grad * x * factor * root * root)
-        grad = grad * factor - 1.5 * slope * x * around
+        grad *= root * tl.sqrt(root)
+        grad -= 1.5 * slope * x * _around(grad * x * (root * root))
     if FIRST:
         grad = tl.where(x <= 0.0, 0.0, grad)
     return grad
@@ -211,7 +212,7 @@ def pool_backward(
                 x = load(maps, offsets, offset, mask, FIRST)
                 grad = input_gradient(x, grad, k, slope, FIRST, ACROSS)
                 tl.store(maps_grad + offset, grad.to(maps_grad.dtype.element_ty), mask=mask)
-                total += tl.where(mask, grad, 0.0)
+                total += grad  # 0 outside, since k > 0
         g10, at10, g11, at11 = g00, at00, g01, at01
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(bias_grad + program * C + c, tl.sum(total, axis=0), mask=c < C)

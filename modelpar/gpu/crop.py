@@ -63,5 +63,6 @@ def crop(
     how = {"size": size, "block": BLOCK}
     inputs = (images, corner, flip, colour, axes.contiguous(), mean.contiguous(), out)
     grid = (count, -(-3 * size * size // BLOCK))
-    _crop[grid](*inputs, float(noise), float(divisor), *images.stride(), **how)
+    with torch.cuda.device_of(images):  # Triton launches on the current one
+        _crop[grid](*inputs, float(noise), float(divisor), *images.stride(), **how)
     return out

@@ -43,5 +43,6 @@ def patches(images: Tensor, count: int, step: int, left: int, top: int) -> Tenso
     out = torch.empty(shape, dtype=images.dtype, device=images.device)
     grid = (len(images), -(-out[0].numel() // BLOCK))
     sizes = (images.shape[-1], count, left, top, *images.stride())
-    _patches[grid](images, out, *sizes, step=step, block=BLOCK)
+    with torch.cuda.device_of(images):  # Triton launches on the current one
+        _patches[grid](images, out, *sizes, step=step, block=BLOCK)
     return out.permute(0, 3, 1, 2)

@@ -64,5 +64,6 @@ def update(
     count = weight.numel()
     how = LARGE_BLOCK if count > LARGE else SMALL_BLOCK
     inputs = (weight, velocity, grad, rounded, rate, ok, decay, momentum, count)
-    # A fused multiply-add would round differently, and memory is what limits the kernel.
-    _update[(-(-count // how["block"]),)](*inputs, **how, enable_fp_fusion=False)
+    with torch.cuda.device_of(weight):  # Triton launches on the current one
+        # A fused multiply-add would round differently, and memory is what limits the kernel.
+        _update[(-(-count // how["block"]),)](*inputs, **how, enable_fp_fusion=False)
