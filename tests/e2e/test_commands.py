@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from commands import QUICK, SMALL, TIMEOUT, TINY, fine, ours, rows, run, started
+from processes import children
 from safetensors.torch import load_file
 
 from modelpar import AlexNet, merge
@@ -22,47 +21,16 @@ from modelpar.shutdown import DEBOUNCE_SECONDS
 from modelpar.training.checkpoint import find, newest, read_part, read_statistics
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-SMALL = ["batch_size=16", "monitor.progress=false", "compile=false"]  # quick to start
 COMPILED = [*SMALL, "compile=true"]
 # A test of 16 images.  That of photos has 1,008, which takes minutes in float64.
 SYNTHETIC = ["data=synthetic", "model.image_size=64", "model.num_classes=10"]
 HOW = "1 thread each"
-TIMEOUT = 280
-
-
-def run(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-
-
-def ours(cwd: Path, *words: str, main: str = "train") -> subprocess.CompletedProcess[str]:
-    return run(["-m", f"modelpar.{main}", *words], cwd)
 
 
 def torchrun(
     cwd: Path, *words: str, ranks: int = 2, main: str = "train"
 ) -> subprocess.CompletedProcess[str]:
     return run([*TORCHRUN, str(ranks), "-m", f"modelpar.{main}", *words], cwd)
-
-
-def fine(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def rows(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -218,8 +186,10 @@ def test_exported_file_loads_into_the_whole_net(tmp_path: Path, trained: Path) -
     columns = [read_part(found, "weights", column) for column in (0, 1)]  # type: ignore[arg-type]
     assert all(torch.equal(value, state[key]) for key, value in merge(columns).items())
     statistics = Statistics(**read_statistics(found))  # type: ignore[arg-type]
-    lens = Augmentation(statistics, 64, scaled=False, device="cpu")
-    assert net.eval()(lens.center_crop(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))).shape == (
+    augmentation = Augmentation(statistics, 64, scaled=False, device="cpu")
+    assert net.eval()(
+        augmentation.center_crop(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))
+    ).shape == (
         1,
         14,
     )
@@ -325,42 +295,6 @@ def test_run_without_a_compiler_trains_with_a_warning(
     assert len(rows(tmp_path / "run")) == 1
 
 
-# One batch to test on, and no net that diverges, however late a signal comes.
-QUICK = ["data=synthetic", "model.image_size=64", "recipe.lr=1e-5", "monitor.tensorboard=false"]
-
-
-def started(folder: Path, *words: str, runs: Sequence[str] = ("run",)) -> subprocess.Popen[str]:
-    """Start ``modelpar.train``; wait until all ``runs`` have trained two steps."""
-    root = str(Path(__file__).parents[2])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "modelpar.train", *SMALL, "run_dir=run", *words],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + TIMEOUT
-    for metrics in (folder / name / "metrics.jsonl" for name in runs):
-        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.05)
-    return process
-
-
-def children(of: int) -> set[int]:
-    """Return the processes below ``of``."""
-    found: set[int] = set()
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            number, _, rest = status.read_text().partition(" ")
-            if int(rest.rpartition(")")[2].split()[1]) == of:
-                found |= {int(number), *children(int(number))}
-    return found
-
-
 NOHUP = pytest.mark.skipif(
     signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, reason="the tests run under nohup"
 )
@@ -395,7 +329,7 @@ def test_signal_saves_and_the_run_resumes(tmp_path: Path, number: signal.Signals
 @pytest.mark.slow
 def test_ranks_save_and_exit_when_the_launcher_is_killed(tmp_path: Path) -> None:
     process = started(tmp_path, "steps=500", *QUICK)
-    ranks = children(process.pid)
+    ranks = children(process.pid, deep=True)
     assert len(ranks) >= 2
     process.kill()
     process.wait()
@@ -422,7 +356,7 @@ def test_second_start_of_an_active_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_second_signal_kills_blocked_ranks(tmp_path: Path) -> None:
     process = started(tmp_path, "steps=500", *QUICK)
-    hung = max(child for child in children(process.pid) if is_rank(child))
+    hung = max(child for child in children(process.pid, deep=True) if is_rank(child))
     os.kill(hung, signal.SIGSTOP)  # the other rank blocks and runs no signal handler
     process.terminate()
     time.sleep(DEBOUNCE_SECONDS + 1)
@@ -482,97 +416,3 @@ def test_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
     assert line.startswith(
         f"modelpar: {tmp_path}/disk/run: what a run writes down needs 1 MB, 0 MB are free"
     )
-
-
-# -- sweeps ---------------------------------------------------------------------------------------
-
-TINY = ["data=imagefolder", "model.image_size=64", "monitor.tensorboard=false", "workers=0"]
-AT_ONCE = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-LOCAL = ["hydra/launcher=submitit_local"]
-
-
-def swept(folder: Path, images: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    root = f"data.root={os.path.relpath(images, folder)}"
-    return ours(folder, "-m", *SMALL, *TINY, root, "batch_size=8", "run_dir=sweep", *words)
-
-
-@pytest.mark.slow
-def test_parallel_jobs_are_separate_and_one_may_fail(tmp_path: Path, images: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    rates = "recipe.lr=0.01,1e30,0.02"
-    done = swept(tmp_path, images, rates, "steps=2", *AT_ONCE, "cache_dir=cache", "columns=1")
-    assert done.returncode == 7, done.stdout + done.stderr
-    first, last = done.stderr.splitlines()
-    assert "recipe.lr" in first  # of the job itself
-    assert last == "modelpar: job 1 (recipe.lr=1e+30): failed with status 7"
-    for name, rate in (("0", 0.01), ("2", 0.02)):
-        assert f"\n  lr: {rate}\n" in (tmp_path / "sweep" / name / "config.yaml").read_text()
-        assert [row["step"] for row in rows(tmp_path / "sweep" / name)] == [1, 2]
-    assert len(list((tmp_path / "cache" / "statistics").glob("*.safetensors"))) == 1
-
-
-@pytest.mark.slow
-def test_sweep_on_slurm_creates_a_folder_for_each_job(tmp_path: Path, images: Path) -> None:
-    """Submitit starts the jobs as on Slurm; docs has sweeps without it."""
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    how = ["steps=1", "columns=1", "hydra/launcher=submitit_local"]
-    fine(swept(tmp_path, images, "seed=0,1", *how))
-    losses = [rows(tmp_path / "sweep" / name)[0]["loss"] for name in ("0", "1")]
-    assert losses[0] != losses[1]
-    failed = swept(tmp_path, images, "seed=0,5", *how)
-    assert failed.returncode == 2  # the folder of job 1 holds another run
-    assert failed.stderr.splitlines()[-1] == "modelpar: job 1 (seed=5): failed with status 2"
-
-
-def _at_work(process: int) -> bool:
-    """Whether a process is there; of one that nobody waits for the command is empty."""
-    try:
-        return bool(Path(f"/proc/{process}/cmdline").read_bytes())
-    except OSError:
-        return False
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", [[], AT_ONCE, LOCAL], ids=str)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_sweep_saves_and_continues(
-    tmp_path: Path, images: Path, launcher: list[str], number: signal.Signals
-) -> None:
-    """SIGTERM as of ``kill``, to the launcher alone, SIGINT as of a terminal, to all."""
-    if launcher:
-        plugin = "submitit" if launcher == LOCAL else "joblib"
-        pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
-    jobs, at_once = {"[]": (2, 1), str(AT_ONCE): (3, 2)}.get(str(launcher), (2, 2))
-    runs = [f"sweep/{job}" for job in range(at_once)]
-    words = [*TINY, f"data.root={images}", "batch_size=8", "run_dir=sweep"]
-    seeds = ",".join(str(seed) for seed in range(jobs))
-    grid = [f"seed={seeds}", "recipe.lr=1e-5"]  # no job diverges, however late the signal comes
-    if launcher:
-        grid.append("columns=1")  # two ranks take longer to start; those of one job are enough
-    process = started(tmp_path, "-m", *words, *grid, "epochs=1000", *launcher, runs=runs)
-    below = children(process.pid)
-    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
-    _, text = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 75, text
-    lines = text.splitlines()
-    assert (
-        lines[-1] == f"modelpar: stopped; the same command with run_dir={tmp_path}/sweep continues"
-    )
-    assert launcher == LOCAL or len(lines) == len(runs) + 1  # submitit has files for the jobs'
-    # Only submitit's jobs do not wait for Python's own trackers.
-    deadline = time.monotonic() + (10 if launcher == LOCAL else 0)
-    while at_work := [one for one in below if _at_work(one)]:
-        assert time.monotonic() < deadline, at_work
-        time.sleep(0.1)
-    steps = [found.step + 1 for name in runs if (found := newest(tmp_path / name))]
-    assert len(steps) == len(runs)
-    if launcher and number == signal.SIGINT:
-        return  # the same jobs continue after SIGTERM
-    fine(swept(tmp_path, images, *grid, f"steps={max(steps)}", *launcher))
-    for name in map(str, range(jobs)):
-        found = [row["step"] for row in rows(tmp_path / "sweep" / name)]
-        assert found == list(range(1, max(steps) + 1))
-    if not launcher:  # which has no part in this
-        out = fine(swept(tmp_path, images, *grid, f"steps={max(steps)}"))
-        assert out.count("): finished, top-1 error ") == jobs
-        assert "CPU process" not in out  # no job has started again
