@@ -84,9 +84,9 @@ def compose_settings(main: str, words: Sequence[str]) -> DictConfig:
 def typed(composed: DictConfig) -> Any:
     """Return composed settings as the dataclass of their command, resolved and checked.
 
-    Paths are absolute, see ``files.local_path``; those of a list, which may be globs, and others
-    that are declared ``as_given``, are not, since tables show them.  Raises SettingsError for a
-    value that is missing or not allowed.
+    Paths are made absolute, see ``files.local_path``.  Two kinds stay as they were given, since
+    tables show them: those of a list, which may be globs, and those declared ``as_given``.  Raises
+    SettingsError for a value that is missing or not allowed.
     """
     with _one_line_errors():
         own = composed.copy()

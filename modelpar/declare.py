@@ -26,7 +26,7 @@ def one_of(*choices: object, default: Any = MISSING, **about: Any) -> Any:
 
 
 def path(default: Any = MISSING, *words: str, **about: Any) -> Any:
-    """Declare a path of this machine, see ``config.typed``; ``words`` have their own meaning."""
+    """Declare a path of this machine, see ``config.typed``; ``words`` are no paths."""
     return declare(default, path=words, **about)
 
 

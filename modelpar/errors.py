@@ -58,7 +58,7 @@ class PeerLostError(RunError):
     """Another rank has exited or does not respond."""
 
     status = 6
-    stop_requested = False  # this rank had received a signal: whoever waits for it knows why
+    stop_requested = False  # of this rank, by a signal; then the error is reported without delay
 
 
 class DivergedError(RunError):
@@ -89,16 +89,16 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def readable(what: str, advice: str) -> Generator[None]:
-    """Turn whatever a library raises for damaged files into one DataError."""
+def readable(what: str, advice: str, kind: type[RunError] = DataError) -> Generator[None]:
+    """Turn whatever a library raises for damaged files into one error of this ``kind``."""
     try:
         yield
-    except RunError:
+    except (RunError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - their readers check little
         # torch's advice for a file that it does not trust would be to trust it.
         text = "not as expected" if isinstance(error, UnpicklingError) else one_line(error)[:200]
-        raise DataError(f"{what} ({text}); {advice}") from None
+        raise kind(f"{what} ({text}); {advice}") from None
 
 
 def describe(error: BaseException) -> tuple[int, str]:

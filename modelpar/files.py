@@ -16,11 +16,16 @@ SPARE: Final = 1.1  # free space that is required, as a multiple of what will be
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write ``content`` to ``path``, which is either whole or as it was before; raises OSError."""
+    """Write ``content`` to ``path``, which is either whole or as it was before; raises OSError.
+
+    What is no UTF-8, as in names of files and classes, is written as an escape.
+    """
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with unfinished.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())  # after a power cut an unsynced file may be empty
         unfinished.replace(path)
@@ -49,9 +54,7 @@ def write_texts(out: str, texts: Mapping[str, str]) -> None:
     """Create the folder ``out`` and write a file of each name in it; raises OSError."""
     Path(out).mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        # A name of a class may hold bytes that are no UTF-8.
-        content = f"{text.rstrip()}\n".encode(errors="backslashreplace")
-        atomic_write(Path(out, name), content)
+        atomic_write(Path(out, name), f"{text.rstrip()}\n")
 
 
 def write_out(out: str, content: bytes | str) -> None:
@@ -59,9 +62,7 @@ def write_out(out: str, content: bytes | str) -> None:
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of a file or a class may hold bytes that are no UTF-8.
-        text = isinstance(content, str)
-        atomic_write(path, content.encode(errors="backslashreplace") if text else content)
+        atomic_write(path, content)
     except OSError as error:
         raise CheckpointError(f"out={out}: not written ({one_line(error)})") from None
 

@@ -63,9 +63,10 @@ class DataSettings:
 class RecipeSettings:
     """The training rules: one switch for each place where paper and code differ.
 
-    ``conf/recipe/*.yaml`` chooses a side for each recipe.  The first value of each switch is the
-    paper's, the second the code's (for ``norm2_input`` run 166's; for ``conv1_padding`` the first
-    is torchvision's); the other values are neither's, those of ``norm_k`` to ``norms`` Caffe's.
+    ``conf/recipe/*.yaml`` chooses a value of each switch for each recipe.  The order of the values
+    is: paper, code of 2012, others.  There are two exceptions: the second value of ``norm2_input``
+    is run 166's, and the first of ``conv1_padding`` torchvision's.  The last values of ``norm_k``,
+    ``norm1_input``, ``norm2_input`` and ``norms`` are Caffe's.
     """
 
     name: str = declare(MISSING, unset=BY_RECIPE, means="`paper`, `code2012` or `clean`")

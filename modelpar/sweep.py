@@ -2,7 +2,8 @@
 
 So any Hydra launcher can run the jobs, and a job that failed can be repeated by hand.  A job may
 run in another process or on another host; ``log/jobs`` of the sweep holds how each one ended, and
-``log/stop`` requests an end: no further job starts, and running ones get a signal for each byte.
+``log/stop`` requests an end: no further job starts, and each byte in it is a signal for those that
+run.
 """
 
 import json

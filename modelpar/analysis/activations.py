@@ -49,29 +49,24 @@ def activations_of(net: nn.Module) -> dict[str, nn.Module]:
 
 
 class ActivationStats(ExitStack):
-    """Context manager that collects statistics of the first ``images`` of each batch.
+    """Context manager that collects statistics of all images that the net sees.
 
-    Its forward hooks do not change the net's results and are removed on exit.  The net may run a
-    batch in parts, as the pair's chunks are.  ``samples`` has about ``kept`` values of each part,
-    by layer and column of this process, see ``histograms``.
+    Its forward hooks do not change the net's results, but our kernels are not used while they are
+    there.  The net may run a batch in parts, as the pair's chunks are.  ``samples`` has about
+    ``kept`` values of each part, by layer and column of this process, see ``histograms``.
     """
 
-    def __init__(
-        self, net: nn.Module, columns: int, mesh: Mesh, images: int, kept: int = 0
-    ) -> None:
+    def __init__(self, net: nn.Module, columns: int, mesh: Mesh, kept: int = 0) -> None:
         super().__init__()
-        self.net, self.columns, self.mesh, self.images = net, columns, mesh, images
+        self.net, self.columns, self.mesh = net, columns, mesh
         self.layers = {**activations_of(net), LOGITS: net}
         # By layer, (local columns, maps, 4): number of values, their sum, squares, zeros.
         self.sums: dict[str, Tensor] = {}
-        self.passed: dict[str, int] = {}  # images of the current batch
         self.kept = kept
         self.samples: dict[str, list[Tensor]] = {}
 
     def __enter__(self) -> Self:
         """Register the hooks."""
-        handle = self.net.register_forward_pre_hook(lambda *_: self.passed.clear())
-        self.callback(handle.remove)
         for name, module in self.layers.items():
             handle = module.register_forward_hook(partial(self._collect, name))
             self.callback(handle.remove)
@@ -79,13 +74,8 @@ class ActivationStats(ExitStack):
 
     @torch.no_grad()
     def _collect(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        passed = self.passed.get(name, 0)
-        self.passed[name] = passed + len(output)
-        values = output[: max(0, self.images - passed)]
-        if not len(values):
-            return
         columns = 1 if name == LOGITS or self.mesh.pair is not None else self.columns
-        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        wide = output.to(torch.promote_types(output.dtype, torch.float32))
         maps = wide.reshape(len(wide), columns, wide.shape[1] // columns, -1)
         measures = (torch.ones_like(maps), maps, maps.square(), maps == 0)
         sums = [measure.sum((0, 3), dtype=torch.float64) for measure in measures]

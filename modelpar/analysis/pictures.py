@@ -3,23 +3,19 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 TILE: Final = 128  # pixels, the side of an image in a grid
+PER_ROW: Final = 4  # images in a grid
 TEXT: Final = 18  # pixels: TensorBoard shows a picture smaller than it is
 CELL: Final = 28  # pixels, the side of a class with its name
 NAMED: Final = 40  # classes; more have no names
 LONGEST: Final = 200  # pixels of a name
 WHITE: Final = (255, 255, 255)
 BLACK: Final = (0, 0, 0)
-
-
-def _as_tensor(picture: Image.Image) -> Tensor:
-    """Return an RGB picture as (3, H, W) uint8."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _fitting(name: str, font: Any, width: int) -> str:
@@ -29,18 +25,18 @@ def _fitting(name: str, font: Any, width: int) -> str:
     return name
 
 
-def labelled_grid(images: Tensor, names: Sequence[str], per_row: int = 4) -> Tensor:
+def labelled_grid(images: Tensor, names: Sequence[str]) -> Tensor:
     """Return images (N, 3, S, S) in 0..1, each above its name, as one picture (3, H, W) uint8."""
     font, width, height = ImageFont.load_default(TEXT), TILE + 4, TILE + TEXT + 8
-    rows = -(-len(images) // per_row)
-    picture = Image.new("RGB", (per_row * width, rows * height), WHITE)
+    rows = -(-len(images) // PER_ROW)
+    picture = Image.new("RGB", (PER_ROW * width, rows * height), WHITE)
     draw = ImageDraw.Draw(picture)
     pixels = (images.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     for place, (image, name) in enumerate(zip(pixels, names, strict=True)):
-        top, left = place // per_row * height, place % per_row * width
+        top, left = place // PER_ROW * height, place % PER_ROW * width
         picture.paste(Image.fromarray(image).resize((TILE, TILE)), (left + 2, top))
         draw.text((left + 2, top + TILE), _fitting(name, font, TILE), BLACK, font)
-    return _as_tensor(picture)
+    return pil_to_tensor(picture)
 
 
 def confusion_picture(counts: Tensor, classes: Sequence[str]) -> Tensor:
@@ -60,7 +56,7 @@ def confusion_picture(counts: Tensor, classes: Sequence[str]) -> Tensor:
     side = CELL if len(counts) <= NAMED else max(1, 1024 // len(counts))
     cells = cells.resize([side * len(counts)] * 2, Image.Resampling.NEAREST)
     if side != CELL:
-        return _as_tensor(cells)
+        return pil_to_tensor(cells)
     font = ImageFont.load_default(TEXT)
     names = [_fitting(f"{number} {name}", font, LONGEST) for number, name in enumerate(classes)]
     margin = int(max(font.getlength(name) for name in names)) + 8
@@ -76,4 +72,4 @@ def confusion_picture(counts: Tensor, classes: Sequence[str]) -> Tensor:
                 ink = WHITE if share[row, column] > 0.3 else BLACK  # noqa: PLR2004 - readable
                 place = (margin + CELL * column + CELL // 2, CELL + middle)
                 draw.text(place, str(count), ink, small, anchor="mm")
-    return _as_tensor(picture)
+    return pil_to_tensor(picture)

@@ -1,4 +1,4 @@
-"""The work of a training step, and the time that a device needs for it at the least."""
+"""The work of a training step, and its roofline: the least time that a device needs for it."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""How fast images are read, by several means in turn: ``modelpar-benchmark what=data``.
+"""How fast images are read, by several readers in turn: ``modelpar-benchmark what=data``.
 
-Each means is measured alone, on one core and on all, and while the whole net trains on it.
+Each reader is measured alone, on one core and on all, and while the whole net trains on it.
 """
 
 import os
@@ -43,7 +43,7 @@ from modelpar.schemas import BenchmarkSettings
 from modelpar.settings import TrainSettings
 from modelpar.training.engine import Learner, compile_parts
 
-MEANS: Final = {
+READERS: Final = {
     "imagefolder": "torchvision's ImageFolder, its usual transforms, torch's DataLoader",
     "folder": "the same files by data=imagefolder",
     "jpeg": "a packed store of JPEG files",
@@ -54,7 +54,6 @@ SIDES: Final = (350, 600)
 QUALITY: Final = (75, 96)
 CLASSES: Final = 10
 FORMATS: Final = ("jpeg", "raw")
-SPEEDS: Final = ("one_core", "all_cores", "training")
 
 
 def write_photographs(root: Path, parts: dict[str, int], classes: int = CLASSES) -> None:
@@ -89,9 +88,9 @@ def write_photographs(root: Path, parts: dict[str, int], classes: int = CLASSES)
 
 @dataclass(frozen=True)
 class Setup:
-    """What all means have in common: the images, the net's step, and the size of a turn."""
+    """What all readers have in common: the images, the net's step, and the size of a turn."""
 
-    sets: dict[str, ImageSet]  # by means
+    sets: dict[str, ImageSet]  # by reader
     folder: Path  # of the files
     mesh: Mesh
     augmentation: Augmentation
@@ -101,7 +100,7 @@ class Setup:
 
 
 def measure_reading(settings: BenchmarkSettings) -> dict[str, Any]:
-    """Return what ``benchmark.json`` holds: images/s of each means, and of preparing on one core.
+    """Return what ``benchmark.json`` holds: images/s of each reader, and of preparing on one core.
 
     Of generated photographs, by the net and the batch of the settings.  Raises SettingsError if
     they are less than one batch.
@@ -151,8 +150,8 @@ def _setup(root: Path, settings: BenchmarkSettings, batch_size: int, batches: in
     cache, size = root / "cache", settings.image_size
     roots = {"folder": ("imagefolder", root)} | {form: ("packed", root / form) for form in FORMATS}
     found = {
-        means: open_set(DataSettings(name, str(where), image_size=size), cache)
-        for means, (name, where) in roots.items()
+        reader: open_set(DataSettings(name, str(where), image_size=size), cache)
+        for reader, (name, where) in roots.items()
     }
     plan = plan_for(Recipe(**asdict(settings.recipe)), ModelSettings(), CLASSES, size)
     precision = (settings.precisions or ["float32"])[0]
@@ -163,24 +162,24 @@ def _setup(root: Path, settings: BenchmarkSettings, batch_size: int, batches: in
     if precision == "bfloat16":
         dtype = torch.bfloat16
     stats = statistics(found["raw"], cache)
-    lens = Augmentation(stats, size, scaled=True, device=mesh.device, dtype=dtype)
+    augmentation = Augmentation(stats, size, scaled=True, device=mesh.device, dtype=dtype)
     if settings.compile:
-        compile_parts(mesh, [lens])
+        compile_parts(mesh, [augmentation])
     steps = count()
 
     def step(batch: Batch) -> Tensor:
         return learner.step(batch, next(steps), learner.schedule.rates(0))
 
-    return Setup(found, root / "train", mesh, lens, step, batch_size, batches)
+    return Setup(found, root / "train", mesh, augmentation, step, batch_size, batches)
 
 
 def _rates(setup: Setup, rounds: int) -> list[dict[str, Any]]:
-    """Return images/s of each means: alone on one core and on all, and while the net trains.
+    """Return images/s of each reader: alone on one core and on all, and while the net trains.
 
     ``waiting``: the share of the time that the steps wait for their batches.  The medians are over
-    ``rounds``, in each of which every means has one turn.
+    ``rounds``, in each of which every reader has one turn.
     """
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in MEANS}
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in READERS}
     for _ in progress_bar(iterable=range(rounds), desc="rounds", leave=False):
         for name, found in turns.items():
             with _on_one_core():
@@ -189,7 +188,7 @@ def _rates(setup: Setup, rounds: int) -> list[dict[str, Any]]:
             found.append({"one_core": alone, "all_cores": every, **_training(setup, name)})
     keys = next(iter(turns.values()))[0]
     return [
-        {"means": name, **{key: median(turn[key] for turn in found) for key in keys}}
+        {"reader": name, **{key: median(turn[key] for turn in found) for key in keys}}
         for name, found in turns.items()
     ]
 
@@ -206,7 +205,7 @@ def _on_one_core() -> Generator[None]:
 
 
 def _batches(setup: Setup, name: str, workers: int) -> Iterator[Any]:
-    """Yield batches as a means delivers them to the device: bytes, ours still to be cropped."""
+    """Yield batches as a reader delivers them to the device: bytes, ours still to be cropped."""
     if name == "imagefolder":
         return _again(_data_loader(setup, workers, []))
     images = setup.sets[name].train
@@ -250,16 +249,19 @@ def _training(setup: Setup, name: str) -> dict[str, float]:
     else:
         images = setup.sets[name].train
         order = BatchOrder(len(images), setup.batch_size, 0)
-        lens = setup.augmentation
-        loader = TrainLoader(images, order, lens, setup.mesh, crops="per_image", workers=workers)
+        augmentation = setup.augmentation
+        loader = TrainLoader(
+            images, order, augmentation, setup.mesh, crops="per_image", workers=workers
+        )
         source = (batch for epoch in range(2**31) for batch in loader.epoch(epoch, 0, 0.1))
+    synchronize = torch.get_device_module(setup.mesh.device).synchronize
     setup.step(next(source))
-    _wait(setup.mesh)
+    synchronize()
     began, waited = time.perf_counter(), 0.0
     for batch in islice(source, setup.batches):
         waited += batch.waited
         setup.step(batch)
-    _wait(setup.mesh)
+    synchronize()
     seconds = time.perf_counter() - began
     return {"training": setup.batches * setup.batch_size / seconds, "waiting": waited / seconds}
 
@@ -277,11 +279,6 @@ def _usual(setup: Setup, workers: int) -> Iterator[Batch]:
         yield Batch(images, labels.to(device), time.perf_counter() - began)
 
 
-def _wait(mesh: Mesh) -> None:
-    if mesh.device.type == "cuda":
-        torch.cuda.synchronize(mesh.device)
-
-
 # -- the table ------------------------------------------------------------------------------------
 
 
@@ -297,10 +294,10 @@ def reading_table(result: dict[str, Any]) -> str:
         f"{settings['steps']} batches. Images/s, and in brackets relative to imagefolder. The "
         "whole net trains in one process."
     )
-    head = ["means", "one core", cores, "while training", "waiting"]
+    head = ["reader", "one core", cores, "while training", "waiting"]
     cells = [
         [
-            row["means"],
+            row["reader"],
             *(
                 f"{row[key]:,.0f} ({row[key] / base[key]:.1f})"
                 for key in ("one_core", "all_cores")
@@ -318,5 +315,5 @@ def reading_table(result: dict[str, Any]) -> str:
     preparing = (
         f"Preparing on one core, images/s: decoding alone with Pillow {alone:,.0f}; {made}."
     )
-    names = "\n".join(f"- {name}: {text}" for name, text in MEANS.items())
+    names = "\n".join(f"- {name}: {text}" for name, text in READERS.items())
     return "\n\n".join([about, tables.markdown(head, cells), preparing, names])

@@ -61,7 +61,8 @@ def block(response: Tensor, bias: Tensor, what: Block) -> Tensor:
     sizes = ((what.across, paper.NORM_SIZE), (what.within, paper.WITHIN_SIZE))
     if not runs or any(norm and norm.size != size for norm, size in sizes):
         return plain(response, bias, what)
-    return _Block.apply(response, bias, what)
+    with torch.cuda.device_of(response):  # Triton launches on the current one
+        return _Block.apply(response, bias, what)
 
 
 def plain(response: Tensor, bias: Tensor, what: Block) -> Tensor:
@@ -172,10 +173,10 @@ class _Block(Function):
         if what.within:
             places, across, zeros = saved
             grad, _ = _pool_backward(across, zeros, grad, places, shape, FIRST=False, ACROSS=False)
-            uneven = torch.empty_like(maps)
-            _within(what.within, shape, across, grad, uneven, uneven=True)
+            cross_term = torch.empty_like(maps)
+            _within(what.within, shape, across, grad, cross_term, cross_term=True)
             within_kernels.within_backward[grid](
-                maps, bias, across, grad, uneven, maps_grad, sums,
+                maps, bias, across, grad, cross_term, maps_grad, sums,
                 *shape.sides, *shape.norm, what.within.k, what.within.slope,
                 **shape.strip, **shape.flags, num_warps=WARPS,
             )  # fmt: skip
@@ -219,10 +220,16 @@ def _pool_backward(
 
 
 def _within(
-    norm: Norm, shape: _Shape, maps: Tensor, grads: Tensor, out: Tensor, *, uneven: bool = False
+    norm: Norm,
+    shape: _Shape,
+    maps: Tensor,
+    grads: Tensor,
+    out: Tensor,
+    *,
+    cross_term: bool = False,
 ) -> None:
-    """Normalize within maps into ``out``; ``uneven``: a part of the gradient, from ``grads``."""
+    """Normalize within maps into ``out``; ``cross_term``: see ``within_places``."""
     within_kernels.within_places[shape.strips()](
         maps, grads, out, *shape.sides, norm.k, norm.slope,
-        **shape.strip, UNEVEN=uneven, num_warps=WARPS,
+        **shape.strip, CROSS_TERM=cross_term, num_warps=WARPS,
     )  # fmt: skip

@@ -57,9 +57,12 @@ def _four_rows(values, image, h, w, c, H, W, C: tl.constexpr, SQUARE: tl.constex
 def within_places(
     maps, grads, out, H, W, k, slope,
     C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
-    UNEVEN: tl.constexpr,
+    CROSS_TERM: tl.constexpr,
 ):  # fmt: skip
-    """Write the normalized maps, or g x s ** -7/4, whose window sums are part of the gradient."""
+    """Write the normalized maps, or g x s ** -7/4.
+
+    The window sums of the latter are the part of the gradient that comes through the sums s.
+    """
     image, first, w, c = _strip(H, W, C, G, P, ROWS)
     s0, s1, s2, s3 = _four_rows(maps, image, first, w, c, H, W, C, True)
     for step in range(ROWS):
@@ -68,7 +71,7 @@ def within_places(
         x = tl.load(maps + offset, mask=mask, other=0.0).to(tl.float32)
         root = tl.rsqrt(k + slope * (s0 + s1 + s2 + s3 + s4))
         value = x * root * tl.sqrt(root)
-        if UNEVEN:
+        if CROSS_TERM:
             value *= tl.load(grads + offset, mask=mask, other=0.0).to(tl.float32) * root * root
         tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
         s0, s1, s2, s3 = s1, s2, s3, s4
@@ -76,7 +79,7 @@ def within_places(
 
 @jit
 def within_backward(
-    maps, bias, across, grads, uneven, maps_grad, bias_grad, H, W,
+    maps, bias, across, grads, cross_term, maps_grad, bias_grad, H, W,
     k, slope, within_k, within_slope,
     C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     FIRST: tl.constexpr, ACROSS: tl.constexpr,
@@ -86,10 +89,10 @@ def within_backward(
     offsets = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
     total = tl.zeros([P, G, 8], tl.float32)
     s0, s1, s2, s3 = _four_rows(across, image, first, w, c, H, W, C, True)
-    u0, u1, u2, u3 = _four_rows(uneven, image, first, w, c, H, W, C, False)
+    u0, u1, u2, u3 = _four_rows(cross_term, image, first, w, c, H, W, C, False)
     for step in range(ROWS):
         s4 = _row_sum(across, image, first + step + 2, w, c, H, W, C, True)
-        u4 = _row_sum(uneven, image, first + step + 2, w, c, H, W, C, False)
+        u4 = _row_sum(cross_term, image, first + step + 2, w, c, H, W, C, False)
         offset, mask = _places(image, first + step, w, c, H, W, C)
         root = tl.rsqrt(within_k + within_slope * (s0 + s1 + s2 + s3 + s4))
         normalized = tl.load(across + offset, mask=mask, other=0.0).to(tl.float32)

@@ -1,6 +1,5 @@
 """Blocks of images, prepared in worker processes: decoded, scaled, cut, and hashed."""
 
-import hashlib
 import io
 import os
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -74,7 +74,7 @@ def pack(task: Task) -> tuple[Line, bytearray, Sums | None]:
         before = len(content)
         content += pixels.data if task.images == "raw" else _jpeg(image)
         lengths.append(len(content) - before)
-    block = Block(len(lengths), len(content), hashlib.sha256(content).hexdigest())
+    block = Block(len(lengths), len(content), sha256(content))
     line = Line(task.part, block, lengths, skipped, hash_of(task.items))
     sums = Sums(pixel_sums.long(), colour_sums.long()) if task.part == "train" else None
     return line, content, sums
@@ -107,7 +107,7 @@ def packed(
         _set_up()
         yield from map(pack, tasks)
         return
-    waiting = deque[tuple[Path, Future[tuple[Line, int]]]]()
+    waiting = deque[tuple[Path, Future[Line]]]()
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
     try:
         for number, task in enumerate(tasks):
@@ -140,9 +140,7 @@ def _set_up() -> None:
     hide_warnings()
 
 
-def _submit(
-    pool: ProcessPoolExecutor, task: Task, path: Path
-) -> "tuple[Path, Future[tuple[Line, int]]]":
+def _submit(pool: ProcessPoolExecutor, task: Task, path: Path) -> "tuple[Path, Future[Line]]":
     """Start on a task.  A worker that this starts gets no signals of the terminal."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS) - {signal.SIGTERM})
     try:
@@ -151,24 +149,24 @@ def _submit(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _pack_to(task: Task, path: Path) -> tuple[Line, int]:
-    """Write a block and its sums to ``path``; return its line, and the size of its images."""
+def _pack_to(task: Task, path: Path) -> Line:
+    """Write a block and its sums to ``path``; return its line."""
     line, content, sums = pack(task)
     with path.open("wb") as file:
         file.write(content)
         if sums is not None:
-            file.write(sums.to_bytes())
-    return line, task.size
+            file.write(safetensors.torch.save(vars(sums)))
+    return line
 
 
-def _received(path: Path, made: "Future[tuple[Line, int]]") -> tuple[Line, bytearray, Sums | None]:
+def _received(path: Path, made: "Future[Line]") -> tuple[Line, bytearray, Sums | None]:
     """Return a block that a worker has made, and delete its file."""
     try:
-        line, size = made.result()
+        line = made.result()
         content = bytearray(line.block.bytes)
         with path.open("rb") as file:
             file.readinto(content)
-            sums = Sums.from_bytes(file.read(), size) if line.part == "train" else None
-        return line, content, sums
+            sums = safetensors.torch.load(file.read()) if line.part == "train" else None
+        return line, content, Sums(**sums) if sums else None
     finally:
         path.unlink(missing_ok=True)

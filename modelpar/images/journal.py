@@ -61,16 +61,6 @@ class Sums:
         shapes = ((3, size, size), (3, 3))
         return cls(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes))
 
-    @classmethod
-    def from_bytes(cls, content: bytes, size: int) -> Self:
-        """Return what ``to_bytes`` has turned into bytes."""
-        numbers = torch.frombuffer(bytearray(content), dtype=torch.int64)
-        return cls(numbers[:-9].view(3, size, size), numbers[-9:].view(3, 3))
-
-    def to_bytes(self) -> bytes:
-        """Return all sums, one after the other."""
-        return torch.cat([self.pixels.flatten(), self.colours.flatten()]).numpy().tobytes()
-
     def add(self, other: "Sums") -> None:
         """Add the sums over other images."""
         self.pixels.add_(other.pixels)

@@ -55,7 +55,7 @@ class Reader:
 
     def __init__(self, images: Images, mesh: Mesh, workers: int) -> None:
         self.images, self.pinned = images, mesh.device.type == "cuda"
-        self.workers, self.pair = workers, mesh.readers if images.decoded else None
+        self.workers, self.pair = workers, mesh.readers if images.needs_decoding else None
         self.pool = ThreadPoolExecutor(workers, "reader") if workers else None
 
     def read(self, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -34,6 +34,7 @@ from modelpar.images.journal import (
 from modelpar.images.samples import sha256
 from modelpar.images.sources import Source
 from modelpar.images.store import (
+    FILES,
     JOURNAL,
     PARTS,
     SKIPPED,
@@ -42,7 +43,6 @@ from modelpar.images.store import (
     File,
     Part,
     Store,
-    files_of,
     open_store,
     read_manifest,
     verify,
@@ -89,7 +89,7 @@ def _finished(settings: PrepareSettings, source: Source) -> Store | None:
     made = read_manifest(root)
     if made is None:
         ours = {LOCK, JOURNAL, SUMS, STATISTICS, SKIPPED}
-        ours |= {name for part in PARTS for name in (f"{part}.images", *files_of(part, "jpeg"))}
+        ours |= {f"{part}.{name}" for part in PARTS for name in FILES}
         found = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
         if others := [name for name in found if name not in ours and name[0] != "."]:
             raise SettingsError(f"out={root}: holds {others[0]!r}; use a new folder")

@@ -27,13 +27,13 @@ RAW: Final = ("I", "F")  # 32 bits per pixel; their range is unknown
 class Images(ABC):
     """Images (3, T, T) uint8 and their labels, by number; several threads may read them at once.
 
-    ``side``: T in pixels.  ``labels``: (N,) int64.  ``decoded``: reading an image takes much
-    longer than copying it.
+    ``side``: T in pixels.  ``labels``: (N,) int64.  ``needs_decoding``: reading an image
+    takes much longer than copying it.
     """
 
     side: int
     labels: Tensor
-    decoded: bool = True
+    needs_decoding: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,7 +56,7 @@ class ImageSet:
     """A data set: training and test images at their stored size, and the names of the classes.
 
     ``fingerprint`` is a hash of the pixels if the images are in memory, otherwise of their names
-    and sizes.  ``shuffled``: whether training may shuffle them.  ``test_groups``: for each test
+    and sizes.  ``may_shuffle``: whether training may shuffle them.  ``test_groups``: for each test
     image a number that it shares with those it depends on; None: all are independent.
     ``folders``: those of the classes, if there are any.  ``skipped``: the files among the images
     that are not used.  ``statistics``: those of the training images, where they are known already.
@@ -68,7 +68,7 @@ class ImageSet:
     classes: Sequence[str]
     stored_size: int
     fingerprint: str
-    shuffled: bool = True
+    may_shuffle: bool = True
     test_groups: Sequence[int] | None = None
     folders: Sequence[str] = ()
     skipped: str = ""
@@ -91,7 +91,7 @@ class InMemory(Images):
     Sample i is image ``rows[i]``; an image may appear in more than one sample.
     """
 
-    decoded = False
+    needs_decoding = False
 
     def __init__(
         self, pixels: Tensor, labels: Sequence[int] | Tensor, rows: Sequence[int]
@@ -183,6 +183,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def sha256(*parts: bytes) -> str:
+def sha256(*parts: bytes | bytearray) -> str:
     """Return the SHA-256 of all parts, one after the other, in hexadecimal digits."""
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

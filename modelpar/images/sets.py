@@ -241,7 +241,7 @@ def synthetic(settings: DataSettings, seed: int, batch: int) -> ImageSet:
     test = InMemory(images, labels, range(batch))
     classes = [str(number) for number in range(num_classes)]
     fingerprint = sha256(repr((seed, batch, size, num_classes)).encode())
-    return ImageSet("synthetic", train, test, classes, size, fingerprint, shuffled=False)
+    return ImageSet("synthetic", train, test, classes, size, fingerprint, may_shuffle=False)
 
 
 # -- opening a set by its name --------------------------------------------------------------------

@@ -73,7 +73,7 @@ def _compute(images: ImageSet, workers: int, *, progress: bool) -> Statistics:
     total = torch.zeros(3, side, side, dtype=torch.float64)
     products = torch.zeros(3, 3, dtype=torch.float64)
     # The synthetic training images repeat the test batch: one pass over that batch is enough.
-    source = images.train if images.shuffled else images.test
+    source = images.train if images.may_shuffle else images.test
     batches = TestLoader(source, STATISTICS_BATCH, Mesh(torch.device("cpu")), workers=workers)
     count = len(source)
     bar = progress_bar(

@@ -38,13 +38,8 @@ JOURNAL: Final = "journal.jsonl"  # of a store that is not finished
 STATISTICS: Final = "statistics.safetensors"
 SKIPPED: Final = "skipped.txt"
 PARTS: Final = ("train", "val")
+FILES: Final = ("images", "offsets.npy", "labels.npy", "names")  # of each part
 AGAIN: Final = "copy the store again, or prepare it again"
-
-
-def files_of(part: str, images: str) -> list[str]:
-    """Return the names of a part's files besides its images."""
-    names = ("offsets.npy", "labels.npy", "names")
-    return [f"{part}.{name}" for name in names[images == "raw" :]]
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,8 @@ def export(settings: ExportSettings) -> None:
     net = whole_net(trained.plan, seed=0)
     net.load_state_dict(weights)
     size = trained.plan.image_size
-    lens = Augmentation(trained.statistics, size, scaled=False, device="cpu")
-    module = FromPixels(net, lens.mean).eval()
+    augmentation = Augmentation(trained.statistics, size, scaled=False, device="cpu")
+    module = FromPixels(net, augmentation.mean).eval()
     pixels = torch.zeros(2, 3, size, size)  # with one image torch would fix their number
     record = json.dumps(record_of(trained, len(nets)))
     content = (

@@ -1,7 +1,7 @@
 """Weights of another program under our names, and how damaged files of it are reported."""
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelpar.errors import CheckpointError, LaunchError, RunError, one_line
+from modelpar import errors
+from modelpar.errors import CheckpointError, LaunchError
 from modelpar.net import paper
 
 
@@ -31,16 +32,10 @@ class Foreign:
     bgr: bool = False  # whether a mean image that is given is in the order blue, green, red
 
 
-@contextmanager
-def readable(what: str) -> Generator[None]:
+def readable(what: str) -> AbstractContextManager[None]:
     """Turn whatever a library raises for a damaged file, or one of another kind, into one line."""
-    try:
-        yield
-    except (RunError, MemoryError):
-        raise
-    except Exception as error:  # noqa: BLE001 - readers of other formats check little
-        text = one_line(error)[:200]
-        raise CheckpointError(f"{what}: damaged, or not what its name says ({text})") from None
+    what = f"{what}: damaged, or not what its name says"
+    return errors.readable(what, "get the file again", CheckpointError)
 
 
 def onnx_package(module: str, setting: str) -> Any:

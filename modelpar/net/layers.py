@@ -92,8 +92,8 @@ def _normalize_backward(
     for x, total, window in reversed(list(zip(saved[::2], saved[1::2], windows, strict=True))):
         root = _inverse_root(total, window)
         direct = root.sqrt().mul_(root).mul_(grad)
-        uneven = root.square_().mul_(direct).mul_(x)
-        around = _sum_around(uneven.to(x.dtype), window.kernel)
+        cross_term = root.square_().mul_(direct).mul_(x)
+        around = _sum_around(cross_term.to(x.dtype), window.kernel)
         factor = -2 * paper.NORM_BETA * window.slope
         grad = direct.addcmul_(x, around, value=factor).to(x.dtype)
     # Unlike masked_fill, torch.where keeps the memory format.
@@ -155,8 +155,8 @@ class ResponseNorm(nn.Module):
 class AcrossMaps(ResponseNorm):
     """Response normalization over neighbouring maps of one column (section 3.3).
 
-    ``maps`` is the number of maps of a column: no window reaches from one column into the next.
-    Only Caffe's do: there it is the number of maps of both columns.
+    No window reaches across a multiple of ``maps``.  With the number of one column's maps the
+    columns are normalized apart, as in the paper; with that of both, together, as in Caffe.
     The input (N, C, H, W) may hold several columns.  ``alpha`` counts over the whole window, as
     in torch: y = x / (k + alpha / n * sum of n squares) ** beta.  ``size`` is n, an odd number.
     """

@@ -7,11 +7,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Final
-from unicodedata import east_asian_width
 
 from PIL import Image
-from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
+from tqdm.utils import disp_len, disp_trim
 
 from modelpar import tables
 from modelpar.distributed import Mesh
@@ -108,16 +107,9 @@ def _bar(share: float, width: int) -> str:
 
 def shortened(text: str, width: int | None) -> str:
     """Return ``text``, cut to ``width`` columns of a terminal; some characters need two."""
-    if width is None or width_of(text) <= width:
+    if width is None or disp_len(text) <= width:
         return text
-    while text and width_of(text) > width - 3:
-        text = text[:-1]
-    return f"{text}..."
-
-
-def width_of(text: str) -> int:
-    """Return how many columns of a terminal ``text`` takes."""
-    return sum(1 + (east_asian_width(one) in "WF") for one in text)
+    return f"{disp_trim(text, max(0, width - 3))}..."
 
 
 # -- the page -------------------------------------------------------------------------------------
@@ -157,7 +149,7 @@ def _neighbours(answer: Answer, prepared: Prepared, settings: PredictSettings) -
         return ""
     searched = min(settings.training_images, len(prepared.searched.train))
     figures = "".join(
-        f"<figure>{_picture(_pil(pixels), prepared.trained.names[label])}<figcaption>"
+        f"<figure>{_picture(to_pil_image(pixels), prepared.trained.names[label])}<figcaption>"
         f"{html.breakable(prepared.trained.names[label])}<br>{distance:.3g}</figcaption></figure>"
         for pixels, label, distance in answer.nearest
     )
@@ -165,10 +157,6 @@ def _neighbours(answer: Answer, prepared: Prepared, settings: PredictSettings) -
         f"<p>The nearest of {searched:,} training images, by the units of the last hidden layer, "
         f"with their classes and distances:</p><div>{figures}</div>"
     )
-
-
-def _pil(pixels: Tensor) -> Image.Image:
-    return to_pil_image(pixels)
 
 
 def _picture(image: Image.Image, name: str) -> str:

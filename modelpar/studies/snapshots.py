@@ -89,7 +89,7 @@ def of_checkpoint(settings: FiguresSettings) -> Snapshot:
     crops = Augmentation(prepared.statistics, plan.image_size, scaled=False, device=place)
     shown = neighbours.evenly_spaced(len(images.test), settings.batch_size)
     batch = torch.stack([images.test[row][0] for row in shown]).to(place)
-    with ActivationStats(net, plan.columns, Mesh(place), len(batch)) as stats:
+    with ActivationStats(net, plan.columns, Mesh(place)) as stats:
         neighbours.features(net, crops.center_crop(batch))
     rows = neighbours.random_subset(len(images.train), settings.training_images, trained.seed)
     figure4 = neighbours.figure4(net, images, crops, rows, settings.batch_size, prepared.workers)

@@ -192,10 +192,10 @@ def evaluate_checkpoint(
     """
     members: list[Member] = []
     for one in prepared:
-        lens = Augmentation(
+        augmentation = Augmentation(
             one.statistics, one.trained.plan.image_size, scaled=False, device=mesh.device
         )
-        members.append(Member(loaded(settings, one.trained, mesh), one.images, lens))
+        members.append(Member(loaded(settings, one.trained, mesh), one.images, augmentation))
     first = prepared[0]
     seen = Pass(members, mesh, settings.batch_size, settings.views, first.workers)
     searched, reported = rows(settings, prepared)

@@ -9,6 +9,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from operator import sub
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Final
 
 import torch
@@ -38,6 +39,7 @@ from modelpar.training.tracking import tracked
 
 KERNELS: Final = "conv1.png"
 GRID_IMAGES: Final = 16  # of a batch
+MARKDOWN: Final = "    "  # before each line of a text whose lines are kept
 SPRITE: Final = 48  # pixels, the side of an image in the projector
 # Settings that are no hyperparameters: names, and what was published.
 NAMES: Final = ("run_dir", "control", "published", "control_published", "monitor")
@@ -142,8 +144,8 @@ class Monitor:
             commit = environment.commit(Path(modelpar.__file__).parent)
             made_by = {"modelpar": modelpar.__version__, "commit": commit or "not from git"}
             made_by |= {"torch": str(torch.__version__), "python": platform.python_version()}
-            self.board.add_text("run/versions", _preformatted(yaml_of(made_by)), 0)
-            self.board.add_text("run/settings", _preformatted(yaml_of(settings)), 0)
+            self.board.add_text("run/versions", indent(yaml_of(made_by), MARKDOWN), 0)
+            self.board.add_text("run/settings", indent(yaml_of(settings), MARKDOWN), 0)
             kept = {key: value for key, value in settings.items() if key not in NAMES}
             _, begin, self.ending = hparams(dotted(kept), {})
             self._summary(begin)
@@ -256,11 +258,6 @@ class Monitor:
             if board := self.board:
                 for name, value in values.items():
                     board.add_scalar(name, value, step)
-
-
-def _preformatted(text: str) -> str:
-    """Return ``text`` as Markdown that keeps its lines."""
-    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def yaml_of(values: Mapping[str, Any]) -> str:

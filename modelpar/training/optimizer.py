@@ -17,8 +17,9 @@ from modelpar.net.plan import Recipe
 class MomentumDecay(Optimizer):
     """v <- .9 v - .0005 lr w - lr g;  w <- w + v  (section 5).
 
-    The rate is inside the velocity: unlike with torch's SGD, a lower rate does not shrink the
-    velocity so far.  A rate of 0 changes neither weight nor velocity (weights.cu).  Each parameter
+    The rate multiplies each gradient as it enters the velocity.  So a lower rate does not shrink
+    what has accumulated, whereas torch's SGD multiplies the whole velocity by it.  A rate of 0
+    changes neither weight nor velocity (weights.cu).  Each parameter
     is a group, named as in the net.
 
     With ``dtype`` bfloat16 the net is converted to it, and the float32 master weights are kept

@@ -132,20 +132,22 @@ def predict_files(
     """
     trained, stats, searched = prepared.trained, prepared.statistics, prepared.searched
     net = evaluation.loaded(settings, trained, mesh).eval()
-    lens = Augmentation(stats, trained.plan.image_size, scaled=False, device=mesh.device)
+    augmentation = Augmentation(stats, trained.plan.image_size, scaled=False, device=mesh.device)
     workers = trained.data.workers if settings.workers is None else settings.workers
     pictures = Pictures(prepared.files, stats.mean.shape[-1], settings.bad)
     loader = TestLoader(pictures, settings.batch_size, mesh, workers=workers)
     found, units = list[Prediction](), list[Tensor]()
-    for stored, some in predictions(net, loader, lens, settings.views, trained.names):
+    for stored, some in predictions(net, loader, augmentation, settings.views, trained.names):
         found += some
         if searched:
-            units.append(features(net, lens.center_crop(stored))[1])
+            units.append(features(net, augmentation.center_crop(stored))[1])
     nearest: list[list[tuple[Tensor, int, float]]] = [[] for _ in found]
     if searched and units:
         rows = random_subset(len(searched.train), settings.training_images, trained.seed)
         reading = {"batch_size": settings.batch_size, "workers": workers}
-        each = distances(net, torch.cat(units), searched.train, lens, rows, mesh, **reading)
+        each = distances(
+            net, torch.cat(units), searched.train, augmentation, rows, mesh, **reading
+        )
         count = settings.neighbours
         nearest = [nearest_distinct(searched.train, rows, row, count) for row in each]
     files = [prepared.files[row] for row in loader.rows]
@@ -191,9 +193,9 @@ def predict(net: Any, images: Any, views: int) -> list[Prediction]:
     given = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else [*images]
     pictures = Pictures(given, net.statistics.mean.shape[-1])
     device, training = net.fc8.weight.device, net.training
-    lens = Augmentation(net.statistics, net.plan.image_size, scaled=False, device=device)
+    augmentation = Augmentation(net.statistics, net.plan.image_size, scaled=False, device=device)
     loader = TestLoader(pictures, BATCH, Mesh(device))
-    each = predictions(net, loader, lens, views, net.classes)
+    each = predictions(net, loader, augmentation, views, net.classes)
     found = [prediction for _, some in each for prediction in some]
     net.train(training)
     return found

@@ -5,8 +5,6 @@ other is sent at an evaluation, never in a step, and the ranks send it also wher
 drawn any more.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +23,7 @@ from modelpar.net.plan import Plan
 from modelpar.net.weights import split
 from modelpar.training.engine import Net
 
-STATS_IMAGES: Final = 128  # test images whose activations are summarized: one batch
+STATS_IMAGES: Final = 64  # test images whose activations are summarized
 EMBEDDED: Final = 200  # test images; the projector's own analysis is exact up to 200 dimensions
 MOST_CLASSES: Final = paper.NUM_CLASSES  # whose answers are counted: 8 MB
 
@@ -44,7 +42,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Seen:
-    """What an evaluation has found besides the errors; the last two only at the end of a run."""
+    """What is shown beside the errors of an evaluation; the last two only at the end of a run."""
 
     activity: list[Activity]
     histograms: list[Histogram]
@@ -53,14 +51,27 @@ class Seen:
 
 
 class Watch:
-    """Collects what ``Seen`` holds of a net; ``on``: whether the run shows it."""
+    """Collects what ``Seen`` holds of a net; ``on``: whether the run shows it.
 
-    def __init__(self, net: Net, plan: Plan, mesh: Mesh, test: TestLoader, *, on: bool) -> None:
-        self.net, self.plan, self.mesh, self.batches = net, plan, mesh, max(1, len(test))
+    ``test``: the test images, as they are stored, of which ``batch_size`` fit into memory.
+    """
+
+    def __init__(
+        self,
+        net: Net,
+        plan: Plan,
+        mesh: Mesh,
+        test: Images,
+        augmentation: Augmentation,
+        batch_size: int,
+        *,
+        on: bool,
+    ) -> None:
+        self.net, self.plan, self.mesh = net, plan, mesh
+        self.test, self.augmentation, self.batch_size = test, augmentation, batch_size
         self.on = on
         self.first = on and mesh.replica == 0
         self.gradients: dict[str, list[Tensor]] = {}  # by weight, of each column here
-        self.stats: ActivationStats | None = None
         self.confusion: Tensor | None = None
 
     def see_gradients(self) -> None:
@@ -77,56 +88,56 @@ class Watch:
             for name in state
         }
 
-    @contextmanager
-    def evaluation(self, *, ends: bool) -> Generator[Tensor | None]:
-        """Watch an evaluation; yields the counts of its answers, if it ends the run."""
-        if self.first:
-            images = -(-STATS_IMAGES // self.batches)
-            kept = SAMPLE // self.batches
-            self.stats = ActivationStats(self.net, self.plan.columns, self.mesh, images, kept)
+    def counts(self) -> Tensor | None:
+        """Return zeros, to which the evaluation at the end of the run adds its answers."""
         classes = self.plan.num_classes
-        if self.on and ends and classes <= MOST_CLASSES:
+        if self.on and classes <= MOST_CLASSES:
             self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
-        with self.stats or nullcontext():
-            yield self.confusion
+        return self.confusion
 
-    def result(self) -> Seen:
-        """Return what the last evaluation has found.  A collective of the mesh.
+    def result(self, *, ends: bool) -> Seen:
+        """Return what to show after an evaluation, which has put the net in evaluation mode.
 
-        The columns send each other half a kilobyte for each layer.
+        The columns send each other half a kilobyte for each layer.  ``ends``: it ends the run.  A
+        collective of the mesh.
         """
         activity: list[Activity] = []
         histograms: list[Histogram] = []
         confusion = self.confusion
-        if self.stats:
-            activity = self.stats.result()
-            samples = {
-                f"units_histogram/{name}": kept for name, kept in self.stats.samples.items()
-            }
-            samples |= {f"weights_gradient/{name}": kept for name, kept in self.gradients.items()}
+        if self.first:
+            batches = self._some(STATS_IMAGES)
+            kept = SAMPLE // len(batches)
+            with ActivationStats(self.net, self.plan.columns, self.mesh, kept) as stats:
+                for batch, _ in batches:
+                    features(self.net, self.augmentation.center_crop(batch))
+            activity = stats.result()
+            samples = {f"units_histogram/{name}": some for name, some in stats.samples.items()}
+            samples |= {f"weights_gradient/{name}": some for name, some in self.gradients.items()}
             histograms = gathered(samples, self.plan.columns, self.mesh)
         if confusion is not None:
             confusion = all_reduce_sum(
                 confusion.to(self.mesh.device), self.mesh.replica_group
             ).cpu()
-        self.gradients, self.stats, self.confusion = {}, None, None
-        return Seen(activity, histograms, confusion)
+        embedding = self._embedding() if ends and self.first else None
+        self.gradients, self.confusion = {}, None
+        return Seen(activity, histograms, confusion, embedding)
 
-    def embedding(self, images: Images, lens: Augmentation, batch_size: int) -> Embedding | None:
-        """Return the projector's images, in the first replica; the net is in evaluation mode.
+    def _some(self, count: int) -> TestLoader:
+        rows = evenly_spaced(len(self.test), count)
+        return TestLoader(self.test, self.batch_size, self.mesh, rows=rows)
+
+    def _embedding(self) -> Embedding:
+        """Return the projector's images.
 
         Each column has half of the units, and the scalar products are the sum of both columns'.
         They give all distances, with a fifth of the bytes of the units.  A collective of the
         pair.
         """
-        if not self.first:
-            return None
-        rows = evenly_spaced(len(images), EMBEDDED)
         stored: list[Tensor] = []
         labels: list[int] = []
         units: list[Tensor] = []
-        for batch, answers in TestLoader(images, batch_size, self.mesh, rows=rows):
-            units.append(features(self.net, lens.center_crop(batch))[1].double())
+        for batch, answers in self._some(EMBEDDED):
+            units.append(features(self.net, self.augmentation.center_crop(batch))[1].double())
             stored.append(batch.cpu())
             labels += answers.tolist()
         wide = torch.cat(units)

@@ -66,7 +66,7 @@ class Trainer:
             settings.seed,
             replica=mesh.replica,
             replicas=mesh.replicas,
-            shuffle=recipe.shuffle if images.shuffled else "never",
+            shuffle=recipe.shuffle if images.may_shuffle else "never",
         )
         workers = prepared.data.workers
         self.loader = TrainLoader(
@@ -86,7 +86,9 @@ class Trainer:
         self.monitor: Monitor | None = None  # of rank 0
         self.debug = Debugging(settings.debug, run_dir, mesh.rank)
         shown = settings.monitor.tensorboard
-        self.watch = Watch(self.learner.net, self.plan, mesh, self.tests, on=shown)
+        self.watch = Watch(
+            self.learner.net, self.plan, mesh, images.test, self.augmentation, at_once, on=shown
+        )
         self.step = 0
 
     def resume(self, start: Checkpoint) -> None:
@@ -240,8 +242,8 @@ class Trainer:
         self._read()
         ends = self.step >= self.total
         views = self.settings.views if ends else 1
-        with self.watch.evaluation(ends=ends) as confusion:
-            errors = self._errors(self.learner.net, views, confusion)
+        confusion = self.watch.counts() if ends else None
+        errors = self._errors(self.learner.net, views, confusion)
         if not ends:
             plateau = replace(self.learner.schedule.plateau)
             plateau.observe(self.step // len(self.order) - 1, errors.top1)
@@ -256,19 +258,17 @@ class Trainer:
             early = self.settings.early_stopping * (self.total < self.prepared.steps)
             epochs = self.step // len(self.order)
             self.monitor.test(self.step, epochs, errors, views, averaged, early)
-        seen = self.watch.result()
-        if ends:
-            test, size = self.prepared.images.test, self.settings.batch_size
-            embedding = self.watch.embedding(test, self.augmentation, size)
-            seen = replace(seen, embedding=embedding)
+        seen = self.watch.result(ends=ends)
         if self.monitor:
             self.monitor.seen(seen, self.prepared.images.classes, self.step)
         self.meter.pause()
 
     def _errors(self, net: nn.Module, views: int, confusion: Tensor | None = None) -> Errors:
-        batches, lens = self._test_batches(), self.augmentation
+        batches, augmentation = self._test_batches(), self.augmentation
         groups = self.prepared.images.groups
-        errors = evaluate(net, self.mesh, batches, lens, groups, views, confusion=confusion)
+        errors = evaluate(
+            net, self.mesh, batches, augmentation, groups, views, confusion=confusion
+        )
         if not math.isfinite(errors.loss):
             self._diverged(self.step, f"the test loss is {errors.loss}")
         return errors

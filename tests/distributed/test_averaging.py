@@ -78,10 +78,10 @@ def by_hand(path: Path, views: int) -> tuple[torch.Tensor, torch.Tensor]:
     net.load_state_dict(found.trained.weights(None))
     net = net.double().eval()
     size = found.trained.plan.image_size
-    lens = Augmentation(found.statistics, size, scaled=False, device="cpu")
+    augmentation = Augmentation(found.statistics, size, scaled=False, device="cpu")
     test = [found.images.test[row] for row in range(len(found.images.test))]
     stored = torch.stack([image for image, _ in test])
-    crops = [lens.center_crop(stored)] if views == 1 else [*lens.ten_crop(stored)]
+    crops = [augmentation.center_crop(stored)] if views == 1 else [*augmentation.ten_crop(stored)]
     with torch.no_grad():
         each = [functional.softmax(net(crop.double()), 1) for crop in crops]
     return torch.stack(each).mean(0), torch.tensor([label for _, label in test])

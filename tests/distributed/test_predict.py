@@ -16,6 +16,7 @@ from ranks import Ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_averaging import untrained
+from tqdm.utils import disp_len
 
 from modelpar import AlexNet, Column, Link, config, predict
 from modelpar.distributed import Mesh
@@ -51,10 +52,10 @@ def place(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     state["fc8.weight"] = torch.randn(2, 4096, generator=source)
     save_file(state, file, about)
     (seen,) = evaluation.prepare(config.read("evaluate", [f"checkpoint={file}", "columns=1"]))
-    lens = Augmentation(seen.statistics, 64, scaled=False, device="cpu")
+    augmentation = Augmentation(seen.statistics, 64, scaled=False, device="cpu")
     stored = torch.stack([seen.images.test[row][0] for row in range(10)])
     with torch.no_grad():
-        logits = AlexNet.load(file)(lens.center_crop(stored))
+        logits = AlexNet.load(file)(augmentation.center_crop(stored))
     state["fc8.bias"] = torch.stack([(logits[:, 1] - logits[:, 0]).median(), torch.zeros(())])
     save_file(state, file, about)
     return folder
@@ -267,8 +268,8 @@ def test_bars_are_aligned_and_fit_40_columns(monkeypatch: pytest.MonkeyPatch) ->
         rows[0] == "   90.0 %  \u2588\u2588\u2588\u2588\u2588\u2588\u2588\u2588\u2588   tabby cat"
     )
     assert rows[1] == "    6.2 %  \u258b           " + "\u732b" * 7 + "..."
-    assert max(map(predictions.width_of, rows)) <= 40
-    assert predictions.width_of(rows[2]) == 40
+    assert max(map(disp_len, rows)) <= 40
+    assert disp_len(rows[2]) == 40
     assert printed(monkeypatch, "utf-8", 80)[1].index("tabby") == 33
 
 

@@ -21,7 +21,7 @@ class Counted(Images):
 
     def __init__(self, images: Images) -> None:
         self.images, self.side, self.labels = images, images.side, images.labels
-        self.decoded, self.count = images.decoded, 0
+        self.needs_decoding, self.count = images.needs_decoding, 0
 
     def image(self, index: int) -> torch.Tensor:
         self.count += 1
@@ -33,8 +33,8 @@ def batches(mesh: Mesh, words: list[str], workers: int) -> Any:
     found = prepare.prepare(config.read("train", words))
     images, tests = Counted(found.images.train), Counted(found.images.test)
     order = BatchOrder(len(images), 7, 0, replica=mesh.replica, replicas=mesh.replicas)
-    lens = Augmentation(found.statistics, 64, scaled=True, device="cpu")
-    loader = TrainLoader(images, order, lens, mesh, crops="per_32", workers=workers)
+    augmentation = Augmentation(found.statistics, 64, scaled=True, device="cpu")
+    loader = TrainLoader(images, order, augmentation, mesh, crops="per_32", workers=workers)
     ends = TestLoader(tests, 3, mesh, workers=workers)
     trained = [batch for epoch in (0, 1) for batch in loader.epoch(epoch, epoch, 0.1)]
     whole = [(batch.images, batch.labels, batch.digest) for batch in trained]

@@ -42,15 +42,15 @@ def seen(mesh: Mesh, words: list[str]) -> dict[str, Any]:
     settings = config.read("train", words)
     found = prepare.prepare(settings)
     net = build(found.plan, mesh, settings, seed=3).eval()
-    lens = Augmentation(found.statistics, 64, scaled=False, device="cpu")
+    augmentation = Augmentation(found.statistics, 64, scaled=False, device="cpu")
     tests = TestLoader(found.images.test, 8, mesh)
-    watch = Watch(net, found.plan, mesh, tests, on=True)
-    with watch.evaluation(ends=True) as counts:
-        evaluate(net, mesh, tests, lens, found.images.groups, confusion=counts)
+    watch = Watch(net, found.plan, mesh, found.images.test, augmentation, 4, on=True)
+    evaluate(net, mesh, tests, augmentation, found.images.groups, confusion=watch.counts())
     batch = 60 * torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double()
     functional.cross_entropy(net(batch), torch.tensor([0, 1, 1, 0])).backward()
     watch.see_gradients()
-    shown, embedding = watch.result(), watch.embedding(found.images.test, lens, 4)
+    shown = watch.result(ends=True)
+    embedding = shown.embedding
     assert embedding is not None
     return {
         "activity": [astuple(row) for row in shown.activity],

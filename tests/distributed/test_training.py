@@ -155,9 +155,9 @@ def names_in(folder: Path) -> list[str]:
 def digests(mesh: Mesh, words: list[str]) -> list[str]:
     settings = config.read("train", words)
     found = prepare.prepare(settings)
-    lens = Augmentation(found.statistics, 64, scaled=True, device="cpu")
+    augmentation = Augmentation(found.statistics, 64, scaled=True, device="cpu")
     order = BatchOrder(len(found.images.train), 4, 0, replica=mesh.replica, replicas=mesh.replicas)
-    loader = TrainLoader(found.images.train, order, lens, mesh, crops="per_32")
+    loader = TrainLoader(found.images.train, order, augmentation, mesh, crops="per_32")
     return [
         hashlib.sha256(batch.images.numpy().tobytes() + batch.labels.numpy().tobytes()).hexdigest()
         for batch in loader.epoch(1, 0, 0.1)

@@ -61,7 +61,7 @@ def read(mesh: Mesh, words: list[str], change: str) -> list[int]:
     images: Any = found.images.train
 
     class Changed(Images):
-        side, decoded = images.side, False
+        side, needs_decoding = images.side, False
         labels = images.labels ^ (mesh.rank == 1 and change == "label")
 
         def image(self, index: int) -> torch.Tensor:
@@ -71,8 +71,8 @@ def read(mesh: Mesh, words: list[str], change: str) -> list[int]:
 
     seed = 1 if mesh.rank == 1 and change == "order" else 0
     order = BatchOrder(len(images), 8, seed)
-    lens = Augmentation(found.statistics, 64, scaled=True, device=mesh.device)
-    loader = TrainLoader(Changed(), order, lens, mesh, crops="per_image")
+    augmentation = Augmentation(found.statistics, 64, scaled=True, device=mesh.device)
+    loader = TrainLoader(Changed(), order, augmentation, mesh, crops="per_image")
     return [one.digest for one in loader.epoch(0, 0, 0.1)]
 
 

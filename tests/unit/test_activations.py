@@ -24,7 +24,7 @@ def test_statistics_equal_those_of_torch_and_the_net_is_unchanged() -> None:
     handle = net.fc7.register_forward_hook(lambda *call: responses.append(call[2]))
     plain = net(images)
     handle.remove()
-    with ActivationStats(net, 2, MESH, images=6) as stats:
+    with ActivationStats(net, 2, MESH) as stats:
         assert torch.equal(net(images), plain)
     assert torch.equal(net(images), plain)  # the hooks are gone
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in net.modules())
@@ -42,14 +42,14 @@ def test_statistics_equal_those_of_torch_and_the_net_is_unchanged() -> None:
 
 
 @torch.no_grad()
-def test_only_the_first_images_of_each_batch_are_counted() -> None:
-    net, images = net_of(), 60 * torch.randn(6, 3, 64, 64)
-    with ActivationStats(net, 2, MESH, images=2) as some:
+def test_statistics_of_parts_are_those_of_all_images() -> None:
+    net, images = net_of(), 60 * torch.randn(4, 3, 64, 64)
+    with ActivationStats(net, 2, MESH) as parts:
         net(images[:3])
         net(images[3:])
-    with ActivationStats(net, 2, MESH, images=4) as every:
-        net(images[[0, 1, 3, 4]])
-    for one, other in zip(some.result(), every.result(), strict=True):
+    with ActivationStats(net, 2, MESH) as together:
+        net(images)
+    for one, other in zip(parts.result(), together.result(), strict=True):
         assert one.mean == pytest.approx(other.mean, rel=1e-5)
         assert one.dead == other.dead
 
@@ -57,7 +57,7 @@ def test_only_the_first_images_of_each_batch_are_counted() -> None:
 @torch.no_grad()
 def test_net_of_one_column_with_tanh_has_statistics_too() -> None:
     net, images = net_of("tanh", net="one_column"), 60 * torch.randn(2, 3, 64, 64)
-    with ActivationStats(net, 1, MESH, images=2) as stats:
+    with ActivationStats(net, 1, MESH) as stats:
         net(images)
     rows = stats.result()
     assert [row.column for row in rows] == [0] * 7 + [None]

@@ -252,9 +252,9 @@ def test_fewer_generated_images_than_a_batch_are_refused() -> None:
 def test_each_means_of_reading_is_measured() -> None:
     how = ["what=data", "images=256", "batch_sizes=[8]", "rounds=1", "steps=1", *SMALL]
     result = reading.measure_reading(config.read("benchmark", how))
-    assert [row["means"] for row in result["rows"]] == ["imagefolder", "folder", "jpeg", "raw"]
+    assert [row["reader"] for row in result["rows"]] == ["imagefolder", "folder", "jpeg", "raw"]
     for row in result["rows"]:
         assert min(row["one_core"], row["all_cores"], row["training"]) > 0
         assert 0 <= row["waiting"] < 1
-        assert f"| {row['means']} | {row['one_core']:,.0f} (" in reading.reading_table(result)
+        assert f"| {row['reader']} | {row['one_core']:,.0f} (" in reading.reading_table(result)
     assert min(result["preparing"].values()) > 0

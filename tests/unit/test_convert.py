@@ -90,9 +90,11 @@ def logits(found: evaluation.TrainedNet, stored: torch.Tensor) -> torch.Tensor:
     net = whole_net(found.plan, 0)
     net.load_state_dict(found.weights(None))
     assert found.statistics is not None
-    lens = Augmentation(found.statistics, found.plan.image_size, scaled=False, device="cpu")
+    augmentation = Augmentation(
+        found.statistics, found.plan.image_size, scaled=False, device="cpu"
+    )
     with torch.no_grad():
-        return net.double().eval()(lens.center_crop(stored).double())
+        return net.double().eval()(augmentation.center_crop(stored).double())
 
 
 def stored_images(count: int) -> torch.Tensor:

@@ -58,8 +58,10 @@ def expected(trained: TrainedNet, stored: torch.Tensor, views: int) -> torch.Ten
     net = whole_net(trained.plan, 0).eval()
     net.load_state_dict(trained.weights(None))
     assert trained.statistics is not None
-    lens = Augmentation(trained.statistics, SIZE, scaled=False, device="cpu")
-    crops = [lens.center_crop(stored)] if views == 1 else list(lens.ten_crop(stored))
+    augmentation = Augmentation(trained.statistics, SIZE, scaled=False, device="cpu")
+    crops = (
+        [augmentation.center_crop(stored)] if views == 1 else list(augmentation.ten_crop(stored))
+    )
     with torch.no_grad():
         return torch.stack([functional.softmax(net(crop), 1) for crop in crops]).mean(0)
 

@@ -310,7 +310,7 @@ def test_synthetic_repeats_one_batch(tmp_path: Path) -> None:
     assert len(found.train) == 1000 * 128
     assert len(found.classes) == 7
     first = list(BatchOrder(len(found.train), 128, 3, shuffle="never"))[:3]
-    assert not found.shuffled
+    assert not found.may_shuffle
     for batch in first[1:]:
         assert all(
             torch.equal(found.train[one][0], found.train[other][0])

@@ -228,7 +228,7 @@ def test_10_biases(recipe: str) -> None:
     assert rates["conv2.weight"] == 0.01
 
 
-def imagenet_lens(*, scaled: bool) -> Augmentation:
+def imagenet_augmentation(*, scaled: bool) -> Augmentation:
     colours = Statistics(
         torch.zeros(3, 8, 8),
         torch.tensor(IMAGENET_COLOUR_STD),
@@ -246,13 +246,17 @@ def imagenet_lens(*, scaled: bool) -> Augmentation:
     ],
 )
 def test_11_colour_noise(recipe: str, expected: tuple[float, ...]) -> None:
-    lens = imagenet_lens(scaled=Recipe.named(recipe).colour_noise == "added_and_scaled")
+    augmentation = imagenet_augmentation(
+        scaled=Recipe.named(recipe).colour_noise == "added_and_scaled"
+    )
     draws = CropFlipColour.of_epoch(0, 0, 20_000, 0, "per_image")
     noise = Schedule(Recipe.named(recipe), 90).colour_noise(0)
-    seen = lens.train(torch.zeros(20_000, 3, 8, 8, dtype=torch.uint8), draws, noise)
+    seen = augmentation.train(torch.zeros(20_000, 3, 8, 8, dtype=torch.uint8), draws, noise)
     assert torch.equal(seen[:, :, 0, 0], seen[:, :, 7, 7])  # one shift for all pixels
     assert torch.allclose(seen[:, :, 0, 0].std(0), torch.tensor(expected), rtol=0.02)
-    assert not lens.center_crop(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).any()  # not at test
+    assert not augmentation.center_crop(
+        torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    ).any()  # not at test
 
 
 def test_11_colours_are_standard_deviations_of_the_pixels() -> None:
@@ -275,11 +279,11 @@ class _Constant(nn.Module):
 
 def test_12_ten_views_average_probabilities() -> None:
     mean = torch.arange(3 * 64.0).view(3, 8, 8)
-    lens = Augmentation(
+    augmentation = Augmentation(
         Statistics(mean, torch.ones(3), torch.eye(3)), 6, scaled=True, device="cpu"
     )
     image = torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 8, 8)
-    views = list(lens.ten_crop(image))
+    views = list(augmentation.ten_crop(image))
     assert len(views) == 10
     window = mean[:, 1:7, 1:7]  # central, whatever the crop
     corners = [(0, 0), (0, 2), (2, 0), (2, 2), (1, 1)]
@@ -291,7 +295,7 @@ def test_12_ten_views_average_probabilities() -> None:
         assert torch.equal(views[2 * place + 1][0], mirrored)
     net = _Constant()
     errors = evaluate(
-        net, Mesh(torch.device("cpu")), [(image, torch.tensor([0]))], lens, [0], views=10
+        net, Mesh(torch.device("cpu")), [(image, torch.tensor([0]))], augmentation, [0], views=10
     )  # type: ignore[arg-type]
     answers = torch.cat([net(view) for view in views])
     probability = answers.softmax(1).mean(0)[0]
@@ -301,18 +305,18 @@ def test_12_ten_views_average_probabilities() -> None:
 
 def test_12_nine_views_are_a_grid_without_mirror_images() -> None:
     mean = torch.rand(3, 8, 8)
-    lens = Augmentation(
+    augmentation = Augmentation(
         Statistics(mean, torch.ones(3), torch.eye(3)), 4, scaled=True, device="cpu"
     )
     image = torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 8, 8)
     places = [(top, left) for top in (0, 2, 4) for left in (0, 2, 4)]
-    for view, (top, left) in zip(lens.nine_crop(image), places, strict=True):
+    for view, (top, left) in zip(augmentation.nine_crop(image), places, strict=True):
         assert torch.equal(view, image[:, :, top : top + 4, left : left + 4] - mean[:, 2:6, 2:6])
     net = _Constant()
     errors = evaluate(
-        net, Mesh(torch.device("cpu")), [(image, torch.tensor([0]))], lens, [0], views=9
+        net, Mesh(torch.device("cpu")), [(image, torch.tensor([0]))], augmentation, [0], views=9
     )  # type: ignore[arg-type]
-    answers = torch.cat([net(view) for view in lens.nine_crop(image)])
+    answers = torch.cat([net(view) for view in augmentation.nine_crop(image)])
     assert errors.loss == pytest.approx(-float(answers.softmax(1).mean(0)[0].log()), rel=1e-5)
 
 
