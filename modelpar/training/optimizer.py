@@ -19,8 +19,8 @@ class MomentumDecay(Optimizer):
 
     The rate multiplies each gradient as it enters the velocity.  So a lower rate does not shrink
     what has accumulated, whereas torch's SGD multiplies the whole velocity by it.  A rate of 0
-    changes neither weight nor velocity (weights.cu).  Each parameter
-    is a group, named as in the net.
+    changes neither weight nor velocity (weights.cu).  Each parameter is a group, named as in the
+    net.
 
     With ``dtype`` bfloat16 the net is converted to it, and the float32 master weights are kept
     here; each step updates these and rounds them into the net.  ``factors`` multiply the decay of
