@@ -1,9 +1,9 @@
-# Two columns in one container.  torch's wheel brings CUDA, cuDNN and NCCL, so a slim Python and
-# the host's driver are enough.
+# Two columns in one container.  torch's wheel brings CUDA, cuDNN and NCCL, so a slim Python,
+# a compiler for torch.compile and Triton, and the host's driver are enough.
 #   docker build -t modelpar .
 #   docker run --init --gpus all --shm-size 8g -v /data/imagenet:/data:ro -v "$PWD/runs:/runs" \
 #     modelpar data=imagenet data.root=/data run_dir=/runs/first
-# Loader processes pass batches through shared memory, of which Docker provides 64 MB by default.
+# NCCL may pass data between GPUs through shared memory, of which Docker provides 64 MB by default.
 # The tests were run with this version of Python.
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
@@ -11,6 +11,9 @@ FROM python:${PYTHON}-slim
 LABEL org.opencontainers.image.title="modelpar" \
       org.opencontainers.image.description="AlexNet as it ran in 2012, split over two devices" \
       org.opencontainers.image.licenses="Apache-2.0"
+
+RUN apt-get update && apt-get install -y --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 
 ARG UID=1000
 ARG GID=1000

@@ -1,4 +1,4 @@
-"""Time a training step by several means, or how fast images are read.
+"""Time a training step of several implementations, or how fast images are read.
 
 modelpar-benchmark
 modelpar-benchmark contenders=[plain,pair] precisions=[float32] batch_sizes=[64]

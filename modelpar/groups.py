@@ -69,7 +69,7 @@ class RecipeSettings:
     ``norm1_input``, ``norm2_input`` and ``norms`` are Caffe's.
     """
 
-    name: str = declare(MISSING, unset=BY_RECIPE, means="`paper`, `code2012` or `clean`")
+    name: str = declare(MISSING, unset=BY_RECIPE, means="`paper`, `code2012`, `clean` or `caffe`")
     weight_std: str = one_of(
         "same", "wider_conv3_5", unset=BY_RECIPE, means="standard deviation of the initial weights"
     )
@@ -141,12 +141,14 @@ class RecipeSettings:
         "last",
         default=None,
         unset="by timetable",
-        means="with which drop of the weights' rate that of the biases falls to a tenth",
+        means="drop of the weights' learning rate at which the rate of the biases also falls to "
+        "a tenth",
     )
     rates_by_layer: dict[str, float] = at_least(
         0,
         {},
-        means="what multiplies the learning rates of a layer: `'recipe.rates_by_layer={fc8: 10}'`",
+        means="factors of the learning rates of single layers: "
+        "`'recipe.rates_by_layer={fc8: 10}'`",
     )
     momentum: float = at_least(0, MOMENTUM, means="of the weights and biases (section 5)")
     weight_decay: float = at_least(

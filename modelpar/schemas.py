@@ -118,7 +118,7 @@ class BenchmarkSettings(ProcessSettings):
         1,
         None,
         unset="by device: `2`, on a GPU `20`",
-        means="timed steps of a turn, after one that is not timed, on a GPU three",
+        means="timed steps of a turn, after one that is not timed, on a GPU six",
     )
     breakdown: bool = declare(
         False,

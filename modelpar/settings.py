@@ -225,13 +225,19 @@ class EvaluateSettings(RankSettings):
     ema: bool = declare(
         False, means="evaluate the moving averages of `recipe.ema` in place of the weights"
     )
-    weights: str = one_of("equal", "search", default="equal", means="of the nets in their average")
+    weights: str = one_of(
+        "equal",
+        "search",
+        default="equal",
+        means="weights of the nets in their average: all equal, or searched on a part of the test "
+        "images",
+    )
     search_images: int | None = at_least(
         1,
         None,
         unit="images",
         unset="a fifth",
-        means="test images on which `weights=search` searches, and that are in no error",
+        means="number of test images on which `weights=search` searches; they count in no error",
     )
     views: int = one_of(1, 9, 10, default=1, means="views per image")
     out: str | None = path(
