@@ -5,7 +5,6 @@ with variables for other programs.  This module needs no torch, so it corrects t
 library reads them, and a library that cannot be imported is one line as well.
 """
 
-import gc
 import getpass
 import io
 import logging
@@ -70,9 +69,8 @@ def _run(name: str, work: str, prepare: str) -> int:
     _start_threads()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its cache need not be writable
     warnings.filterwarnings("ignore", NOTES, UserWarning)
-    run, *functions = [modelpar.load(part) for part in ("launch:run", work, prepare) if part]
-    gc.freeze()  # imported objects live until exit, so no collection needs to search them
-    return run(name, *functions)
+    run, *functions = [modelpar.load(part) for part in ("launch:run", prepare) if part]
+    return run(name, work, *functions)
 
 
 # -- standard streams -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ the same ranks without it.  A rank exits with the status of its error, see ``mod
 torchrun itself always exits with 1, so the status of a failed run is also in ``log/exit.json``.
 """
 
+import gc
 import json
 import logging
 import os
@@ -36,7 +37,6 @@ from modelpar.environment import Environment
 from modelpar.errors import CheckpointError, LaunchError, PeerLostError, StoppedError
 from modelpar.files import atomic_write
 from modelpar.settings import TrainSettings
-from modelpar.training import dry
 
 EXIT: Final = "log/exit.json"  # in the directory of a run that failed
 LOCAL: Final = "127.0.0.1"  # where the ranks of one host meet
@@ -46,26 +46,32 @@ FIRST_ERROR_SECONDS: Final = 5.0  # that other ranks leave local rank 0 to repor
 # What may differ between the hosts of one run.
 HOST_SETTINGS: Final = ("threads", "workers", "cache_dir", "data.root", "data.workers")
 Prepare = Callable[[Any, Path | None], Any]
-Work = Callable[[Any, Any, Mesh, Any], None]
 
 
-def run(name: str, work: Callable[..., None], prepare: Prepare | None = None) -> int:
+def run(name: str, work: str, prepare: Prepare | None = None) -> int:
     """Run a command, as a rank, a sweep, the launcher or a single process; return its status.
 
-    ``work(settings)`` is a command of one process.  With ``prepare`` a command has several ranks:
-    ``prepare(settings, run_dir)`` opens everything that can fail before the work starts, creates
-    nothing outside the cache, and returns what ``work(settings, prepared, mesh, run_dir)`` needs
-    on each rank.  ``prepare`` gets None for a ``run_dir`` that has been checked already.
+    ``work`` names a function, which the launcher need not import.  ``work(settings)`` is a command
+    of one process.  With ``prepare`` a command has several ranks: ``prepare(settings, run_dir)``
+    opens everything that can fail before the work starts, creates nothing outside the cache, and
+    returns what ``work(settings, prepared, mesh, run_dir)`` needs on each rank.  ``prepare`` gets
+    None for a ``run_dir`` that has been checked already.
     """
     words = sys.argv[1:]
     if "RANK" in os.environ and prepare is not None:
-        return run_rank(name, prepare, work, words)
+        return run_rank(name, prepare, _load(work), words)
     if prepare is None:
-        work(config.read(name, overrides.with_search_path(words)))
+        _load(work)(config.read(name, overrides.with_search_path(words)))
         return 0
     if sweep.FLAGS & set(words):
         return sweep.run(name, overrides.with_search_path(words))
     return run_launcher(name, prepare, overrides.with_search_path(words))
+
+
+def _load(function: str) -> Any:
+    found = modelpar.load(function)
+    gc.freeze()  # imported objects live until exit, so no collection needs to search them
+    return found
 
 
 # -- the launcher ---------------------------------------------------------------------------------
@@ -75,7 +81,7 @@ def run_launcher(name: str, prepare: Prepare, words: list[str]) -> int:
     """Check everything in this process, then start the ranks; return the exit status."""
     settings, run_dir = config.read_run(name, words)
     if isinstance(settings, TrainSettings) and settings.debug.dry:
-        dry.show(settings)
+        modelpar.load("training.dry:show")(settings)
         return 0
     one_gpu = settings.device == "auto" and torch.cuda.device_count() == 1
     pair = (settings.columns, settings.replicas) == (2, 1)
@@ -193,7 +199,7 @@ def _stop_agent(number: int) -> NoReturn:
 # -- a rank ---------------------------------------------------------------------------------------
 
 
-def run_rank(name: str, prepare: Prepare, work: Work, words: list[str]) -> int:
+def run_rank(name: str, prepare: Prepare, work: Callable[..., None], words: list[str]) -> int:
     """Run one rank from start to end; return its exit status."""
     run_dir: Path | None = None
     try:

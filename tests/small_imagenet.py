@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.io import savemat
+from torchvision.datasets import imagenet
 
 from modelpar.images import archives, sources
 
@@ -131,7 +132,7 @@ BUILD = {
 
 def accept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torchvision take our archives for the published ones."""
-    for part, (name, _) in [*archives.imagenet.ARCHIVE_META.items()]:
+    for part, (name, _) in [*imagenet.ARCHIVE_META.items()]:
         if (path := root / name).exists():
             digest = hashlib.md5(path.read_bytes()).hexdigest()
-            monkeypatch.setitem(archives.imagenet.ARCHIVE_META, part, (name, digest))
+            monkeypatch.setitem(imagenet.ARCHIVE_META, part, (name, digest))

@@ -6,12 +6,12 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from torchvision.datasets import imagenet
-from torchvision.datasets.utils import check_integrity
-
 from modelpar.errors import DataError, readable
 
-TRAIN, VAL, KIT = (imagenet.ARCHIVE_META[part][0] for part in ("train", "val", "devkit"))
+TRAIN: Final = "ILSVRC2012_img_train.tar"
+VAL: Final = "ILSVRC2012_img_val.tar"
+KIT: Final = "ILSVRC2012_devkit_t12.tar.gz"
+META: Final = "meta.bin"  # torchvision's
 AGAIN: Final = "download it again"
 Member = tuple[str, int, int]  # name, offset in the file and bytes
 
@@ -23,10 +23,13 @@ def development_kit(root: Path) -> tuple[dict[str, list[str]], list[str]] | None
     in the ``meta.bin`` that torchvision makes from it.  Returns None if ``root`` has neither;
     raises DataError for a damaged one.
     """
-    meta, kit = root / imagenet.META_FILE, root / KIT
+    meta, kit = root / META, root / KIT
     plain = "to use plain folders, whose names are the classes"
     if not meta.exists() and not kit.exists():
         return None
+    from torchvision.datasets import imagenet  # noqa: PLC0415 - takes a second
+    from torchvision.datasets.utils import check_integrity  # noqa: PLC0415
+
     with TemporaryDirectory() as scratch:  # torchvision writes beside the kit
         place = root if meta.exists() else Path(scratch)
         if place != root:

@@ -7,7 +7,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_image
 
 from modelpar.errors import DataError, one_line
 from modelpar.groups import DataSettings
@@ -70,7 +69,8 @@ def photos(settings: DataSettings, cache: Path) -> ImageSet:
                 "install scikit-image again"
             ) from None
         pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # left eye of the stereo pair
-        found = _cells(to_image(np.array(pixels)).expand(3, -1, -1))
+        colours = torch.from_numpy(np.atleast_3d(pixels).copy()).permute(2, 0, 1)
+        found = _cells(colours.expand(3, -1, -1))
         order = torch.randperm(len(found), generator=generator(0, "photos", name)).tolist()
         rows = [len(labels) + place for place in order]
         held_out = max(2, len(found) // TEST_SHARE)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from modelpar.errors import DataError, one_line
 from modelpar.images.augment import Statistics
@@ -125,6 +124,8 @@ class Resized(Images):
 
     def image(self, index: int) -> Tensor:
         """Return one image as (3, T, T) uint8; raises DataError with its name."""
+        from torchvision.transforms.v2 import functional  # noqa: PLC0415 - takes a second
+
         image = self.source(index)
         is_path = isinstance(image, (str, os.PathLike))
         try:
@@ -149,6 +150,8 @@ def square(image: Image.Image, size: int) -> Image.Image:
     Differs: the filter is torchvision's bilinear one.  cuda-convnet2 used OpenCV's area filter, or
     its cubic one to enlarge, and stored JPEG files of quality 95 (make-data, pyext.cpp).
     """
+    from torchvision.transforms.v2 import functional  # noqa: PLC0415 - takes a second
+
     rgb: Any = as_rgb(image)  # torchvision's types know only tensors
     cropped: Any = functional.center_crop(functional.resize(rgb, [size], antialias=True), [size])
     return cropped

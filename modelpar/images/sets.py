@@ -13,8 +13,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torchvision import datasets
-from torchvision.datasets import imagenet as published
 
 from modelpar.errors import DataError, SettingsError, one_line, readable, refuse_choice
 from modelpar.groups import DataSettings
@@ -33,8 +31,6 @@ STORED_PER_CROP: Final = 256 / 224
 # Caffe's crops are of its own size.  Differs: Caffe squeezes an image into a square; here its
 # central square is used.
 CAFFE_CROP, CAFFE_STORED = 227, 256
-# The names of Imagenette's classes by folder; torchvision has no public name for them.
-IMAGENETTE: Final[Mapping[str, Sequence[str]]] = vars(datasets.Imagenette)["_WNID_TO_CLASS"]
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -135,6 +131,8 @@ def _in_folders(
 
 def cifar10(settings: DataSettings, cache: Path) -> ImageSet:
     """CIFAR-10: 50,000 and 10,000 images of 32 pixels, enlarged."""
+    from torchvision import datasets  # noqa: PLC0415 - takes a second
+
     root = _folder(settings, cache)
 
     def build(part: str) -> Any:
@@ -143,20 +141,25 @@ def cifar10(settings: DataSettings, cache: Path) -> ImageSet:
     return _in_memory(settings, root, "CIFAR-10", build)
 
 
-def _imagenette(settings: DataSettings, cache: Path) -> tuple[Path, str]:
-    """Return the folder that contains Imagenette's, and its name, after a download."""
+def _imagenette(
+    settings: DataSettings, cache: Path
+) -> tuple[Path, str, Mapping[str, Sequence[str]]]:
+    """Return the folder that contains Imagenette's, its name and the names of the classes."""
+    from torchvision import datasets  # noqa: PLC0415 - takes a second
+
     root, within = _folder(settings, cache), "imagenette2-320"
     if not (root / within).is_dir():
         advice = "use the folder that contains it, or data.download=true"
         with readable(f"data.root={root}: no {within} there", advice):
             datasets.Imagenette(root, size="320px", download=settings.download)
-    return root, within
+    # By folder; torchvision has no public name for them.
+    return root, within, vars(datasets.Imagenette)["_WNID_TO_CLASS"]
 
 
 def imagenette(settings: DataSettings, cache: Path, parts: Sequence[str]) -> ImageSet:
     """Imagenette: ten classes of ImageNet, shorter side 320 pixels as published by fast.ai."""
-    root, within = _imagenette(settings, cache)
-    return _in_folders(settings, root, parts, within=within, names=IMAGENETTE)
+    root, within, names = _imagenette(settings, cache)
+    return _in_folders(settings, root, parts, within=within, names=names)
 
 
 def imagefolder(settings: DataSettings, cache: Path, parts: Sequence[str]) -> ImageSet:
@@ -170,6 +173,8 @@ def imagenet(settings: DataSettings, cache: Path, parts: Sequence[str]) -> Image
     kit = development_kit(root)
     if kit is None:
         return _in_folders(settings, root, parts)
+    from torchvision.datasets import imagenet as published  # noqa: PLC0415 - takes a second
+
     names, val = kit
     unpack: dict[str, Callable[[Path], None]] = {
         "train": published.parse_train_archive,
@@ -201,6 +206,8 @@ def packed(settings: DataSettings, cache: Path) -> ImageSet:
 
 def fashion_mnist(settings: DataSettings, cache: Path) -> ImageSet:
     """Fashion-MNIST: torchvision's layout, or the folder of Debian's package."""
+    from torchvision import datasets  # noqa: PLC0415 - takes a second
+
     debian = settings.root is None and not settings.download and DEBIAN_FASHION_MNIST.is_dir()
     root = DEBIAN_FASHION_MNIST if debian else _folder(settings, cache)
     packed = list(root.glob("*-ubyte.gz"))  # as in Debian's package
@@ -294,10 +301,10 @@ def open_images(settings: DataSettings, cache: Path) -> Source:
         )
     with _reading(settings, cache):
         if settings.name == "imagenette":
-            root, within = _imagenette(settings, cache)
+            root, within, names = _imagenette(settings, cache)
             source = open_source(root / within, "folders")
-            names = [IMAGENETTE.get(folder, [folder])[0] for folder in source.folders]
-            source = replace(source, classes=names)
+            shown = [names.get(folder, [folder])[0] for folder in source.folders]
+            source = replace(source, classes=shown)
         else:
             source = open_source(_folder(settings, cache))
     _check_classes(settings, len(source.folders), "data")

@@ -31,12 +31,12 @@ SPAWNS = """
 import multiprocessing
 import modelpar
 from modelpar import command
-def work(name):
+def run(name, work):
     process = multiprocessing.get_context("spawn").Process(target=print, args=("child",))
     process.start()
     process.join()
     return process.exitcode
-modelpar.load = lambda part: work
+modelpar.load = lambda part: run
 command.main("train", "")
 """
 

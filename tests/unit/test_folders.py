@@ -1,15 +1,18 @@
 """Folders of images as people have them: hidden, linked, unreadable, one level too deep."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from torchvision.datasets import ImageFolder, folder, imagenet
 
 from modelpar.errors import DataError, SettingsError
 from modelpar.groups import DataSettings
-from modelpar.images import folders, sets
+from modelpar.images import archives, folders, sets
 from modelpar.images.samples import ImageSet
 
 
@@ -59,11 +62,31 @@ def test_hidden_and_other_files_are_skipped_and_counted_by_ending(root: Path) ->
     )
 
 
+def test_endings_and_archives_are_those_of_torchvision() -> None:
+    assert folders.IMG_EXTENSIONS == folder.IMG_EXTENSIONS
+    published = {part: name for part, (name, _) in imagenet.ARCHIVE_META.items()}
+    ours = {"train": archives.TRAIN, "val": archives.VAL, "devkit": archives.KIT}
+    assert (published, imagenet.META_FILE) == (ours, archives.META)
+
+
+def test_the_launcher_does_not_import_torchvision() -> None:
+    """It takes a second, and the ranks import it at the same time."""
+    code = (
+        "import sys, modelpar\n"
+        "from modelpar import config\n"
+        "modelpar.load('launch:run')\n"
+        "prepare = modelpar.load('training.prepare:prepare')\n"
+        "prepare(config.read('train', ['model.image_size=64']), None)\n"
+        "assert 'torchvision' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_order_is_that_of_torchvision(root: Path) -> None:
     for name in ("b/0.png", "a-b/1.png", "a/2.png", "a/z/3.JPG", "9.png", "a.png"):
         picture(root / "train" / "ant" / name)
     ours = folders.list_part(root, "train")
-    theirs = sets.datasets.ImageFolder(root / "train")
+    theirs = ImageFolder(root / "train")
     assert ours.samples == theirs.samples
     assert ours.classes == theirs.classes
 
