@@ -82,6 +82,7 @@ def statistics(mesh: Mesh, run_dir: str, steps: int) -> None:
     runner.train(settings, prepare.prepare(settings), mesh, Path(run_dir))
 
 
+@pytest.mark.slow
 def test_running_means_are_saved_and_loaded(pair: Ranks, tmp_path: Path) -> None:
     pair.run(statistics, str(tmp_path / "twice"), 2)
     for name in ("twice", "once"):

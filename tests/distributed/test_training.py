@@ -136,6 +136,7 @@ def test_run_resumed_at_its_last_step_has_one_evaluation(
     assert names_in(run_dir / "checkpoints") == ["step-00000002"]
 
 
+@pytest.mark.slow
 def test_longer_run_repeats_the_evaluation_with_one_view(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +195,7 @@ def test_nan_loss_stops_all_ranks_and_is_not_saved(
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_like_float32(pair: Ranks, images: Path, tmp_path: Path) -> None:
     words = overrides(images, "epochs=2", "precision=bfloat16", "recipe.lr=0.0005")
     pair.run(trained, words, str(tmp_path / "half"))
