@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -121,7 +122,8 @@ def oversubscription_warning(threads: int) -> str:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether torch ran out of memory, of a GPU or of the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    found = re.search("out of memory|can't allocate memory", str(error))
+    return isinstance(error, torch.OutOfMemoryError) or found is not None
 
 
 def memory(device: torch.device) -> str:

@@ -33,7 +33,7 @@ DTYPES: Final = (
     torch.uint8,
 )
 COMM_ERROR: Final = re.compile(r"onnection|imed out|gloo|NCCL|[Ss]ocket")
-OTHER_ERROR: Final = re.compile("^CUDA error|out of memory")  # which may have these words, too
+OTHER_ERROR: Final = re.compile("^CUDA error|out of memory")  # no lost rank, whatever it names
 
 
 @dataclass(frozen=True)

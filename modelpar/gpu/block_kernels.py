@@ -15,7 +15,7 @@ from modelpar.gpu.language import jit, tl
 
 @jit
 def load(maps, bias, offset, mask, FIRST: tl.constexpr):
-    """Return response plus bias, rectified if FIRST, when it is 0 outside; NaN stays NaN."""
+    """Return response plus bias; if FIRST rectified, and 0 outside the maps.  NaN stays NaN."""
     outside = float("-inf") if FIRST else 0.0
     x = tl.load(maps + offset, mask=mask, other=outside).to(tl.float32) + bias[None, :, :]
     if FIRST:

@@ -15,9 +15,7 @@ from modelpar.errors import DataError
 from modelpar.images.samples import unreadable
 
 # The endings of images: those of torchvision's ImageFolder, which takes a second to import.
-IMG_EXTENSIONS: Final = (
-    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
-)
+IMG_EXTENSIONS: Final = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Names that the system or a file server adds; they are skipped as those that begin with a dot.
 SYSTEM: Final = ("__MACOSX", "@eaDir", "lost+found")
 NAMED: Final = 3  # how many names an error lists

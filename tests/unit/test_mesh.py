@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from modelpar import distributed, seeding
-from modelpar.errors import DataError
+from modelpar.device import is_out_of_memory
+from modelpar.errors import DataError, PeerLostError
 
 
 def test_one_process_needs_no_group() -> None:
@@ -33,3 +34,19 @@ def test_generators_are_functions_of_their_keys() -> None:
     assert draw(0, "a", 1) == draw(0, "a", 1)
     keys = [(0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1), (0, "a1")]
     assert len({draw(*key) for key in keys}) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer. More", PeerLostError),
+        ("NCCL error: remote process exited", PeerLostError),
+        ("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'", RuntimeError),
+        ("CUDA error: the launch timed out and was terminated", RuntimeError),
+    ],
+)
+def test_only_errors_of_a_connection_mean_a_lost_rank(text: str, kind: type[Exception]) -> None:
+    with pytest.raises(kind) as caught, distributed.comm_errors("step"):
+        raise RuntimeError(text)
+    assert type(caught.value) is kind
+    assert is_out_of_memory(RuntimeError(text)) == ("out of memory" in text)
