@@ -1,4 +1,4 @@
-"""Real processes, held for the whole test run: functions go in, values come out."""
+"""Real processes, held for a test module: functions go in, values come out."""
 
 import faulthandler
 import multiprocessing
