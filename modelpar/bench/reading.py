@@ -210,7 +210,8 @@ def _batches(setup: Setup, name: str, workers: int) -> Iterator[Any]:
         return _again(_data_loader(setup, workers, []))
     images = setup.sets[name].train
     order = BatchOrder(len(images), setup.batch_size, 0, shuffle="every_epoch")
-    return Reader(images, setup.mesh, workers).read(_again(order))
+    rows = (batch.tolist() for epoch in count() for batch in order.batches(epoch))
+    return Reader(images, setup.mesh, workers).read(rows)
 
 
 def _again(batches: Iterable[Any]) -> Iterator[Any]:

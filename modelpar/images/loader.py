@@ -156,11 +156,9 @@ class _Loaded:
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Yield stored images and labels on the device, and the digest, from batch ``start``."""
-        order, samples = self.order, self.order.samples(epoch)
-        numbers = range(start, len(order))
-        ids = [samples[order.positions(number)] for number in numbers]
+        ids = [*self.order.batches(epoch, start)]
         source = self.reader.read(each.tolist() for each in ids)
-        for number, each, stored in zip(numbers, ids, source, strict=True):
+        for number, (each, stored) in enumerate(zip(ids, source, strict=True), start):
             images, labels = (send(part, self.device) for part in stored)
             seen = digest([each, stored[1], *stored[: number % PIXELS_EVERY == 0]])
             yield images, labels, seen

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from modelpar.errors import SettingsError
 from modelpar.seeding import generator
 
 
-class BatchOrder(Sampler[list[int]]):
-    """Batch sampler of one replica: the sample numbers of each batch of ``epoch`` from ``start``.
+class BatchOrder:
+    """The sample numbers of each batch of one replica.
 
     Global batch k holds ``batch_size * replicas`` consecutive positions of the epoch's order,
     and replica r takes the r-th ``batch_size`` of them.  Raises SettingsError if the data has less
@@ -33,7 +32,6 @@ class BatchOrder(Sampler[list[int]]):
         self.num_samples, self.batch_size = num_samples, batch_size
         self.seed, self.shuffle = seed, shuffle
         self.replica, self.replicas = replica, replicas
-        self.epoch = self.start = 0
         if len(self) < 1:
             raise SettingsError(
                 f"batch_size={batch_size}: one step needs {batch_size * replicas} images "
@@ -50,23 +48,22 @@ class BatchOrder(Sampler[list[int]]):
         first = (batch * self.replicas + self.replica) * self.batch_size
         return slice(first, first + self.batch_size)
 
-    def samples(self, epoch: int | None = None) -> Tensor:
+    def samples(self, epoch: int) -> Tensor:
         """Return the order of the samples in ``epoch``: a permutation of 0..N-1.
 
-        ``epoch`` None: the present one.  ``shuffle``: ``once`` uses the same permutation in each
-        epoch, ``every_epoch`` a new one, and ``never`` keeps the order of the data set.
+        ``shuffle``: ``once`` uses the same permutation in each epoch, ``every_epoch`` a new one,
+        and ``never`` keeps the order of the data set.
 
         Differs: the released code shuffled its files once, when it wrote them, and then always
         read them in that order; here the seed determines the order of ``once``.
         """
         if self.shuffle == "never":
             return torch.arange(self.num_samples)
-        epoch = self.epoch if epoch is None else epoch
         source = generator(self.seed, "order", epoch if self.shuffle == "every_epoch" else 0)
         return torch.randperm(self.num_samples, generator=source)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield the sample numbers of each batch, from ``start`` to the end of the epoch."""
-        order = self.samples()
-        for batch in range(self.start, len(self)):
-            yield order[self.positions(batch)].tolist()
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """Yield the sample numbers of each batch of ``epoch`` from batch ``start``."""
+        samples = self.samples(epoch)
+        for batch in range(start, len(self)):
+            yield samples[self.positions(batch)]
