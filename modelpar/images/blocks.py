@@ -13,10 +13,10 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
+from torch import Tensor
 
 from modelpar import environment
 from modelpar.errors import DataError, LaunchError, one_line
@@ -56,7 +56,7 @@ def pack(task: Task) -> tuple[Line, bytearray, Sums | None]:
             if not found:
                 raise ValueError("it is empty or cannot be opened")  # noqa: TRY301
             with Image.open(io.BytesIO(found)) as opened:
-                image = square(opened, task.size)
+                pixels = square(opened, task.size)
         except MemoryError:  # not the fault of the image
             raise
         except Exception as error:  # noqa: BLE001 - Pillow's decoders raise almost any
@@ -66,13 +66,12 @@ def pack(task: Task) -> tuple[Line, bytearray, Sums | None]:
                 raise DataError(f"{line}, or use bad=skip") from None
             skipped.append((place, reason))
             continue
-        pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
         if task.part == "train":
-            pixel_sums += torch.from_numpy(pixels)
-            colours = torch.from_numpy(pixels).flatten(1).double()
+            pixel_sums += pixels
+            colours = pixels.flatten(1).double()
             colour_sums += colours @ colours.T
         before = len(content)
-        content += pixels.data if task.images == "raw" else _jpeg(image)
+        content += pixels.numpy().data if task.images == "raw" else _jpeg(pixels)
         lengths.append(len(content) - before)
     block = Block(len(lengths), len(content), sha256(content))
     line = Line(task.part, block, lengths, skipped, hash_of(task.items))
@@ -80,8 +79,8 @@ def pack(task: Task) -> tuple[Line, bytearray, Sums | None]:
     return line, content, sums
 
 
-def _jpeg(image: Image.Image) -> memoryview:
-    file = io.BytesIO()
+def _jpeg(pixels: Tensor) -> memoryview:
+    file, image = io.BytesIO(), Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     image.save(file, "JPEG", quality=QUALITY, subsampling=0, comment=b"")
     return file.getbuffer()
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from modelpar.errors import DataError, one_line
 from modelpar.images.augment import Statistics
@@ -124,15 +125,13 @@ class Resized(Images):
 
     def image(self, index: int) -> Tensor:
         """Return one image as (3, T, T) uint8; raises DataError with its name."""
-        from torchvision.transforms.v2 import functional  # noqa: PLC0415 - takes a second
-
         image = self.source(index)
         is_path = isinstance(image, (str, os.PathLike))
         try:
             if is_path:
                 with Image.open(image) as opened:
-                    return functional.pil_to_tensor(square(opened, self.side))
-            return functional.pil_to_tensor(square(image, self.side))
+                    return square(opened, self.side)
+            return square(image, self.side)
         except Exception as error:  # noqa: BLE001 - Pillow's decoders raise almost any
             raise DataError(unreadable(image if is_path else f"image {index}", error)) from None
 
@@ -142,19 +141,21 @@ def hide_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Return ``image`` as RGB: shorter side resized, then the central square (section 2).
+def square(image: Image.Image, size: int) -> Tensor:
+    """Return ``image`` as RGB (3, T, T) uint8: shorter side resized, then the centre (section 2).
 
     Raises what Pillow's decoders raise, and ValueError, see ``as_rgb``.
 
-    Differs: the filter is torchvision's bilinear one.  cuda-convnet2 used OpenCV's area filter, or
-    its cubic one to enlarge, and stored JPEG files of quality 95 (make-data, pyext.cpp).
+    Differs: the filter is Pillow's bilinear one, computed by torch, see docs/benchmarks.md for
+    its time.  cuda-convnet2 used OpenCV's area filter, or its cubic one to enlarge, and stored
+    JPEG files of quality 95 (make-data, pyext.cpp).
     """
-    from torchvision.transforms.v2 import functional  # noqa: PLC0415 - takes a second
-
-    rgb: Any = as_rgb(image)  # torchvision's types know only tensors
-    cropped: Any = functional.center_crop(functional.resize(rgb, [size], antialias=True), [size])
-    return cropped
+    rgb = torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1)
+    short = min(rgb.shape[1:])
+    height, width = (size * side // short for side in rgb.shape[1:])
+    scaled = functional.interpolate(rgb[None], (height, width), mode="bilinear", antialias=True)[0]
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return scaled[:, top : top + size, left : left + size].contiguous()
 
 
 def unreadable(name: object, error: Exception) -> str:

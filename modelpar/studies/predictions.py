@@ -9,6 +9,7 @@ from html import escape
 from typing import Final
 
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm.utils import disp_len, disp_trim
 
@@ -149,7 +150,7 @@ def _neighbours(answer: Answer, prepared: Prepared, settings: PredictSettings) -
         return ""
     searched = min(settings.training_images, len(prepared.searched.train))
     figures = "".join(
-        f"<figure>{_picture(to_pil_image(pixels), prepared.trained.names[label])}<figcaption>"
+        f"<figure>{_picture(pixels, prepared.trained.names[label])}<figcaption>"
         f"{html.breakable(prepared.trained.names[label])}<br>{distance:.3g}</figcaption></figure>"
         for pixels, label, distance in answer.nearest
     )
@@ -159,8 +160,8 @@ def _neighbours(answer: Answer, prepared: Prepared, settings: PredictSettings) -
     )
 
 
-def _picture(image: Image.Image, name: str) -> str:
+def _picture(pixels: Tensor, name: str) -> str:
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
+    to_pil_image(pixels).save(file, "JPEG", quality=85)
     content = base64.b64encode(file.getvalue()).decode()
     return f'<img alt="{escape(name)}" src="data:image/jpeg;base64,{content}">'

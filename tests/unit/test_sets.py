@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import datasets
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from modelpar.errors import DataError, SettingsError
 from modelpar.groups import DataSettings
 from modelpar.images import sets
 from modelpar.images.order import BatchOrder
-from modelpar.images.samples import Resized, as_rgb
+from modelpar.images.samples import Resized, as_rgb, square
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
 
@@ -121,6 +122,20 @@ def test_images_of_any_size_become_a_central_square(tmp_path: Path, size: tuple[
     assert {found.train[index][0].shape[1:] for index in range(5)} == {(73, 73)}
 
 
+@pytest.mark.parametrize("size", [(300, 200), (120, 500), (73, 73), (80, 73), (40, 25), (311, 74)])
+def test_images_are_scaled_as_by_pillow_to_one_level(size: tuple[int, int]) -> None:
+    """The short side is scaled to 73 pixels, then the central square is cut."""
+    coarse = torch.randint(0, 256, (9, 9, 3), dtype=torch.uint8)
+    image = Image.fromarray(coarse.numpy()).resize(size, Image.Resampling.BICUBIC)
+    scaled = [73 * side // min(size) for side in size]
+    left, top = (round((side - 73) / 2) for side in scaled)
+    expected = image.resize(scaled, Image.Resampling.BILINEAR)
+    expected = pil_to_tensor(expected.crop((left, top, left + 73, top + 73))).int()
+    differences = (square(image, 73).int() - expected).abs()
+    assert differences.max() <= 1
+    assert (differences > 0).float().mean() < 0.05
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "I;16", "P"])
 @pytest.mark.parametrize("size", [(65000, 1), (3, 65000)])
 def test_a_very_long_image_is_cut_before_it_is_scaled(size: tuple[int, int], mode: str) -> None:
@@ -131,9 +146,9 @@ def test_a_very_long_image_is_cut_before_it_is_scaled(size: tuple[int, int], mod
     ramp = torch.arange(long) * 256 // long  # 128 in the middle
     pixels = ramp.to(torch.uint8).expand(short, long)
     image = Image.fromarray((pixels if size[0] == long else pixels.T).numpy())
-    square = Resized(lambda _: image, [0], 73).image(0)
-    assert square.shape == (3, 73, 73)
-    assert set(square.unique().tolist()) <= {127, 128}
+    found = Resized(lambda _: image, [0], 73).image(0)
+    assert found.shape == (3, 73, 73)
+    assert set(found.unique().tolist()) <= {127, 128}
 
 
 @pytest.mark.parametrize("raised", [KeyError, MemoryError, struct.error, EOFError, RuntimeError])
@@ -309,7 +324,7 @@ def test_synthetic_repeats_one_batch(tmp_path: Path) -> None:
     found = open_set(settings("synthetic", num_classes=7), tmp_path, seed=3)
     assert len(found.train) == 1000 * 128
     assert len(found.classes) == 7
-    first = list(BatchOrder(len(found.train), 128, 3, shuffle="never"))[:3]
+    first = [*BatchOrder(len(found.train), 128, 3, shuffle="never").batches(0)][:3]
     assert not found.may_shuffle
     for batch in first[1:]:
         assert all(
