@@ -58,7 +58,7 @@ export -f versions
     part wheels 10 "$python" -m pip install --quiet --no-index --no-deps \
       --target "$scratch/packages" "$wheels"/*.whl
   fi
-  part tests 180 "$python" -m pytest -m gpu -n 8 --dist loadfile -vv -rap --durations 20 \
+  part tests 180 "$python" -m pytest -m gpu -n 8 -vv -rap --durations 20 \
     -p no:cacheprovider tests/gpu
   part benchmark 120 "$python" -m modelpar.benchmark recipe=paper "out=$scratch/benchmark"
   part training 60 "$python" -m modelpar.train columns=1 device=cuda precision=bfloat16 \

@@ -1,7 +1,5 @@
 """Fixtures of all tests: processes held for a module, seeds, a cache of the run's own."""
 
-import ctypes
-import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from catalogue import write_images
-from ranks import Ranks
+from ranks import Ranks, return_memory
 
 from modelpar import device
 
@@ -36,13 +34,11 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _memory() -> Iterator[None]:
-    """Return freed memory to the system after each module, which may be 4 GB of 24."""
+    """Keep freed memory within a test only: tests/distributed would need 12 GB."""
     yield
-    gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+    return_memory()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,6 @@
 """Real processes, held for a test module: functions go in, values come out."""
 
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -21,6 +22,12 @@ from modelpar import distributed
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ranks", "modelpar.launch", "modelpar.training.trainer"])
 TIMEOUT = 120.0  # s; a hang is the usual failure of a collective
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system, which a process of ours otherwise keeps."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _free_port() -> int:
@@ -50,6 +57,7 @@ def _serve(
                 pipe.send((True, function(ranks, *arguments)))
             except BaseException:  # noqa: BLE001 - the test process raises it
                 pipe.send((False, traceback.format_exc()))
+            return_memory()
 
 
 class Ranks:
