@@ -5,6 +5,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -128,10 +129,8 @@ class Resized(Images):
         image = self.source(index)
         is_path = isinstance(image, (str, os.PathLike))
         try:
-            if is_path:
-                with Image.open(image) as opened:
-                    return square(opened, self.side)
-            return square(image, self.side)
+            with Image.open(image) if is_path else nullcontext(image) as opened:
+                return square(opened, self.side)
         except Exception as error:  # noqa: BLE001 - Pillow's decoders raise almost any
             raise DataError(unreadable(image if is_path else f"image {index}", error)) from None
 
