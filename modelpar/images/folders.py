@@ -220,7 +220,10 @@ def _advice(root: Path, part: str) -> str:
     if near:
         return f"use data.root={near}"
     there = f"it has {_shown([entry.name for entry in entries])}" if entries else "it is empty"
-    return f"{there}; use a folder with train/CLASS/* and val/CLASS/*"
+    advice = "use a folder with train/CLASS/* and val/CLASS/*"
+    if any(entry.name.endswith(".tar") for entry in entries):
+        advice += ", or modelpar-prepare, which reads archives"
+    return f"{there}; {advice}"
 
 
 def _too_few(folder: Path, names: Sequence[str], images: int) -> str:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -168,23 +167,10 @@ def imagefolder(settings: DataSettings, cache: Path, parts: Sequence[str]) -> Im
 
 
 def imagenet(settings: DataSettings, cache: Path, parts: Sequence[str]) -> ImageSet:
-    """ILSVRC-2012: torchvision's layout with the development kit, or plain train and val."""
+    """ILSVRC-2012 in folders ``train`` and ``val``, with or without its development kit."""
     root = _folder(settings, cache)
     kit = development_kit(root)
-    if kit is None:
-        return _in_folders(settings, root, parts)
-    from torchvision.datasets import imagenet as published  # noqa: PLC0415 - takes a second
-
-    names, val = kit
-    unpack: dict[str, Callable[[Path], None]] = {
-        "train": published.parse_train_archive,
-        "val": partial(published.parse_val_archive, wnids=val),
-    }
-    for part in parts:
-        if not (root / part).is_dir():
-            with readable(f"data.root={root}: no folder {part}", "add the folder or the archive"):
-                unpack[part](root)
-    return _in_folders(settings, root, parts, names=names)
+    return _in_folders(settings, root, parts, names=kit and kit[0])
 
 
 def packed(settings: DataSettings, cache: Path) -> ImageSet:

@@ -28,7 +28,6 @@ from small_imagenet import (
 from modelpar.errors import DataError, SettingsError
 from modelpar.groups import DataSettings
 from modelpar.images import archives, sets, sources
-from modelpar.images.samples import Resized
 from modelpar.images.sources import Item, Items, Source
 
 
@@ -94,15 +93,12 @@ def test_folders_with_a_development_kit_show_its_words(
     assert [found.name, found.classes] == ["folders", ["tench", "goldfish"]]
 
 
-def test_training_without_a_preparation_unpacks_the_archives(make: Callable[[str], Path]) -> None:
+def test_training_without_a_preparation_unpacks_no_archive(make: Callable[[str], Path]) -> None:
     root = make("archives")
-    settings = DataSettings("imagenet", str(root), image_size=64, epochs=1)
-    found = sets.open_set(settings, root / "cache")
-    assert isinstance(found.test, Resized)
-    paths = map(found.test.source, range(len(found.test)))
-    contents = [Path(path).read_bytes() for path in paths]
-    assert list(zip(found.test.labels.tolist(), contents, strict=True)) == TESTS
-    assert not (root / "meta.bin").exists()
+    before = sorted(os.walk(root))
+    with pytest.raises(DataError, match="or modelpar-prepare, which reads archives"):
+        sets.open_set(DataSettings("imagenet", str(root), image_size=64, epochs=1), root / "cache")
+    assert sorted(os.walk(root)) == before
 
 
 @pytest.mark.parametrize("inner", ["ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC"])
