@@ -98,7 +98,7 @@ def measure(settings: BenchmarkSettings) -> dict[str, Any]:
                     result["peaks"].append({"batch_size": size, **peaks})
                     result["rows"] += rows
             if on_gpu:  # at the end, since a profiler may slow the steps that follow
-                _count_launches(ready, result["rows"])
+                _count_launches([one for one in ready if not one.failed], result["rows"])
     if not result["rows"]:
         raise LaunchError("benchmark: none of the contenders can run")
     return result
@@ -170,9 +170,9 @@ def _measure(
         if rate is None or one.contender.processes > 1
     ]
     ordered = sorted(workers, key=lambda one: one.contender.processes)
-    largest = {one.contender.precision: one for one in ordered}
     peaks: dict[str, float] = {}
     for _ in progress_bar(iterable=range(settings.rounds), desc="rounds", leave=False):
+        largest = {one.contender.precision: one for one in ordered if not one.failed}
         for one in largest.values():
             ranks = one.ask("peak")
             for name in ranks[0]:
@@ -180,16 +180,20 @@ def _measure(
                 peaks[name] = max(peaks.get(name, 0.0), found)
         for one, rate, turns in cases:
             limit_link(hosts, rate)
-            turns.append(one.ask("turn", settings.steps))
+            if not one.failed:
+                with _failure_reported():
+                    turns.append(one.ask("turn", settings.steps))
+    cases = [case for case in cases if not case[0].failed]
     rows = [_row(*case) for case in cases]
     for row, (one, _, _) in zip(rows, cases, strict=True):
         row["ratios"] = ratios(row, rows)
         row.update(shares(one.contender, row["step_s"]["median"], peaks))
     limit_link(hosts, None)
     if settings.breakdown:
-        for one, row in zip(workers, rows, strict=False):  # the first rows are at the full rate
-            name = f"{row['contender']}-{row['precision']}-batch{row['batch_size']}"
-            row["traces"] = one.ask("trace", str(Path(settings.out, "trace", name)))
+        for (one, rate, _), row in zip(cases, rows, strict=True):
+            if rate is None:
+                name = f"{row['contender']}-{row['precision']}-batch{row['batch_size']}"
+                row["traces"] = one.ask("trace", str(Path(settings.out, "trace", name)))
     return peaks, rows
 
 

@@ -3,14 +3,16 @@
 Each reader is measured alone, on one core and on all, and while the whole net trains on it.
 """
 
+import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
-from itertools import chain, count, islice, repeat
+from itertools import count, islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -20,13 +22,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from modelpar import config, tables
 from modelpar.bench.measure import machine, with_defaults
-from modelpar.device import num_cores, set_up
+from modelpar.device import num_cores, set_threads, set_up
 from modelpar.distributed import Mesh
 from modelpar.groups import DataSettings, ModelSettings
 from modelpar.images.augment import Augmentation
@@ -107,7 +109,7 @@ def measure_reading(settings: BenchmarkSettings) -> dict[str, Any]:
     """
     settings = with_defaults(settings)
     batch_size, steps = (settings.batch_sizes or [128])[0], settings.steps or 2
-    BatchOrder(settings.images, batch_size, 0)  # torch's loader would yield nothing, for ever
+    BatchOrder(settings.images, batch_size, 0)  # refuses them
     with TemporaryDirectory() as place:
         root = Path(place)
         write_photographs(root, {"train": settings.images, "val": settings.images // 10})
@@ -146,6 +148,7 @@ def _prepare(root: Path, form: str, settings: BenchmarkSettings) -> None:
 
 def _setup(root: Path, settings: BenchmarkSettings, batch_size: int, batches: int) -> Setup:
     """Open all sets, and make the step of the whole net."""
+    set_threads(1, settings.threads)  # a preparation has one thread, and leaves it so
     mesh = Mesh(set_up(settings.device))
     cache, size = root / "cache", settings.image_size
     roots = {"folder": ("imagefolder", root)} | {form: ("packed", root / form) for form in FORMATS}
@@ -183,8 +186,8 @@ def _rates(setup: Setup, rounds: int) -> list[dict[str, Any]]:
     for _ in progress_bar(iterable=range(rounds), desc="rounds", leave=False):
         for name, found in turns.items():
             with _on_one_core():
-                alone = _rate(_batches(setup, name, 1), setup)
-            every = _rate(_batches(setup, name, num_cores()), setup)
+                alone = _rate(setup, name, 1)
+            every = _rate(setup, name, num_cores())
             found.append({"one_core": alone, "all_cores": every, **_training(setup, name)})
     keys = next(iter(turns.values()))[0]
     return [
@@ -207,39 +210,38 @@ def _on_one_core() -> Generator[None]:
 def _batches(setup: Setup, name: str, workers: int) -> Iterator[Any]:
     """Yield batches as a reader delivers them to the device: bytes, ours still to be cropped."""
     if name == "imagefolder":
-        return _again(_data_loader(setup, workers, []))
+        return iter(_data_loader(setup, workers, []))
     images = setup.sets[name].train
     order = BatchOrder(len(images), setup.batch_size, 0, shuffle="every_epoch")
     rows = (batch.tolist() for epoch in count() for batch in order.batches(epoch))
     return Reader(images, setup.mesh, workers).read(rows)
 
 
-def _again(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield ``batches`` again and again, and keep none of them."""
-    return chain.from_iterable(repeat(batches))
-
-
 def _data_loader(setup: Setup, workers: int, more: Iterable[Any]) -> DataLoader[Any]:
+    """Return an endless loader: its workers start once, as for an epoch of many images."""
     stored, size = setup.sets["folder"].stored_size, setup.augmentation.size
     usual = [v2.Resize(stored), v2.RandomCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    images = ImageFolder(setup.folder, v2.Compose([*usual, *more]))
     return DataLoader(
-        ImageFolder(setup.folder, v2.Compose([*usual, *more])),
+        images,
         setup.batch_size,
-        shuffle=True,
+        sampler=RandomSampler(images, replacement=True, num_samples=sys.maxsize),
         num_workers=workers,
-        drop_last=True,
         pin_memory=setup.mesh.device.type == "cuda",
     )
 
 
-def _rate(batches: Iterator[Any], setup: Setup) -> float:
-    """Return images/s of ``batches``, after those that were read ahead."""
-    for _ in islice(batches, 3):
+def _rate(setup: Setup, name: str, workers: int) -> float:
+    """Return images/s of a reader, after the batches that were read ahead."""
+    batches = _batches(setup, name, workers)
+    # torch's workers make a batch each, so that as many arrive at once as there are workers.
+    number = workers * math.ceil(setup.batches / workers)
+    for _ in islice(batches, 1 + 2 * workers):
         pass
     began = time.perf_counter()
-    for _ in islice(batches, setup.batches):
+    for _ in islice(batches, number):
         pass
-    return setup.batches * setup.batch_size / (time.perf_counter() - began)
+    return number * setup.batch_size / (time.perf_counter() - began)
 
 
 def _training(setup: Setup, name: str) -> dict[str, float]:
@@ -271,7 +273,7 @@ def _usual(setup: Setup, workers: int) -> Iterator[Batch]:
     """Yield batches as the usual training loop has them: floats, from torch's loader."""
     colours = setup.augmentation.mean.flatten(1).mean(1).tolist()
     floats = [v2.ToDtype(torch.float32), v2.Normalize(colours, [1.0] * 3)]
-    source = _again(_data_loader(setup, workers, floats))
+    source = iter(_data_loader(setup, workers, floats))
     while True:
         began = time.perf_counter()
         images, labels = next(source)
@@ -292,8 +294,8 @@ def reading_table(result: dict[str, Any]) -> str:
         f"{where}; torch {found['torch']}, Python {found['python']}; {images} generated "
         f"photographs, crops of {settings['image_size']} pixels, batch "
         f"{settings['batch_sizes'][0]}; medians over {settings['rounds']} rounds of "
-        f"{settings['steps']} batches. Images/s, and in brackets relative to imagefolder. The "
-        "whole net trains in one process."
+        f"{settings['steps']} batches or more. Images/s, and in brackets relative to imagefolder. "
+        "The whole net trains in one process."
     )
     head = ["reader", "one core", cores, "while training", "waiting"]
     cells = [

@@ -58,6 +58,7 @@ class Workers:
             other.close()
             self.ranks.append((process, pipe))
         self.start_s = 0.0  # from the start of the processes until the first step, without waits
+        self.failed = False  # its processes have ended
 
     def begin(self, method: str, *arguments: Any) -> None:
         """Have each rank call ``method`` of ``_Worker``; ``finish`` returns what it returns."""
@@ -96,6 +97,7 @@ class Workers:
                 answer += "; if memory ran out, use fewer contenders, precisions or batch sizes"
         if succeeded:
             return answer
+        self.failed = True
         self.close(wait=0)
         raise LaunchError(
             f"benchmark: {self.contender.name} in {self.contender.precision}: {answer}"

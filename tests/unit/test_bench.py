@@ -147,6 +147,39 @@ def test_contender_that_cannot_run_is_one_line(
     assert capsys.readouterr().err == "modelpar: no net\n"
 
 
+class Timed:
+    """Processes of a contender, of which ``last`` is the last turn that they survive."""
+
+    failed, start_s = False, 0.0
+
+    def __init__(self, name: str, last: int) -> None:
+        self.contender = Contender(name, "float32", 4, config.read("benchmark", SMALL))
+        self.last = last
+
+    def ask(self, method: str, *_: Any) -> list[Any]:
+        assert not self.failed
+        if method == "peak":
+            return [{"float32": 9.0}]
+        self.failed = not self.last
+        self.last -= 1
+        if self.failed:
+            raise LaunchError(f"{self.contender.name}: killed")
+        return [{"seconds": [1.0], "sent": 0, "peak_bytes": 0}]
+
+
+@pytest.mark.parametrize("killed", ["plain", "layers"])
+def test_contender_that_fails_later_leaves_the_results_of_the_others(
+    killed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: Any = [Timed(name, 1 if name == killed else 9) for name in ("plain", "layers")]
+    peaks, rows = measure._measure(found, config.read("benchmark", ["rounds=3"]))
+    (left,) = {"plain", "layers"} - {killed}
+    assert [row["contender"] for row in rows] == [left]
+    assert rows[0]["rounds_s"] == [1.0] * 3
+    assert peaks == {"float32": 9.0}
+    assert capsys.readouterr().err.count(f"modelpar: {killed}: killed\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -250,7 +283,8 @@ def test_fewer_generated_images_than_a_batch_are_refused() -> None:
 
 @pytest.mark.slow
 def test_each_means_of_reading_is_measured() -> None:
-    how = ["what=data", "images=256", "batch_sizes=[8]", "rounds=1", "steps=1", *SMALL]
+    how = ["what=data", "images=256", "batch_sizes=[8]", "rounds=1", "steps=1", "threads=2"]
+    how += SMALL
     result = reading.measure_reading(config.read("benchmark", how))
     assert [row["reader"] for row in result["rows"]] == ["imagefolder", "folder", "jpeg", "raw"]
     for row in result["rows"]:
@@ -258,3 +292,4 @@ def test_each_means_of_reading_is_measured() -> None:
         assert 0 <= row["waiting"] < 1
         assert f"| {row['reader']} | {row['one_core']:,.0f} (" in reading.reading_table(result)
     assert min(result["preparing"].values()) > 0
+    assert torch.get_num_threads() == 2  # of the net, although a preparation has one
