@@ -14,6 +14,7 @@ from modelpar.schemas import (
     ExportSettings,
     FiguresSettings,
     PredictSettings,
+    PrepareSettings,
 )
 from modelpar.settings import EvaluateSettings, RankSettings, TrainSettings
 
@@ -44,6 +45,7 @@ def check(settings: Any, prefix: str = "") -> None:
             if one >= limits["below"]:
                 raise SettingsError(f"{key}={one}: use a number below {limits['below']}")
     _check_combination(settings)
+    _check_out(settings)
     if isinstance(settings, TrainSettings):
         _check_training(settings)
 
@@ -66,7 +68,7 @@ def _check_training(settings: TrainSettings) -> None:
 
 
 def _check_combination(settings: Any) -> None:
-    """Raise SettingsError where settings of a command do not fit each other or the disk."""
+    """Raise SettingsError where settings of a command do not fit each other."""
     if isinstance(settings, RankSettings):
         if settings.columns == 1 and settings.crossing.dtype not in {None, settings.precision}:
             wrong = f"crossing.dtype={settings.crossing.dtype}: one column has no crossings"
@@ -76,14 +78,20 @@ def _check_combination(settings: Any) -> None:
             raise SettingsError(f"neighbours={count}: requires out=FILE.html")
     elif isinstance(settings, BenchmarkSettings):
         odd = [size for size in settings.batch_sizes or [] if size % 2]
-        if odd and "ddp" in (settings.contenders or CONTENDERS):
+        timed = [] if settings.what == "data" else settings.contenders or CONTENDERS
+        if odd and "ddp" in timed:
             raise SettingsError(f"batch_sizes={odd[0]}: ddp halves a batch; use even numbers")
         if len(settings.link.hosts) not in ({2} if settings.link.rates else {0, 2}):
             raise SettingsError("link: requires two hosts; use launch/slow_link.sh")
     elif isinstance(settings, FiguresSettings) and not (settings.checkpoint or settings.runs):
         raise SettingsError("checkpoint: missing; add checkpoint=RUN_DIR or runs=[RUN,RUN]")
-    if out := getattr(settings, "out", None):
-        ends = FILES.get(type(settings), ())
-        if ends and not out.endswith(ends):
-            raise SettingsError(f"out={out}: use a name that ends in {' or '.join(ends)}")
-        check_writable("out", Path(out).parent if ends else Path(out))
+
+
+def _check_out(settings: Any) -> None:
+    """Raise SettingsError for an ``out`` with a wrong ending, or where nothing can be written."""
+    out, ends = getattr(settings, "out", None), FILES.get(type(settings), ())
+    if not out or (isinstance(settings, PrepareSettings) and settings.only_verifies):
+        return
+    if ends and not out.endswith(ends):
+        raise SettingsError(f"out={out}: use a name that ends in {' or '.join(ends)}")
+    check_writable("out", Path(out).parent if ends else Path(out))

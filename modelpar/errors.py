@@ -95,7 +95,9 @@ def readable(what: str, advice: str, kind: type[RunError] = DataError) -> Genera
         yield
     except (RunError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 - their readers check little
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         # torch's advice for a file that it does not trust would be to trust it.
         text = "not as expected" if isinstance(error, UnpicklingError) else one_line(error)[:200]
         raise kind(f"{what} ({text}); {advice}") from None

@@ -5,31 +5,35 @@ import re
 import resource
 from typing import Final
 
-# What libraries write, the limit, what it counts, and how to go on.
+# What libraries write, the limit, what it counts, how to go on, and the line without a limit.
 LIMITS: Final = (
     (
         r"too many open files",
         resource.RLIMIT_NOFILE,
         "open files",
         "raise ulimit -n",
+        "this host can open no more files",
     ),
     (
         r"start new thread|resource temporarily unavailable|pthread_create",
         resource.RLIMIT_NPROC,
         "processes and threads of one user",
         "raise ulimit -u, or use fewer workers",
+        "this host can start no more processes or threads; use fewer workers",
     ),
     (
         r"file too large",
         resource.RLIMIT_FSIZE,
         "bytes in one file",
         "raise ulimit -f",
+        "the file system allows no larger file; use another one",
     ),
     (
         r"map segment|bad_alloc|can't allocate memory|cannot allocate memory",
         resource.RLIMIT_AS,
         "bytes of memory in one process",
         "raise ulimit -v, or use a smaller batch_size",
+        "this host has no memory left; use a smaller batch_size, or fewer workers",
     ),
 )
 CODES: Final = {  # whose texts depend on the language of the system
@@ -50,10 +54,10 @@ def reached(error: BaseException) -> str:
     text = CODES.get(code or 0) or f"{error} {error.__cause__ or ''}".lower()
     if re.search("shared memory.*no space left", text, re.DOTALL):
         return "shared memory is full; make it larger (docker run --shm-size)"
-    for pattern, number, what, fix in LIMITS:
+    for pattern, number, what, fix, unlimited in LIMITS:
         if re.search(pattern, text):
             size = resource.getrlimit(number)[0]
             if size == resource.RLIM_INFINITY:
-                return f"this host has no more {what}; free some, or use fewer workers"
+                return unlimited
             return f"the system allows {size} {what}; {fix}"
     return ""

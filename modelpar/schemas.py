@@ -257,6 +257,11 @@ class PrepareSettings:
     progress: bool = declare(True, means="show a progress bar")
     cache_dir: str | None = path(None, unit="folder", unset=XDG, means="downloads")
 
+    @property
+    def only_verifies(self) -> bool:
+        """Whether a finished store is only read; its images may no longer be there."""
+        return self.verify and not self.data.name
+
 
 SCHEMAS: Final = {
     "train": TrainSettings,

@@ -170,7 +170,8 @@ def refuse_other(root: Path, what: str, has: Mapping[str, Any], wants: Mapping[s
         if has.get(key) != value:
             differs = "other images" if key == "images" else f"{key}={has.get(key)}, not {value}"
             raise SettingsError(
-                f"out={root}: {what} with {differs}; use another folder, or the same again"
+                f"out={root}: {what} with {differs}; use another folder, or the images and "
+                "settings that it was made with"
             )
 
 

@@ -242,8 +242,8 @@ class TrainLoader:
     def epoch(self, epoch: int, start: int, noise: float) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from number ``start``, augmented on the device.
 
-        On a GPU the host never waits for the device.  A collective of ``pair``, the columns of one
-        host.  Raises DataError for an unreadable image, PeerLostError.
+        On a GPU the host never waits for the device.  A collective of ``mesh.readers``, unless
+        the images are in memory.  Raises DataError for an unreadable image, PeerLostError.
         """
         batches = self._batches(epoch, start, noise)
         return batches if self.stream is None else _prefetch(batches, self.stream)
@@ -254,9 +254,7 @@ class TrainLoader:
         draws, source = draws.to(self.device), self.source.batches(epoch, start)
         for number in range(start, len(order)):
             began = time.perf_counter()
-            if (stored := next(source, None)) is None:
-                return
-            images, labels, seen = stored
+            images, labels, seen = next(source)
             augmented = self.augmentation.train(images, draws.at(order.positions(number)), noise)
             yield Batch(augmented, labels, time.perf_counter() - began, seen)
 

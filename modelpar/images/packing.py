@@ -56,14 +56,14 @@ from modelpar.shutdown import Request, signals_noted
 def prepare(settings: PrepareSettings) -> None:
     """Make the packed store ``settings.out``, or continue it; nothing is done if it is finished.
 
-    With ``verify`` and no ``data`` a finished store is only read.
+    If it ``only_verifies``, a finished store is only read.
 
     Raises SettingsError if the folder holds something else, DataError for damaged images,
     CheckpointError for a full disk, StoppedError after a signal.
     """
     root = Path(settings.out)
-    if settings.verify and not settings.data.name:  # the images may no longer be there
-        made = open_store(root)
+    if settings.only_verifies:
+        made = open_store(root, "out")
     else:
         source = sets.open_images(settings.data, config.cache_dir(settings.cache_dir))
         if source.skipped:
@@ -118,7 +118,9 @@ def _origin(source: Source, blocks: Iterable[str]) -> str:
 def _make(settings: PrepareSettings, source: Source, request: Request) -> Store:
     """Write the store, from its first block that is not committed."""
     root, size = Path(settings.out), settings.size
+    # Pillow decodes an image, and torch scales it.
     versions = {"modelpar": modelpar.__version__, "pillow": PIL.__version__}
+    versions |= {"torch": str(torch.__version__)}
     identity = {"format": settings.format, "size": size, "images": _origin(source, []), **versions}
     workers = device.num_cores() if settings.workers is None else settings.workers
     total, skipped = sum(map(len, source.parts.values())), Counter[str]()

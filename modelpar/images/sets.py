@@ -4,7 +4,7 @@ import gzip
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from modelpar.errors import DataError, SettingsError, one_line, readable, refuse_choice
+from modelpar.errors import FULL, DataError, SettingsError, one_line, readable, refuse_choice
 from modelpar.groups import DataSettings
 from modelpar.images.archives import development_kit
 from modelpar.images.folders import check_same_classes, describe, list_part
@@ -51,6 +51,15 @@ def _folder(settings: DataSettings, cache: Path) -> Path:
     raise DataError(f"data={settings.name}: use data.root=FOLDER{download}")
 
 
+def _present(settings: DataSettings, root: Path, title: str) -> AbstractContextManager[None]:
+    """Raise DataError where torchvision does not find its files, or cannot download them."""
+    if settings.download:
+        advice = "check the network, or use data.root=FOLDER without data.download"
+        return readable(f"data.download=true: cannot have {title} in {root}", advice)
+    advice = "use the folder that contains it, or data.download=true"
+    return readable(f"data.root={root}: no {title} there", advice)
+
+
 def _stored_size(settings: DataSettings) -> int:
     if settings.image_size == CAFFE_CROP:
         return CAFFE_STORED
@@ -64,8 +73,7 @@ def _in_memory(
 
     ``build`` returns that of ``train`` or of ``val``.
     """
-    advice = "use the folder that contains it, or data.download=true"
-    with readable(f"data.root={root}: no {title} there", advice):
+    with _present(settings, root, title):
         train, test = build("train"), build("val")
         content = sha256(np.asarray(train.data).tobytes(), np.asarray(test.data).tobytes())
     size = _stored_size(settings)
@@ -148,9 +156,13 @@ def _imagenette(
 
     root, within = _folder(settings, cache), "imagenette2-320"
     if not (root / within).is_dir():
-        advice = "use the folder that contains it, or data.download=true"
-        with readable(f"data.root={root}: no {within} there", advice):
-            datasets.Imagenette(root, size="320px", download=settings.download)
+        with _present(settings, root, within):
+            if settings.download:
+                root.mkdir(parents=True, exist_ok=True)
+            # Moved when it is whole: torchvision takes any folder of that name for all images.
+            with TemporaryDirectory(dir=root) if settings.download else nullcontext(root) as place:
+                datasets.Imagenette(place, size="320px", download=settings.download)
+                Path(place, within).rename(root / within)
     # By folder; torchvision has no public name for them.
     return root, within, vars(datasets.Imagenette)["_WNID_TO_CLASS"]
 
@@ -260,6 +272,8 @@ def _reading(settings: DataSettings, cache: Path) -> Generator[None]:
         with locked(cache / "download.lock") if settings.download else nullcontext():
             yield
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise DataError(
             f"{error.filename or settings.root}: cannot be read ({error.strerror or error}); "
             "make it readable, or use another data.root"

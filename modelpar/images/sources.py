@@ -13,7 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
-from modelpar.errors import DataError, readable, refuse_choice
+from modelpar.errors import DataError, readable
 from modelpar.images.archives import KIT, TRAIN, VAL, development_kit, members
 from modelpar.images.folders import Listing, check_same_classes, describe, list_part
 from modelpar.images.parquet import ENDING, class_names, find_shards, read_labels, read_row
@@ -90,16 +90,14 @@ class Source:
     skipped: str = ""  # as in ImageSet
 
 
-def open_source(root: Path, layout: str = "auto") -> Source:
+def open_source(root: Path, layout: str | None = None) -> Source:
     """Return the images in ``root``, in the first of the layouts that it has, or in ``layout``.
 
     Raises DataError, in one line, if there are none or if a part of them is missing or damaged.
     """
-    if layout not in {"auto", *LAYOUTS}:
-        refuse_choice("layout", layout, ("auto", *LAYOUTS))
     if not root.is_dir():
         raise DataError(f"data.root={root}: no such folder; use the folder of the images")
-    tried = LAYOUTS if layout == "auto" else {layout: LAYOUTS[layout]}
+    tried = {layout: LAYOUTS[layout]} if layout else LAYOUTS
     try:
         for find, _ in tried.values():
             if source := find(root.absolute()):

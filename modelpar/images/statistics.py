@@ -28,9 +28,7 @@ def locked(path: Path) -> AbstractContextManager[FileLock]:
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path).acquire()
     except OSError as error:
-        raise DataError(
-            f"cache_dir={path.parent}: {one_line(error)}; use another cache_dir"
-        ) from None
+        raise DataError(f"{path.parent}: {one_line(error)}; use another cache_dir") from None
 
 
 def statistics(

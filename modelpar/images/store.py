@@ -84,7 +84,7 @@ class Store:
     source: str  # its layout
     origin: str  # hash of the names, labels and sizes of the images in the source
     quality: int  # of JPEG files
-    prepared_by: Mapping[str, str]  # versions of modelpar and Pillow
+    prepared_by: Mapping[str, str]  # versions of modelpar, Pillow and torch
     classes: Sequence[str]  # as they are shown
     folders: Sequence[str]  # what tells them apart, see ``ImageSet.folders``
     skipped: int  # images that could not be decoded
@@ -218,13 +218,16 @@ def write_manifest(store: Store) -> None:
     fsync_folder(store.root)
 
 
-def open_store(root: Path) -> Store:
-    """Return the store in ``root``, whose files have the right sizes; raises DataError."""
+def open_store(root: Path, key: str = "data.root") -> Store:
+    """Return the store in ``root``, whose files have the right sizes.
+
+    Raises DataError, with the setting ``key`` that names the folder.
+    """
     store = read_manifest(root)
     if store is None:
         begun = "is not finished; run the same modelpar-prepare again, which continues"
         none = "has no packed store; use the folder that modelpar-prepare wrote"
-        raise DataError(f"data.root={root}: {begun if (root / JOURNAL).exists() else none}")
+        raise DataError(f"{key}={root}: {begun if (root / JOURNAL).exists() else none}")
     sizes = {name: file.bytes for name, file in store.files.items()}
     sizes |= {f"{name}.images": part.bytes for name, part in store.parts.items()}
     for name, size in sizes.items():

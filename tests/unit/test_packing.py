@@ -381,7 +381,7 @@ def begun(root: Path) -> Path:
 
 def test_an_unfinished_store_continues_with_the_same_settings_only(begun: Path) -> None:
     before = contents(begun.parent / "out")
-    said = "was begun with format=jpeg, not raw; use another folder, or the same again"
+    said = "was begun with format=jpeg, not raw; use another folder, or the images"
     assert said in refused(SettingsError, settings(begun, format="raw"))
     assert "was begun with size=16, not 20" in refused(SettingsError, settings(begun, size=20))
     (begun / "train" / "ant" / "0.jpg").write_bytes(GOOD["cmyk.jpg"])
@@ -415,11 +415,15 @@ def test_a_finished_store_is_left_as_it_is(root: Path, capsys: pytest.CaptureFix
     assert "holds a store with other images" in refused(SettingsError, settings(root))
 
 
-def test_a_store_is_verified_without_its_images(root: Path) -> None:
+def test_a_store_is_verified_without_its_images(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = [f"out={root.parent / 'out'}", "verify=true", "progress=false"]
     alone = config.read("prepare", words)
-    assert "has no packed store" in refused(DataError, alone)
+    assert f"out={root.parent / 'out'}: has no packed store" in refused(DataError, alone)
     packing.prepare(settings(root))
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)  # as if it were another's
+    alone = config.read("prepare", words)
     store = root.parent / "out" / "val.images"
     store.write_bytes(store.read_bytes()[:-1] + b"?")
     assert "which are images 3 to 3, have changed" in refused(DataError, alone)

@@ -1,5 +1,6 @@
 """Each data set, on small generated files of the same layout, and on data installed here."""
 
+import errno
 import gzip
 import pickle
 import struct
@@ -222,6 +223,35 @@ def test_fingerprint_changes_with_the_images(tmp_path: Path) -> None:
 
 
 # -- torchvision's layouts ------------------------------------------------------------------------
+
+
+def test_a_download_that_is_stopped_leaves_no_part_of_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchvision takes a folder of the right name for all images."""
+    how = settings("imagenette", root=str(tmp_path / "new"), download=True)
+    fails = True
+
+    def extract(_url: str, root: Path, **_: Any) -> None:
+        for part in ("train", "val"):
+            for name in list(vars(datasets.Imagenette)["_WNID_TO_CLASS"])[: 2 if fails else None]:
+                folder = Path(root, "imagenette2-320", part, name)
+                folder.mkdir(parents=True)
+                Image.new("RGB", (80, 80)).save(folder / "0.jpeg")
+        if fails:
+            raise error
+
+    monkeypatch.setattr("torchvision.datasets.imagenette.download_and_extract_archive", extract)
+    error: OSError = ConnectionError("no network")
+    with pytest.raises(
+        DataError, match=r"imagenette2-320 in .* \(no network\); check the network"
+    ):
+        open_set(how, tmp_path)
+    error = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):  # its status is that of a full disk
+        open_set(how, tmp_path)
+    fails = False
+    assert len(open_set(how, tmp_path).classes) == 10
 
 
 def test_cifar10_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
