@@ -164,6 +164,7 @@ def complete(main: str) -> None:
 # -- Hydra ----------------------------------------------------------------------------------------
 
 
+@cache
 def _register() -> None:
     """Register the schemas with Hydra, under the names in the defaults lists of the yaml files."""
     OmegaConf.register_new_resolver(  # ${given_or:VALUE,DEFAULT}

@@ -4,6 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Threads of OpenMP would wait by computing, which takes the processor from what they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
+
 import pytest
 import torch
 from catalogue import write_images

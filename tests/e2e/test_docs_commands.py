@@ -17,7 +17,7 @@ from pages import MAINS, PAGES, ROOT, blocks, commands, program
 SMALL = {
     "train": [
         "steps=2",
-        "batch_size=8",
+        "batch_size=32",
         "compile=false",
         "monitor.progress=false",
         "monitor.tensorboard=false",
@@ -41,7 +41,12 @@ WITH = {
     "what=data": ["images=256"],
     "search=rate": ["hydra.sweeper.n_trials=2"],
 }
-PAIRS = "torchrun|columns=|replicas=|crossing"  # what says itself how many ranks there are
+# Without a choice of images a run is tested on the 1,008 photographs, in the README only.
+NOISE = ["data=synthetic", "model.image_size=64", "model.num_classes=14"]
+IMAGES = "data=|experiment=|search=|init\\."  # what has images of its own, or needs real ones
+PAIRS = (
+    "torchrun|slow_link|columns=|replicas=|crossing"  # how many ranks there are
+)
 INSTALLS = "installs packages from the network; .ci/run does it in a fresh folder"
 TESTS = "is what runs this test"
 LEFT_OUT = {
@@ -148,13 +153,18 @@ def small(command: str) -> str:
         return shlex.join(words)
     given = own if main != "prepare" else []
     extra = [*SMALL[main], *(word for key, more in WITH.items() if key in given for word in more)]
-    # A third of a small run is the start of its second rank: in the README only.
-    if main == "train" and CASES[command].name != "README.md" and not re.search(PAIRS, command):
-        extra.append("columns=1")
+    if main == "train" and CASES[command].name != "README.md":
+        # A third of a small run is the start of its second rank: in the README only.
+        extra += [] if re.search(PAIRS, command) else ["columns=1"]
+        extra += [] if re.search(IMAGES, command) else NOISE
     if main == "benchmark" and "contenders" not in command:
         extra.append("contenders=[layers,pair]")
+    if command.startswith("torchrun"):  # continues what the launcher has trained
+        extra = [word.replace("steps=2", "steps=3") for word in extra]
     keys = {word.partition("=")[0] for word in extra}
-    jobs = {"seed": 1 if "experiment=" in command else 2, "experiment": 2}
+    jobs = {"seed": 1 if "experiment=" in command else 2, "experiment": 1}
+    if CASES[command].name == "README.md":
+        jobs["experiment"] = 2
     kept = [
         shorter(word, jobs.get(word.partition("=")[0], 0))
         for word in words
