@@ -62,9 +62,14 @@ def _check_training(settings: TrainSettings) -> None:
         wrong = "monitor.wandb=true: copies the events of TensorBoard"
         raise SettingsError(f"{wrong}; use monitor.tensorboard=true")
     recipe = settings.recipe
-    unrecorded = {"accumulate": parts > 1, "recipe.clip": recipe.clip, "recipe.ema": recipe.ema}
+    unrecorded = {
+        "accumulate": parts > 1,
+        "replicas": settings.replicas > 1,
+        "recipe.clip": recipe.clip,
+        "recipe.ema": recipe.ema,
+    }
     if settings.cuda_graph == "on" and (used := [key for key in unrecorded if unrecorded[key]]):
-        raise SettingsError(f"cuda_graph=on: not tested with {used[0]}; use cuda_graph=auto")
+        raise SettingsError(f"cuda_graph=on: not possible with {used[0]}; use cuda_graph=auto")
 
 
 def _check_combination(settings: Any) -> None:
@@ -72,7 +77,10 @@ def _check_combination(settings: Any) -> None:
     if isinstance(settings, RankSettings):
         if settings.columns == 1 and settings.crossing.dtype not in {None, settings.precision}:
             wrong = f"crossing.dtype={settings.crossing.dtype}: one column has no crossings"
-            raise SettingsError(f"{wrong}; use columns=2 or crossing.dtype=null")
+            raise SettingsError(
+                f"{wrong}; use columns=2, with share_gpu=true on a host with one GPU, or "
+                "crossing.dtype=null"
+            )
         shown = str(getattr(settings, "out", "")).endswith(".html")
         if (count := getattr(settings, "neighbours", 0)) and not shown:
             raise SettingsError(f"neighbours={count}: requires out=FILE.html")

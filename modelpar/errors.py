@@ -67,6 +67,10 @@ class DivergedError(RunError):
     status = 7
 
 
+class InUseError(CheckpointError):
+    """Another run uses the run directory, so nothing is recorded there."""
+
+
 class StoppedError(RunError):
     """A signal stopped the run, which saved a checkpoint and can be resumed (EX_TEMPFAIL)."""
 

@@ -34,7 +34,7 @@ from modelpar import config, device, environment, errors, limits, overrides, shu
 from modelpar.declare import flatten
 from modelpar.distributed import Mesh, exit_if_groups_remain, process_mesh
 from modelpar.environment import Environment
-from modelpar.errors import CheckpointError, LaunchError, PeerLostError, StoppedError
+from modelpar.errors import CheckpointError, InUseError, LaunchError, PeerLostError, StoppedError
 from modelpar.files import atomic_write
 from modelpar.settings import TrainSettings
 
@@ -300,7 +300,7 @@ def resource_errors(settings: Any, mesh: Mesh, run_dir: Path | None) -> Generato
         fix = "accumulate=N, " * hasattr(settings, "accumulate")
         raise LaunchError(
             f"rank {mesh.rank}: out of memory on {device.memory(mesh.device)} at "
-            f"batch_size={settings.batch_size}; use {fix}a smaller one, or more replicas"
+            f"batch_size={settings.batch_size}; use {fix}a smaller one"
         ) from None
 
 
@@ -315,7 +315,7 @@ def report_from_rank(error: BaseException, run_dir: Path | None) -> int:
     """
     local_rank0 = os.environ.get("LOCAL_RANK", "0") == "0"
     lost = isinstance(error, PeerLostError)
-    if not (lost and recorded_status(run_dir)):
+    if not isinstance(error, InUseError) and not (lost and recorded_status(run_dir)):
         _record(error, run_dir, os.environ.get("RANK", "0"))
     if isinstance(error, StoppedError) and not local_rank0:
         return error.status

@@ -166,8 +166,8 @@ class TrainSettings(RankSettings):
         default="auto",
         means="`auto`: a GPU records the training step of a single process as a CUDA graph and "
         "replays it; `on`: also that of a pair, whose exchanges inside a graph were not tested on "
-        "two GPUs; needs `compile=true` and float32 or bfloat16; steps with `accumulate`, "
-        "`recipe.clip` or `recipe.ema` are not recorded",
+        "two GPUs; needs `compile=true` and float32 or bfloat16; steps with `replicas`, "
+        "`accumulate`, `recipe.clip` or `recipe.ema` are not recorded",
     )
     run_dir: str | None = path(
         None,

@@ -43,7 +43,7 @@ def confusion_picture(counts: Tensor, classes: Sequence[str]) -> Tensor:
     """Return how often images of a class (row) got an answer (column), as (3, H, W) uint8.
 
     ``counts`` (C, C): a cell is darker the larger its share of its row; the wrong ones are red.
-    Up to ``NAMED`` classes have names, numbers and counts, more have one cell of a pixel or two.
+    Up to ``NAMED`` classes have names, numbers and counts, more have plain cells of a few pixels.
     """
     share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
     right = torch.eye(len(counts), dtype=torch.bool)

@@ -11,10 +11,10 @@ from modelpar import environment
 from modelpar.config import without_secrets
 from modelpar.tables import markdown
 from modelpar.training.checkpoint import Checkpoint
-from modelpar.training.metrics import read_rows
+from modelpar.training.metrics import last_test
+from modelpar.training.run_dir import CONFIG
 from modelpar.training.trained import TrainedNet
 
-CONFIG: Final = "config.yaml"  # of a run
 TERMS: Final = {  # of the images; those of the photographs are in docs/data.md
     "imagenet": "ImageNet's terms of access: non-commercial research and education; the images "
     "belong to their owners",
@@ -49,14 +49,12 @@ def _recorded(trained: TrainedNet) -> dict[str, Any]:
         return {key: trained.record.get(key) for key in ("made", "errors", "settings")}
     folder, versions = trained.source.folder, trained.record.get("versions", {})
     run_dir = folder.parent.parent
-    rows = [row for row in read_rows(run_dir) if row["kind"] == "test"]
-    rows = [row for row in rows if row["step"] == trained.step]
     config = run_dir / CONFIG
     programs = ", ".join(f"{name} {version}" for name, version in versions.items())
     made = f"trained for {trained.step} steps from seed {trained.seed} with {programs}"
     return {
         "made": made,
-        "errors": rows[-1] if rows else None,
+        "errors": last_test(run_dir, trained.step) or None,
         "settings": config.read_text("utf-8", "replace") if config.is_file() else None,
     }
 

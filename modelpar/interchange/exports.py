@@ -74,7 +74,8 @@ def export(settings: ExportSettings) -> None:
         return
     if trained.statistics is None:
         raise CheckpointError(
-            f"checkpoint={trained.path}: has no mean image; export its run again"
+            f"checkpoint={trained.path}: has no mean image; export its run again, or "
+            "convert it with mean=FILE"
         )
     net = whole_net(trained.plan, seed=0)
     net.load_state_dict(weights)

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from modelpar import errors
 from modelpar.errors import CheckpointError, SettingsError
 from modelpar.groups import DataSettings, ModelSettings
 from modelpar.images.augment import Statistics
@@ -97,12 +98,14 @@ def _read_states(paths: Sequence[Path]) -> Foreign:
         if TORCHVISION in state:
             mean = 255 * torch.tensor(TORCHVISION_MEAN)
             return Foreign("state dict of torchvision", state, "paper", mean=mean)
-        if len(state.get("conv1.bias", ())) == paper.LAYERS["conv1"].outputs:
+        halves = [len(state.get(f"{name}.bias", ())) for name in ("conv1", "conv5")]
+        if halves == [paper.LAYERS[name].outputs for name in ("conv1", "conv5")]:
             raise CheckpointError(
                 f"source={paths[0]}: holds one column; use source=[FILE,FILE], column 0 first"
             )
         return Foreign("state dict", state)
-    with readable(f"source={paths[0]}: and {paths[-1]} are not both columns of a net"):
+    what, advice = "are not the two columns of one net", "use source=[FILE,FILE], column 0 first"
+    with errors.readable(f"source={paths[0]}, {paths[-1]}: {what}", advice, CheckpointError):
         return Foreign("state dicts", merge(states))
 
 
@@ -139,11 +142,12 @@ def _statistics(given: str | None, foreign: Foreign) -> Statistics | None:
         mean = _read_mean(Path(given), foreign)
     if mean is None:
         return None
-    if mean.dim() == 1:
+    if mean.shape == (3,):
         mean = mean[:, None, None].expand(-1, STORED, STORED)
-    if mean.dim() != 3 or mean.shape[0] != 3 or min(mean.shape[1:]) < foreign.image_size:  # noqa: PLR2004
+    shape = tuple(mean.shape)
+    if shape != (3, *2 * shape[-1:]) or shape[-1] < foreign.image_size:
         raise CheckpointError(
-            f"mean={given}: has shape {tuple(mean.shape)}; use a mean image (3, T, T) of "
+            f"mean={given}: has shape {shape}; use a mean image (3, T, T) of "
             f"{foreign.image_size} pixels or more, or a mean colour (3,)"
         )
     return Statistics(mean.float().contiguous(), torch.zeros(3), torch.eye(3))  # no colour noise
@@ -160,4 +164,4 @@ def _read_mean(path: Path, foreign: Foreign) -> Tensor:
             mean = torch.from_numpy(np.load(path, allow_pickle=False))
     else:
         return cuda_convnet.read_mean(path)
-    return mean.flip(0) if foreign.bgr else mean
+    return mean.flip(0) if foreign.bgr and mean.dim() else mean

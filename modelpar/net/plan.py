@@ -85,7 +85,8 @@ class Plan:
             return
         if self.conv4_dropout and "conv4" not in self.layers:
             raise SettingsError(
-                f"model.conv4_dropout={self.conv4_dropout}: net={self.net} has no conv4"
+                f"model.conv4_dropout={self.conv4_dropout}: model.net={self.net} has no conv4; "
+                "use null"
             )
         crossable = [name for name in self.layers if name not in {"conv1", "fc8"}]
         for name in self.crossing_at:

@@ -30,7 +30,8 @@ def find(patterns: Sequence[str]) -> tuple[list[str], list[Path]]:
     ours = [pattern for pattern in patterns if pattern.endswith(SUFFIX)]
     files: dict[Path, None] = {}
     for pattern in ours:
-        found = sorted(glob(str(Path(pattern).expanduser())))  # noqa: PTH207 - may be absolute
+        exists = Path(pattern).exists()  # then its brackets are part of a name
+        found = [pattern] if exists else sorted(glob(pattern))  # noqa: PTH207 - may be absolute
         if not found:
             raise SettingsError(
                 f"runs={pattern}: no such file; use one that modelpar-evaluate out=FILE.json wrote"

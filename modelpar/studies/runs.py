@@ -23,6 +23,7 @@ from modelpar.training.run_dir import CONFIG
 LENGTH: Final = ("epochs", "steps", "early_stopping")
 IDENTIFYING: Final = ("recipe", "model", *LENGTH, "batch_size", "views", "precision")
 SIZES: Final = ("model.image_size", "model.num_classes")
+ROOTED: Final = ("imagefolder", "packed")  # data sets whose folder decides which images they have
 GOAL: Final = 25.0  # figure 1: training error in %
 
 
@@ -35,7 +36,7 @@ def identity(settings: Mapping[str, Any]) -> dict[str, str]:
     chosen["debug"] = {"one_batch": settings.get("debug", {}).get("one_batch", False)}
     chosen["crossing"] = {"dtype": settings.get("crossing", {}).get("dtype")}
     chosen["data"] = {key: data[key] for key in ("name", "image_size", "num_classes")}
-    if data["name"] == "imagefolder":  # its folder decides which images these are
+    if data["name"] in ROOTED:
         chosen["data"]["root"] = data["root"]
     flat: dict[str, str] = {}
     for key, value in chosen.items():
@@ -120,7 +121,7 @@ def _label(settings: Mapping[str, Any]) -> str:
 
 def _data(settings: Mapping[str, Any]) -> str:
     model, data = settings["model"], settings["data"]
-    name = f"imagefolder {data['root']}" if data["name"] == "imagefolder" else data["name"]
+    name = f"{data['name']} {data['root']}" if data["name"] in ROOTED else data["name"]
     classes = f", {model['num_classes']} classes" if model.get("num_classes") else ""
     return f"{name}{classes}, {model['image_size'] or data['image_size']} pixels"
 
@@ -129,7 +130,8 @@ def read(folder: Path) -> Run:
     """Read one run; raises DataError if its files are damaged."""
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
-        text = (folder / METRICS).read_text("utf-8")
+        metrics = folder / METRICS
+        text = metrics.read_text("utf-8") if metrics.exists() else ""  # stopped before its start
         *lines, _ = text.split("\n")  # the last is empty or incomplete
         return run_of(folder, settings, [json.loads(line) for line in lines])
     except (OSError, ValueError, KeyError, TypeError, YAMLError, OmegaConfBaseException) as error:
@@ -145,7 +147,8 @@ def find(patterns: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:
-        places = sorted(glob(pattern))  # noqa: PTH207 - may be absolute
+        exists = Path(pattern).exists()  # then its brackets are part of a name
+        places = [pattern] if exists else sorted(glob(pattern))  # noqa: PTH207 - may be absolute
         runs = [run for place in places for run in _runs_in(Path(place))]
         if not runs:
             raise SettingsError(

@@ -39,7 +39,7 @@ PICKLES: Final = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar")
 PENDING, DONE, FAILED = 0, 1, 2  # what a rank reports about its share of a save
 POLLS_PER_TIMEOUT: Final = 8  # how often a rank that waits for its disk shows that it is alive
 Tensors = Mapping[str, Tensor]
-State = Mapping[str, Tensors]  # "weights" and "velocities" of one column
+State = Mapping[str, Tensors]  # "weights", "velocities" and perhaps "ema" of one column
 
 
 @dataclass(frozen=True)
@@ -314,8 +314,8 @@ def read_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> dict[
 def read_part(source: Checkpoint | Path, kind: str, column: int | None) -> dict[str, Tensor]:
     """Return a column's tensors, or the whole net's for None, whichever way they were saved.
 
-    ``kind`` is ``weights`` or ``velocities``.  An exported file, a Path, holds only weights.
-    Every file that is read is checked against the manifest.  Raises CheckpointError.
+    ``kind`` is ``weights``, ``velocities`` or ``ema``.  An exported file, a Path, holds only
+    weights.  Every file that is read is checked against the manifest.  Raises CheckpointError.
     """
     if isinstance(source, Path):
         whole = read_tensors(source)

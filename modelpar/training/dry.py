@@ -68,7 +68,8 @@ def layer_rows(plan: Plan, settings: TrainSettings, column: int | None) -> list[
         if own:
             count = sum(value.numel() for value in own)
             row = Row(name, column or 0, parameters=count, weights=count * wide.itemsize)
-            row.optimizer = 2 * row.weights  # and for bfloat16 the rounded weights
+            row.optimizer = count * (dtype.itemsize + wide.itemsize)  # gradients and velocities
+            row.optimizer += row.weights * bool(settings.recipe.ema)
             row.weights += count * dtype.itemsize * (dtype != wide)
             rows.append(row)
     size = settings.batch_size

@@ -77,7 +77,7 @@ def compile_parts(
 class Learner:
     """This process's part of the net with all that trains it: optimizer and learning rates.
 
-    A collective of the world, which compares the replicas' weights.
+    A collective of the world.
     """
 
     def __init__(self, plan: Plan, settings: TrainSettings, mesh: Mesh) -> None:

@@ -67,8 +67,9 @@ class Graphed:
             with torch.cuda.graph(graph, **how):
                 self.result = self.function(*self.inputs)
         except RuntimeError as error:
+            cause = error.__context__ or error  # the end of the recording fails, too
             if self.link is None or self.link.column == 0:
-                say(f"cuda_graph is not used and steps are slower ({one_line(error)[:160]})")
+                say(f"cuda_graph is not used and steps are slower ({one_line(cause)[:160]})")
             for counter, earlier in zip(self._counters(), before, strict=True):
                 counter.subtract(counter - earlier)
             return

@@ -35,7 +35,7 @@ from modelpar.net.paper import COLUMNS
 from modelpar.progress import progress_bar, show
 from modelpar.training.metrics import METRICS, Errors, read_rows
 from modelpar.training.showing import Embedding, Seen, points
-from modelpar.training.tracking import tracked
+from modelpar.training.tracking import track
 
 KERNELS: Final = "conv1.png"
 GRID_IMAGES: Final = 16  # of a batch
@@ -64,7 +64,8 @@ class Monitor:
         atomic_write(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
         self.best = min((row["top1"] for row in kept if row["kind"] == "test"), default=math.inf)
         self.file = (run_dir / METRICS).open("a", buffering=1, encoding="utf-8")
-        self.tracked: Any = tracked(run_dir) if settings.wandb else None
+        if settings.wandb:
+            track(run_dir)
         self.board: SummaryWriter | None = None
         self.ending: Any = None  # what tells TensorBoard that the run has finished
         if settings.tensorboard:
@@ -244,14 +245,15 @@ class Monitor:
                 self.board.flush()
 
     def close(self) -> None:
-        """End the bar and close the files, as far as the disk allows."""
+        """End the bar and close the files, as far as the disk allows.
+
+        wandb sends the rest when the process exits.  That takes as long as the network does, and
+        until the ranks have met for the last time they wait for each other ``comm.timeout`` s.
+        """
         for part in (self.bar, self.file, self.board):
             with suppress(OSError):
                 if part is not None:
                     part.close()
-        if self.tracked is not None:
-            with self.drawing():
-                self.tracked.finish()
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
         with self.drawing():

@@ -14,8 +14,8 @@ def first_nonfinite(learner: Learner, batch: Batch, step: int) -> str:
     """Return which layer has the first value that is not finite in a step without an update.
 
     Layers are searched in the order of forward over both columns.  If only gradients are not
-    finite they are searched in the order of backward.  A collective of the world, the same on
-    every rank.
+    finite they are searched in the order of backward.  A collective of the world: the layer is the
+    same on every rank, the loss is that of the replica.
     """
     net, mesh = learner.net, learner.mesh
     weights = dict(net.named_parameters())

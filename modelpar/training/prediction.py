@@ -112,8 +112,8 @@ def prepare(settings: PredictSettings, _run_dir: Path | None = None) -> Prepared
     trained = evaluation.find_for(settings, settings.checkpoint)
     if (stats := trained.statistics) is None:
         raise CheckpointError(
-            f"checkpoint={settings.checkpoint}: has no mean image, as files of older versions; "
-            "export it again"
+            f"checkpoint={settings.checkpoint}: has no mean image; export it again, or convert it "
+            "with mean=FILE"
         )
     given = settings.images
     files = find_images(given if isinstance(given, list) else [given])
@@ -187,7 +187,9 @@ def load(kind: Any, path: str | os.PathLike[str], *link: Any) -> Any:
 def predict(net: Any, images: Any, views: int) -> list[Prediction]:
     """Return the prediction of each image, as ``AlexNet.predict`` does."""
     if net.statistics is None:
-        raise SettingsError("predict: this net has no mean image; use AlexNet.load(PATH)")
+        raise SettingsError(
+            "predict: this net has no mean image; use AlexNet.load(PATH) with a file that has one"
+        )
     if views not in VIEWS:
         raise SettingsError(f"views={views}: use one of {', '.join(map(str, VIEWS))}")
     given = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else [*images]
@@ -196,6 +198,7 @@ def predict(net: Any, images: Any, views: int) -> list[Prediction]:
     augmentation = Augmentation(net.statistics, net.plan.image_size, scaled=False, device=device)
     loader = TestLoader(pictures, BATCH, Mesh(device))
     each = predictions(net, loader, augmentation, views, net.classes)
-    found = [prediction for _, some in each for prediction in some]
-    net.train(training)
-    return found
+    try:
+        return [prediction for _, some in each for prediction in some]
+    finally:
+        net.train(training)

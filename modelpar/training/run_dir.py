@@ -15,7 +15,7 @@ from yaml import YAMLError
 from modelpar.config import without_secrets
 from modelpar.declare import flatten
 from modelpar.distributed import Mesh
-from modelpar.errors import CheckpointError, SettingsError, one_line
+from modelpar.errors import CheckpointError, InUseError, SettingsError, one_line
 from modelpar.files import atomic_write
 from modelpar.settings import TrainSettings
 
@@ -123,7 +123,7 @@ def written(run_dir: Path) -> Generator[None]:
     try:
         yield
     except Timeout:
-        raise CheckpointError(
+        raise InUseError(
             f"{run_dir}: in use by another run; wait for it or use another run_dir"
         ) from None
     except OSError as error:

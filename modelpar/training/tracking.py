@@ -2,7 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from uuid import uuid4
 
 from omegaconf import OmegaConf
@@ -14,17 +14,17 @@ from modelpar.training.run_dir import CONFIG
 WANDB_ID: Final = "wandb_id"  # in log/, of the run at Weights & Biases
 
 
-def tracked(run_dir: Path) -> Any:
+def track(run_dir: Path) -> None:
     """Start or continue the run of Weights & Biases that copies TensorBoard's events.
 
-    Returns None, with a line that says why, if that fails.  It must start before TensorBoard.
+    If that fails, a line says why.  It must start before TensorBoard.
     """
     log = run_dir / "log"
     try:
         if not (log / WANDB_ID).is_file():
             log.mkdir(exist_ok=True)
             atomic_write(log / WANDB_ID, uuid4().hex)
-        return import_module("wandb").init(
+        import_module("wandb").init(
             id=(log / WANDB_ID).read_text("utf-8"),
             name=run_dir.name,
             dir=str(log),
@@ -35,4 +35,3 @@ def tracked(run_dir: Path) -> Any:
         )
     except Exception as error:  # noqa: BLE001 - of a library and of its server
         say(f"{run_dir}: not sent to Weights & Biases ({one_line(error)})")
-        return None

@@ -179,7 +179,8 @@ class Trainer:
         see = self.watch.see_gradients if shows else None
         loss = self.learner.step(batch, self.step, rates, see)
         values = [self.learner.good]
-        if self.step % self.settings.log_every == 0:
+        # The last step tells readers of metrics.jsonl that its epoch was reached.
+        if self.step % self.settings.log_every == 0 or self.step + 1 == self.total:
             wrong = (rank_of_label(self.learner.last_logits, batch.labels) > 0).sum()
             sums = torch.stack([loss.double(), wrong.double()])
             values += all_reduce_sum(sums, self.mesh.replica_group)

@@ -44,9 +44,7 @@ WITH = {
 # Without a choice of images a run is tested on the 1,008 photographs, in the README only.
 NOISE = ["data=synthetic", "model.image_size=64", "model.num_classes=14"]
 IMAGES = "data=|experiment=|search=|init\\."  # what has images of its own, or needs real ones
-PAIRS = (
-    "torchrun|slow_link|columns=|replicas=|crossing"  # how many ranks there are
-)
+PAIRS = "torchrun|slow_link|columns=|replicas=|crossing"  # how many ranks there are
 INSTALLS = "installs packages from the network; .ci/run does it in a fresh folder"
 TESTS = "is what runs this test"
 LEFT_OUT = {
