@@ -69,7 +69,7 @@ def _check_training(settings: TrainSettings) -> None:
         "recipe.ema": recipe.ema,
     }
     if settings.cuda_graph == "on" and (used := [key for key in unrecorded if unrecorded[key]]):
-        raise SettingsError(f"cuda_graph=on: not possible with {used[0]}; use cuda_graph=auto")
+        raise SettingsError(f"cuda_graph=on: records no steps with {used[0]}; use auto")
 
 
 def _check_combination(settings: Any) -> None:

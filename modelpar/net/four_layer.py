@@ -104,7 +104,7 @@ class Torchvision(torchvision.models.AlexNet):
             super().__init__(plan.num_classes, plan.dropout)
         self.plan = plan
         # On the net's device: a copy from the host would wait for a GPU in each step.
-        scale = 255 * torch.tensor(paper.TORCHVISION_STD)[:, None, None]
+        scale = 255 * torch.tensor(paper.TORCHVISION_STD, dtype=torch.float64)[:, None, None]
         self.register_buffer("scale", scale, persistent=False)
         for place, layer in enumerate(self.classifier):
             if isinstance(layer, nn.Dropout):  # before the linear layer of the next place

@@ -280,9 +280,10 @@ def test_run_ends_after_evaluations_without_a_better_one(
     ("words", "line"),
     [
         (["accumulate=3"], "accumulate=3: batch_size=128 cannot be cut into 3 equal parts"),
-        (["cuda_graph=on", "accumulate=2"], "cuda_graph=on: not tested with accumulate"),
-        (["cuda_graph=on", "recipe.clip=1"], "cuda_graph=on: not tested with recipe.clip"),
-        (["cuda_graph=on", "recipe.ema=0.9"], "cuda_graph=on: not tested with recipe.ema"),
+        (["cuda_graph=on", "accumulate=2"], "cuda_graph=on: records no steps with accumulate"),
+        (["cuda_graph=on", "replicas=2"], "cuda_graph=on: records no steps with replicas"),
+        (["cuda_graph=on", "recipe.clip=1"], "cuda_graph=on: records no steps with recipe.clip"),
+        (["cuda_graph=on", "recipe.ema=0.9"], "cuda_graph=on: records no steps with recipe.ema"),
         (["model.norm=batch", "accumulate=2"], "model.norm=batch: each part of a batch would be"),
         (["model.norm=batch", "recipe.ema=0.9"], "recipe.ema=0.9: averaged weights would need"),
     ],

@@ -16,6 +16,7 @@ from modelpar.errors import DivergedError
 from modelpar.images.augment import Augmentation
 from modelpar.images.loader import TrainLoader
 from modelpar.images.order import BatchOrder
+from modelpar.studies import runs
 from modelpar.training import prepare, runner, trainer
 from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.engine import Learner
@@ -96,6 +97,13 @@ def test_checkpoint_of_a_pair_continues_in_one_process_and_back(
     for key, value in read_part(once, "weights", None).items():
         other = read_part(mixed, "weights", None)[key]
         assert float((value - other).norm() / value.norm()) < 1e-12, key
+
+
+def test_the_last_step_has_a_row_however_few_are_asked_for(images: Path, tmp_path: Path) -> None:
+    words = overrides(images, "columns=1", "log_every=20", "epochs=2", "recipe.lr=0.0005")
+    trained(Mesh(torch.device("cpu")), words, str(tmp_path))
+    assert [row["step"] for row in rows(tmp_path) if row["kind"] == "train"] == [1, 10]
+    assert runs.read(tmp_path).finished
 
 
 def test_every_run_ends_with_an_evaluation(images: Path, tmp_path: Path) -> None:

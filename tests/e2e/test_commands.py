@@ -344,6 +344,7 @@ def test_second_start_of_an_active_run_is_refused(tmp_path: Path) -> None:
     again = ours(tmp_path, *SMALL, "run_dir=run", *how)
     assert again.returncode == 4
     assert "in use by another run" in again.stderr
+    assert not (tmp_path / "run" / "log" / "exit.json").exists()
     process.terminate()
     _, text = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 75

@@ -168,14 +168,16 @@ def test_runs_of_imagenet_have_the_lengths_of_their_own_schedules(place: Path) -
     assert [row["seeds"] for row in cells(place, "e")] == ["0", "0"]
 
 
-def test_each_image_folder_and_number_of_classes_is_a_data_set(place: Path) -> None:
+@pytest.mark.parametrize("data", ["imagefolder", "packed"])
+def test_each_image_folder_and_number_of_classes_is_a_data_set(place: Path, data: str) -> None:
     for name, error in (("d", 10.0), ("e", 50.0)):
-        (place / f"images_{name}/train/cat").mkdir(parents=True)
-        stored(place / name, error, "data=imagefolder", f"data.root=images_{name}")
+        (place / f"images_{name}").mkdir(parents=True)
+        stored(place / name, error, f"data={data}", f"data.root=images_{name}")
     found = cells(place, "d", "e")
     assert [row["data"] for row in found] == [
-        f"imagefolder {place}/images_{name}, 224 pixels" for name in "de"
+        f"{data} {place}/images_{name}, 224 pixels" for name in "de"
     ]
+    assert [row["seeds"] for row in found] == ["1", "1"]
     stored(place / "f", 50.0, "model.num_classes=20")
     (row,) = cells(place, "f")
     assert row["data"] == "photos, 20 classes, 64 pixels"
@@ -295,6 +297,17 @@ def test_pattern_without_runs_is_an_error(place: Path, pattern: str) -> None:
         runs.find([pattern])
     assert runs.find(["a"]) == [runs.Path("a/0"), runs.Path("a/1")]
     del place
+
+
+def test_brackets_in_the_name_of_a_run_are_no_pattern(place: Path) -> None:
+    stored(place / "lr[1]", 10.0)
+    assert runs.find(["lr[1]"]) == [runs.Path("lr[1]")]
+
+
+def test_run_that_stopped_before_its_first_row_is_not_finished(place: Path) -> None:
+    (place / "a/1/metrics.jsonl").unlink()
+    (row,) = cells(place, "a")
+    assert (row["seeds"], row["top-1 error, %"]) == ("1", "10.00")
 
 
 def test_incomplete_last_line_is_ignored(place: Path) -> None:

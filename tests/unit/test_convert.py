@@ -25,13 +25,15 @@ from foreign import (
 )
 from torch.nn import functional
 
-from modelpar import Recipe, config
+from modelpar import AlexNet, Recipe, config
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, RunError, SettingsError
+from modelpar.groups import ModelSettings
 from modelpar.images.augment import Augmentation
 from modelpar.interchange import imports
 from modelpar.net import paper
 from modelpar.net.four_layer import whole_net
+from modelpar.net.plan import plan_for
 from modelpar.net.weights import split
 from modelpar.training import evaluation, prepare, runner, trained
 from modelpar.training.checkpoint import newest, read_part
@@ -301,6 +303,19 @@ def test_a_pt_file_that_would_run_code_is_refused() -> None:
     torch.save({"conv1.weight": Path("x")}, "net.pt")
     with pytest.raises(CheckpointError, match=r"net\.pt: damaged, or not what its name says"):
         converted("net.pt", "recipe=paper")
+
+
+@SLOW
+def test_a_state_dict_of_the_net_with_one_column_is_a_whole_net() -> None:
+    plan = plan_for(Recipe.named("paper"), ModelSettings(net="one_column"), 4, 224)
+    torch.save(AlexNet(plan, seed=0).state_dict(), "one.pt")
+    assert converted("one.pt", "recipe=paper").plan.net == "one_column"
+    np.save("mean.npy", np.zeros((3, 256, 300), np.float32))
+    with pytest.raises(CheckpointError, match=r"mean=.*: has shape \(3, 256, 300\); use a mean"):
+        converted("one.pt", "recipe=paper", "mean=mean.npy")
+    torch.save({"conv1.bias": torch.zeros(3)}, "two.pt")
+    with pytest.raises(CheckpointError, match=r"one\.pt, .*two\.pt: are not the two columns of"):
+        converted(["one.pt", "two.pt"], "recipe=paper")
 
 
 @SLOW

@@ -54,9 +54,12 @@ def test_the_table_of_a_small_net_counts_memory() -> None:
     eight = column_rows(plan, None, "batch_size=8", "precision=bfloat16")
     for one, two in zip(whole, eight, strict=True):
         assert two.weights == 1.5 * one.weights
+        assert two.optimizer == 0.75 * one.optimizer  # the gradients are bfloat16
         assert 0 < one.activations <= two.activations < 1.5 * one.activations  # masks: a byte
     # conv1 keeps its padded input and at least its response, as float32
     assert whole[0].activations >= 4 * 4 * (3 * 67 * 67 + 96 * 15 * 15)
+    averaged = column_rows(plan, None, "batch_size=4", "recipe.ema=0.9")
+    assert averaged[0].optimizer == 1.5 * whole[0].optimizer
     halved = column_rows(plan, 1, "batch_size=4", "crossing.dtype=float16")
     assert halved[2].sent == 2 * 128 * 3 * 3
 

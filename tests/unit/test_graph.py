@@ -92,7 +92,9 @@ def test_a_step_that_cannot_be_recorded_runs_as_before_with_one_line(
     @contextmanager
     def refused(_graph: Any, **_how: Any) -> Iterator[None]:
         yield
-        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        error = RuntimeError("operation failed due to a previous error")  # at the end
+        error.__context__ = RuntimeError("operation not permitted when capturing\nmore lines")
+        raise error
 
     monkeypatch.setattr("torch.cuda.graph", refused)
     for number in range(1, 9):

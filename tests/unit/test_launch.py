@@ -17,6 +17,7 @@ from modelpar.environment import Environment
 from modelpar.errors import (
     CheckpointError,
     DataError,
+    InUseError,
     LaunchError,
     PeerLostError,
     RunError,
@@ -78,6 +79,14 @@ def test_a_lost_rank_is_reported_last_and_never_replaces_its_cause(
     stopped = PeerLostError("another rank has exited")
     stopped.stop_requested = True  # its launcher waits for it
     launch.report_from_rank(stopped, None)
+    assert waits == []
+
+
+def test_a_second_start_leaves_no_status_in_the_run_that_it_finds(
+    tmp_path: Path, waits: list[float]
+) -> None:
+    assert launch.report_from_rank(InUseError("in use by another run"), tmp_path) == 4
+    assert launch.recorded_status(tmp_path) == 0
     assert waits == []
 
 
