@@ -109,7 +109,7 @@ def measure_reading(settings: BenchmarkSettings) -> dict[str, Any]:
     """
     settings = with_defaults(settings)
     batch_size, steps = (settings.batch_sizes or [128])[0], settings.steps or 2
-    BatchOrder(settings.images, batch_size, 0)  # refuses them
+    BatchOrder(settings.images, batch_size, 0)  # refuses less than one batch
     with TemporaryDirectory() as place:
         root = Path(place)
         write_photographs(root, {"train": settings.images, "val": settings.images // 10})

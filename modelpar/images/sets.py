@@ -55,7 +55,7 @@ def _present(settings: DataSettings, root: Path, title: str) -> AbstractContextM
     """Raise DataError where torchvision does not find its files, or cannot download them."""
     if settings.download:
         advice = "check the network, or use data.root=FOLDER without data.download"
-        return readable(f"data.download=true: cannot have {title} in {root}", advice)
+        return readable(f"data.download=true: cannot download {title} into {root}", advice)
     advice = "use the folder that contains it, or data.download=true"
     return readable(f"data.root={root}: no {title} there", advice)
 

@@ -22,7 +22,7 @@ from modelpar.errors import CheckpointError, SettingsError
 from modelpar.images.augment import Augmentation
 from modelpar.net.four_layer import whole_net
 from modelpar.net.plan import settings_of
-from modelpar.training import averaging, evaluation, prepare
+from modelpar.training import evaluation, prepare
 from modelpar.training.averaging import STEPS, search, split
 from modelpar.training.evaluation import Evaluation
 from modelpar.training.exported import METADATA
@@ -277,4 +277,3 @@ def test_a_fifth_of_the_images_is_searched_by_default(nets: Path) -> None:
     settings = read(nets, "ab", "columns=1", "weights=search")
     searched, reported = evaluation.rows(settings, evaluation.prepare(settings))
     assert (len(searched), len(reported)) == (2, 8)
-    assert averaging.START == 0.5

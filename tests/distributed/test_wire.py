@@ -15,7 +15,6 @@ WIRES = {"10.77.0.1": "mpwire-a", "10.77.0.2": "mpwire-b"}
 STEPS = 4
 BATCH = 16
 BUDGET = 230_304  # B an image and direction at 224 pixels, float32
-CONTROL = 64  # B a step
 
 # Reads this host's counter around a few steps; the first step opens the connections.
 RANK = f"""

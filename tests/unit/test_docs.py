@@ -105,14 +105,13 @@ def row_of(main: str, key: str) -> list[str]:
     return [f"`{key}`", values_text(entry), default_text(entry, value), entry.metadata["means"]]
 
 
-def rows_of(page: Path, main: str, sections: tuple[str, ...] = ()) -> list[list[str]]:
+def rows_of(page: Path, sections: tuple[str, ...]) -> list[list[str]]:
     """Return the rows of the tables of settings, of some sections of a page."""
     return [
         row
         for heading, head, rows in tables(page)
         if head[0] == "setting" and (not sections or heading in sections)
         for row in rows
-        if main
     ]
 
 
@@ -139,7 +138,7 @@ PLACES = [
 def test_tables_of_settings_agree_with_the_declarations(
     main: str, name: str, sections: tuple[str, ...]
 ) -> None:
-    for row in rows_of(DOCS / name, main, sections):
+    for row in rows_of(DOCS / name, sections):
         assert [without_links(cell) for cell in row] == row_of(main, code(row[0])[0])
 
 
@@ -159,7 +158,7 @@ def test_what_stands_for_a_default_agrees_with_the_net_and_the_groups() -> None:
 
 
 def test_the_table_of_training_settings_is_complete() -> None:
-    listed = [code(row[0])[0] for row in rows_of(DOCS / "settings.md", "train", TRAIN)]
+    listed = [code(row[0])[0] for row in rows_of(DOCS / "settings.md", TRAIN)]
     assert len(listed) == len(set(listed))
     wanted = {key for key in SETTINGS["train"] if not key.startswith("published.")}
     assert set(listed) == wanted | {"published"}

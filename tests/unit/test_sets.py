@@ -244,7 +244,7 @@ def test_a_download_that_is_stopped_leaves_no_part_of_the_images(
     monkeypatch.setattr("torchvision.datasets.imagenette.download_and_extract_archive", extract)
     error: OSError = ConnectionError("no network")
     with pytest.raises(
-        DataError, match=r"imagenette2-320 in .* \(no network\); check the network"
+        DataError, match=r"imagenette2-320 into .* \(no network\); check the network"
     ):
         open_set(how, tmp_path)
     error = OSError(errno.ENOSPC, "No space left on device")
