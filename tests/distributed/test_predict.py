@@ -190,8 +190,9 @@ def test_loaded_nets_predict_as_the_command_does(place: Path, images: Path) -> N
 
 
 def test_what_python_cannot_load_or_predict_is_one_line(
-    place: Path, images: Path, tmp_path: Path
+    place: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prediction, "BATCH", 1)
     net = AlexNet.from_recipe("code2012", 2, 64, seed=0)
     with pytest.raises(SettingsError, match=r"no mean image; use AlexNet\.load"):
         net.predict("x.png")
@@ -200,8 +201,8 @@ def test_what_python_cannot_load_or_predict_is_one_line(
     with pytest.raises(SettingsError, match="views=2: use one of 1, 9, 10"):
         AlexNet.load(place / "run").predict("x.png", views=2)
     with pytest.raises(DataError, match=r"x\.png: cannot read image"):
-        (net := AlexNet.load(place / "run").train()).predict("x.png")
-    assert net.training  # also after an error
+        (net := AlexNet.load(place / "run").train()).predict([Image.new("RGB", (80, 80)), "x.png"])
+    assert net.training  # also after an error in a later batch
     words = ["model.net=four_layer", "model.image_size=28", "model.norm=none"]
     other = untrained(tmp_path / "other.safetensors", images, *words)
     with pytest.raises(SettingsError, match=r"its net is four_layer, not AlexNet"):
