@@ -1,6 +1,7 @@
 # Two columns in one container.  torch's wheel brings CUDA, cuDNN and NCCL, so a slim Python,
 # a compiler for torch.compile and Triton, and the host's driver are enough.
-#   docker build -t modelpar .
+#   docker build -t modelpar .   # for a user other than 1000: --build-arg UID=$(id -u)
+#   mkdir -p runs                # else Docker creates it for root
 #   docker run --init --gpus all --shm-size 8g -v /data/imagenet:/data:ro -v "$PWD/runs:/runs" \
 #     modelpar data=imagenet data.root=/data run_dir=/runs/first
 # NCCL may pass data between GPUs through shared memory, of which Docker provides 64 MB by default.
