@@ -6,6 +6,7 @@ import resource
 import shutil
 import tempfile
 from collections.abc import Mapping
+from glob import glob
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +49,13 @@ def local_path(key: str, text: str) -> Path:
     if expanded.startswith("~"):
         raise SettingsError(f"{key}={text}: no such home folder; use an absolute path")
     return Path(expanded).absolute()
+
+
+def matches(pattern: str) -> list[str]:
+    """Return the sorted paths that a glob names; brackets in the name of a path are no pattern."""
+    if os.path.lexists(pattern):
+        return [pattern]
+    return sorted(glob(pattern, recursive=True))  # noqa: PTH207 - may be absolute
 
 
 def write_texts(out: str, texts: Mapping[str, str]) -> None:

@@ -205,7 +205,10 @@ class TrainSettings(RankSettings):
         True, means="also keep the checkpoint with the lowest top-1 test error"
     )
     log_every: int = at_least(
-        1, 1, unit="steps", means="steps between two rows of `metrics.jsonl`"
+        1,
+        1,
+        unit="steps",
+        means="steps between two rows of `metrics.jsonl`; the last step has one",
     )
     restarts: int = at_least(
         0,

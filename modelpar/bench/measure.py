@@ -185,15 +185,13 @@ def _measure(
                     turns.append(one.ask("turn", settings.steps))
     cases = [case for case in cases if not case[0].failed]
     rows = [_row(*case) for case in cases]
-    for row, (one, _, _) in zip(rows, cases, strict=True):
+    limit_link(hosts, None)
+    for row, (one, rate, _) in zip(rows, cases, strict=True):
         row["ratios"] = ratios(row, rows)
         row.update(shares(one.contender, row["step_s"]["median"], peaks))
-    limit_link(hosts, None)
-    if settings.breakdown:
-        for (one, rate, _), row in zip(cases, rows, strict=True):
-            if rate is None:
-                name = f"{row['contender']}-{row['precision']}-batch{row['batch_size']}"
-                row["traces"] = one.ask("trace", str(Path(settings.out, "trace", name)))
+        if settings.breakdown and rate is None:
+            name = f"{row['contender']}-{row['precision']}-batch{row['batch_size']}"
+            row["traces"] = one.ask("trace", str(Path(settings.out, "trace", name)))
     return peaks, rows
 
 

@@ -5,13 +5,14 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob, has_magic
+from glob import has_magic
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Final
 from unicodedata import normalize
 
 from modelpar.errors import DataError
+from modelpar.files import matches
 from modelpar.images.samples import unreadable
 
 # The endings of images: those of torchvision's ImageFolder, which takes a second to import.
@@ -82,9 +83,9 @@ def find_images(patterns: Sequence[str], key: str = "images") -> list[str]:
     """
     found: dict[str, None] = {}
     for pattern in patterns:
-        exists = os.path.lexists(pattern)  # then its brackets are part of a name
+        exists = os.path.lexists(pattern)
         images: list[str] = []
-        for place in [pattern] if exists else sorted(glob(pattern, recursive=True)):  # noqa: PTH207
+        for place in matches(pattern):
             if Path(place).is_dir():
                 below = _walk(place, frozenset(), strict=False)
                 for _, files, _ in sorted(below, key=itemgetter(0)):

@@ -118,9 +118,11 @@ def _origin(source: Source, blocks: Iterable[str]) -> str:
 def _make(settings: PrepareSettings, source: Source, request: Request) -> Store:
     """Write the store, from its first block that is not committed."""
     root, size = Path(settings.out), settings.size
-    # Pillow decodes an image, and torch scales it.
-    versions = {"modelpar": modelpar.__version__, "pillow": PIL.__version__}
-    versions |= {"torch": str(torch.__version__)}
+    versions = {
+        "modelpar": modelpar.__version__,
+        "pillow": PIL.__version__,  # decodes
+        "torch": str(torch.__version__),  # scales
+    }
     identity = {"format": settings.format, "size": size, "images": _origin(source, []), **versions}
     workers = device.num_cores() if settings.workers is None else settings.workers
     total, skipped = sum(map(len, source.parts.values())), Counter[str]()

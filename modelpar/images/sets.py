@@ -51,8 +51,10 @@ def _folder(settings: DataSettings, cache: Path) -> Path:
     raise DataError(f"data={settings.name}: use data.root=FOLDER{download}")
 
 
-def _present(settings: DataSettings, root: Path, title: str) -> AbstractContextManager[None]:
-    """Raise DataError where torchvision does not find its files, or cannot download them."""
+def _torchvision_errors(
+    settings: DataSettings, root: Path, title: str
+) -> AbstractContextManager[None]:
+    """Raise DataError for any error of torchvision while it finds or downloads its files."""
     if settings.download:
         advice = "check the network, or use data.root=FOLDER without data.download"
         return readable(f"data.download=true: cannot download {title} into {root}", advice)
@@ -73,7 +75,7 @@ def _in_memory(
 
     ``build`` returns that of ``train`` or of ``val``.
     """
-    with _present(settings, root, title):
+    with _torchvision_errors(settings, root, title):
         train, test = build("train"), build("val")
         content = sha256(np.asarray(train.data).tobytes(), np.asarray(test.data).tobytes())
     size = _stored_size(settings)
@@ -156,7 +158,7 @@ def _imagenette(
 
     root, within = _folder(settings, cache), "imagenette2-320"
     if not (root / within).is_dir():
-        with _present(settings, root, within):
+        with _torchvision_errors(settings, root, within):
             if settings.download:
                 root.mkdir(parents=True, exist_ok=True)
             # Moved when it is whole: torchvision takes any folder of that name for all images.

@@ -98,6 +98,7 @@ def _read_states(paths: Sequence[Path]) -> Foreign:
         if TORCHVISION in state:
             mean = 255 * torch.tensor(TORCHVISION_MEAN)
             return Foreign("state dict of torchvision", state, "paper", mean=mean)
+        # The net one_column has the conv1 of a column, and a wider conv5.
         halves = [len(state.get(f"{name}.bias", ())) for name in ("conv1", "conv5")]
         if halves == [paper.LAYERS[name].outputs for name in ("conv1", "conv5")]:
             raise CheckpointError(

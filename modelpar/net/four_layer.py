@@ -104,8 +104,8 @@ class Torchvision(torchvision.models.AlexNet):
             super().__init__(plan.num_classes, plan.dropout)
         self.plan = plan
         # On the net's device: a copy from the host would wait for a GPU in each step.
-        deviation = torch.tensor(paper.TORCHVISION_STD, dtype=torch.float64)[:, None, None]
-        self.register_buffer("deviation", deviation, persistent=False)
+        std = torch.tensor(paper.TORCHVISION_STD, dtype=torch.float64)[:, None, None]
+        self.register_buffer("std", std, persistent=False)
         for place, layer in enumerate(self.classifier):
             if isinstance(layer, nn.Dropout):  # before the linear layer of the next place
                 units = self.classifier.get_parameter(f"{place + 1}.weight").shape[1]
@@ -113,7 +113,7 @@ class Torchvision(torchvision.models.AlexNet):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, classes) of images (N, 3, S, S)."""
-        scale = 255 * self.get_buffer("deviation").to(x.dtype)
+        scale = 255 * self.get_buffer("std").to(x.dtype)
         return super().forward(as_weight(x / scale, self.features.get_parameter("0.weight")))
 
 

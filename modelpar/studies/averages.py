@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from glob import glob
 from pathlib import Path
 from typing import Any, Final
 
 from modelpar.errors import DataError, SettingsError, one_line
+from modelpar.files import matches
 from modelpar.net.paper import AVERAGES
 
 SUFFIX: Final = ".json"
@@ -30,9 +30,7 @@ def find(patterns: Sequence[str]) -> tuple[list[str], list[Path]]:
     ours = [pattern for pattern in patterns if pattern.endswith(SUFFIX)]
     files: dict[Path, None] = {}
     for pattern in ours:
-        exists = Path(pattern).exists()  # then its brackets are part of a name
-        found = [pattern] if exists else sorted(glob(pattern))  # noqa: PTH207 - may be absolute
-        if not found:
+        if not (found := matches(pattern)):
             raise SettingsError(
                 f"runs={pattern}: no such file; use one that modelpar-evaluate out=FILE.json wrote"
             )

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -15,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from modelpar.errors import DataError, SettingsError, one_line
+from modelpar.files import matches
 from modelpar.net.paper import SCHEDULES
 from modelpar.training.metrics import METRICS
 from modelpar.training.run_dir import CONFIG
@@ -147,9 +147,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:
-        exists = Path(pattern).exists()  # then its brackets are part of a name
-        places = [pattern] if exists else sorted(glob(pattern))  # noqa: PTH207 - may be absolute
-        runs = [run for place in places for run in _runs_in(Path(place))]
+        runs = [run for place in matches(pattern) for run in _runs_in(Path(place))]
         if not runs:
             raise SettingsError(
                 f"runs={pattern}: no run there; use folders with {CONFIG} and {METRICS}"

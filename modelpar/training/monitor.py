@@ -247,8 +247,8 @@ class Monitor:
     def close(self) -> None:
         """End the bar and close the files, as far as the disk allows.
 
-        wandb sends the rest when the process exits.  That takes as long as the network does, and
-        until the ranks have met for the last time they wait for each other ``comm.timeout`` s.
+        wandb sends what is left when the process exits.  The other ranks still wait for this one
+        here, and an upload may take longer than ``comm.timeout``.
         """
         for part in (self.bar, self.file, self.board):
             with suppress(OSError):

@@ -153,16 +153,17 @@ def small(command: str) -> str:
     extra = [*SMALL[main], *(word for key, more in WITH.items() if key in given for word in more)]
     if main == "train" and CASES[command].name != "README.md":
         # A third of a small run is the start of its second rank: in the README only.
-        extra += [] if re.search(PAIRS, command) else ["columns=1"]
-        extra += [] if re.search(IMAGES, command) else NOISE
+        if not re.search(PAIRS, command):
+            extra.append("columns=1")
+        if not re.search(IMAGES, command):
+            extra += NOISE
     if main == "benchmark" and "contenders" not in command:
         extra.append("contenders=[layers,pair]")
     if command.startswith("torchrun"):  # continues what the launcher has trained
         extra = [word.replace("steps=2", "steps=3") for word in extra]
     keys = {word.partition("=")[0] for word in extra}
-    jobs = {"seed": 1 if "experiment=" in command else 2, "experiment": 1}
-    if CASES[command].name == "README.md":
-        jobs["experiment"] = 2
+    experiments = 2 if CASES[command].name == "README.md" else 1
+    jobs = {"seed": 1 if "experiment=" in command else 2, "experiment": experiments}
     kept = [
         shorter(word, jobs.get(word.partition("=")[0], 0))
         for word in words

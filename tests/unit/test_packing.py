@@ -379,11 +379,16 @@ def begun(root: Path) -> Path:
     return root
 
 
-def test_an_unfinished_store_continues_with_the_same_settings_only(begun: Path) -> None:
+def test_an_unfinished_store_continues_with_the_same_settings_only(
+    begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = contents(begun.parent / "out")
     said = "was begun with format=jpeg, not raw; use another folder, or the images"
     assert said in refused(SettingsError, settings(begun, format="raw"))
     assert "was begun with size=16, not 20" in refused(SettingsError, settings(begun, size=20))
+    with monkeypatch.context() as other:
+        other.setattr(torch, "__version__", "2.0")
+        assert "was begun with torch=" in refused(SettingsError, settings(begun))
     (begun / "train" / "ant" / "0.jpg").write_bytes(GOOD["cmyk.jpg"])
     assert "was begun with other images" in refused(SettingsError, settings(begun))
     assert contents(begun.parent / "out") == before
