@@ -47,11 +47,16 @@ def rows(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
 QUICK = ["data=synthetic", "model.image_size=64", "recipe.lr=1e-5", "monitor.tensorboard=false"]
 
 
-def started(folder: Path, *words: str, runs: Sequence[str] = ("run",)) -> subprocess.Popen[str]:
-    """Start ``modelpar.train``; wait until all ``runs`` have trained two steps."""
+TRAIN = (sys.executable, "-m", "modelpar.train")
+
+
+def started(
+    folder: Path, *words: str, runs: Sequence[str] = ("run",), command: Sequence[str] = TRAIN
+) -> subprocess.Popen[str]:
+    """Start a training by ``command``; wait until all ``runs`` have trained two steps."""
     root = str(Path(__file__).parents[1])
     process = subprocess.Popen(
-        [sys.executable, "-m", "modelpar.train", *SMALL, "run_dir=run", *words],
+        [*command, *SMALL, "run_dir=run", *words],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
         stdout=subprocess.DEVNULL,

@@ -301,15 +301,34 @@ NOHUP = pytest.mark.skipif(
     "number",
     [
         signal.SIGTERM,
-        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, marks=[pytest.mark.slow, NOHUP]),
     ],
 )
 def test_signal_saves_and_the_run_resumes(tmp_path: Path, number: signal.Signals) -> None:
-    group = number != signal.SIGUSR1  # a terminal or a scheduler signals the whole group
     process = started(tmp_path, "steps=500", *QUICK)
-    (os.killpg if group else os.kill)(process.pid, number)
+    os.killpg(process.pid, number)  # a terminal or a scheduler signals the whole group
+    assert_saved_and_resumes(tmp_path, process, number)
+
+
+@pytest.mark.slow
+def test_job_on_slurm_saves_after_its_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    srun = tmp_path / "srun"  # starts one task, as Slurm does for the script
+    srun.write_text('#!/bin/sh\nexec "$@"\n')
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
+    script = ("bash", str(Path(__file__).parents[2] / "launch" / "slurm_pair.sbatch"))
+    process = started(tmp_path, "steps=500", *QUICK, command=script)
+    os.kill(process.pid, signal.SIGUSR1)
+    assert_saved_and_resumes(tmp_path, process, signal.SIGUSR1)
+
+
+def assert_saved_and_resumes(
+    tmp_path: Path, process: subprocess.Popen[str], number: signal.Signals
+) -> None:
     _, text = process.communicate(timeout=60)
     assert process.returncode == 75
     saved = newest(tmp_path / "run")

@@ -42,7 +42,7 @@ TRAIN = (
 LAUNCHER = [sys.executable, "-m", "modelpar.train"]
 TORCHRUN = [
     *("torchrun", "--standalone", "--nproc-per-node=2"),
-    "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # as in the scripts of launch/
+    "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # as in launch/slow_link.sh
     *("-m", "modelpar.train"),
 ]
 TWO_HOSTS = ["bash", str(ROOT / "launch/slow_link.sh"), "10000", "modelpar.train"]
