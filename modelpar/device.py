@@ -20,24 +20,26 @@ M_MMAP_MAX: Final = -4  # malloc.h
 # -- GPUs ----------------------------------------------------------------------------------------
 
 
-def choose_device(device: str, local_processes: int, *, share_gpu: bool = False) -> str:
+def choose_device(device: str, local_processes: int, *, share_gpu: bool | None = None) -> str:
     """Return ``cuda`` or ``cpu`` for the setting ``device``; auto: GPUs if each rank has one.
 
     ``local_processes`` is the number of ranks on this host.  With ``share_gpu`` one GPU is enough
-    for all of them.  Raises SettingsError if there are fewer GPUs than the settings need.
+    for all of them; None: the command has no such setting.  Raises SettingsError if there are
+    fewer GPUs than the settings need.
     """
     found = torch.cuda.device_count()
     if share_gpu and (device == "cpu" or not found):
         why = "device=cpu uses none" if device == "cpu" else "this host has none"
         raise SettingsError(f"share_gpu=true: needs a GPU, and {why}; use share_gpu=false")
-    enough = share_gpu or found >= local_processes
+    enough = bool(share_gpu) or found >= local_processes
     if device == "auto":
         return "cuda" if enough else "cpu"
     if device == "cuda" and not enough:
-        fewer = "columns=1 for one GPU, share_gpu=true to share it, or " if found else ""
+        shared = found and share_gpu is not None
+        fewer = "columns=1 for one GPU, share_gpu=true to share it, or " if shared else ""
         raise SettingsError(
-            f"device=cuda: {found} GPUs for {local_processes} processes on this host; "
-            f"use {fewer}device=cpu"
+            f"device=cuda: {found} GPU{'s' * (found != 1)} for {local_processes} processes on "
+            f"this host; use {fewer}device=cpu"
         )
     return device
 

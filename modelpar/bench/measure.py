@@ -191,7 +191,8 @@ def _measure(
         row.update(shares(one.contender, row["step_s"]["median"], peaks))
         if settings.breakdown and rate is None:
             name = f"{row['contender']}-{row['precision']}-batch{row['batch_size']}"
-            row["traces"] = one.ask("trace", str(Path(settings.out, "trace", name)))
+            with _failure_reported():
+                row["traces"] = one.ask("trace", str(Path(settings.out, "trace", name)))
     return peaks, rows
 
 

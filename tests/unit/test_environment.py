@@ -92,8 +92,10 @@ def test_a_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert device.choose_device("auto", 2) == "cpu"
     assert device.choose_device("auto", 1) == "cuda"
-    with pytest.raises(SettingsError, match=r"1 GPUs for 2 processes.*share_gpu=true to share"):
-        device.choose_device("cuda", 2)
+    with pytest.raises(SettingsError, match=r"1 GPU for 2 processes.*share_gpu=true to share"):
+        device.choose_device("cuda", 2, share_gpu=False)
+    with pytest.raises(SettingsError, match=r"1 GPU for 2 processes on this host; use device=cpu"):
+        device.choose_device("cuda", 2)  # the benchmark, which has none of these settings
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device.choose_device("auto", 2) == "cuda"
 
