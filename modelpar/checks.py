@@ -67,6 +67,8 @@ def _check_training(settings: TrainSettings) -> None:
         "replicas": settings.replicas > 1,
         "recipe.clip": recipe.clip,
         "recipe.ema": recipe.ema,
+        "compile=false": not settings.compile,
+        "precision=float64": settings.precision == "float64",
     }
     if settings.cuda_graph == "on" and (used := [key for key in unrecorded if unrecorded[key]]):
         raise SettingsError(f"cuda_graph=on: records no steps with {used[0]}; use auto")

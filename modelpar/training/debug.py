@@ -11,9 +11,10 @@ from typing import Final
 from modelpar.groups import DebugSettings
 from modelpar.images.loader import Batch, TrainLoader
 from modelpar.tracing import traced
+from modelpar.training.graph import EAGER_CALLS
 
 NEAR_ZERO: Final = 0.05  # nats: a mean probability of 95 % for the right classes
-UNTRACED: Final = 3  # steps before a trace begins; a GPU records its graph after them
+UNTRACED: Final = EAGER_CALLS + 1  # steps before a trace begins: the last is recorded on a GPU
 
 
 class Debugging:

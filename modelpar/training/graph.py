@@ -23,7 +23,7 @@ class Graphed:
     It must read and write the same memory at each call.  The inputs are copied to those of the
     recording, and its results are in memory that the next call overwrites.  ``link``: the
     connection that the function uses, whose counters a replay increases.  A function that cannot
-    be recorded runs as it is, and rank 0 prints the reason.
+    be recorded runs as it is, and the reason is printed.
     """
 
     def __init__(self, function: Callable[..., Any], link: Link | None = None) -> None:
@@ -68,8 +68,8 @@ class Graphed:
                 self.result = self.function(*self.inputs)
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of the recording fails, too
-            if self.link is None or self.link.column == 0:
-                say(f"cuda_graph is not used and steps are slower ({one_line(cause)[:160]})")
+            where = f"column {self.link.column}: " if self.link else ""
+            say(f"{where}cuda_graph is not used and steps are slower ({one_line(cause)[:160]})")
             for counter, earlier in zip(self._counters(), before, strict=True):
                 counter.subtract(counter - earlier)
             return

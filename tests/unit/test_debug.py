@@ -149,7 +149,7 @@ def test_exchanges_are_named_in_the_traces_of_both_ranks(
     pair: Ranks, images: Path, tmp_path: Path
 ) -> None:
     words = [*SMALL, "data=imagefolder", f"data.root={images}", "batch_size=4"]
-    words += ["debug=profile", "steps=5", "debug.trace=1", "compile=false", "crossing.chunks=1"]
+    words += ["debug=profile", "steps=6", "debug.trace=1", "compile=false", "crossing.chunks=1"]
     pair.run(trained, words, str(tmp_path))
     for rank in (0, 1):
         names = events(tmp_path / f"trace/rank{rank}.pt.trace.json.gz")

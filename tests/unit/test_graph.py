@@ -61,8 +61,8 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[Net], Graphed]:
     return graphed
 
 
-def link() -> Link:
-    return Link(lambda sent: (sent, lambda: None), column=0)
+def link(column: int = 0) -> Link:
+    return Link(lambda sent: (sent, lambda: None), column=column)
 
 
 def test_a_recorded_step_reads_its_inputs_and_counts_what_it_sends(
@@ -86,7 +86,7 @@ def test_a_step_that_cannot_be_recorded_runs_as_before_with_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    net = Net(link())
+    net = Net(link(column=1))
     step = record(net)
 
     @contextmanager
@@ -101,7 +101,8 @@ def test_a_step_that_cannot_be_recorded_runs_as_before_with_one_line(
         assert torch.equal(step(torch.full((3,), float(number))), torch.full((3,), 2.0 * number))
         assert net.link.bytes_sent == 12 * number
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("modelpar: cuda_graph is not used and steps are slower (operation not")
+    said = "modelpar: column 1: cuda_graph is not used and steps are slower (operation not"
+    assert line.startswith(said)
 
 
 # -- values that are read later -------------------------------------------------------------------
