@@ -285,7 +285,7 @@ def test_run_ends_after_evaluations_without_a_better_one(
         (["cuda_graph=on", "recipe.clip=1"], "cuda_graph=on: records no steps with recipe.clip"),
         (["cuda_graph=on", "recipe.ema=0.9"], "cuda_graph=on: records no steps with recipe.ema"),
         (["cuda_graph=on", "compile=false"], "cuda_graph=on: records no steps with compile=false"),
-        (["cuda_graph=on", "precision=float64"], "records no steps with precision=float64"),
+        (["cuda_graph=on", "precision=float64"], "cuda_graph=on: records no steps with precision"),
         (["model.norm=batch", "accumulate=2"], "model.norm=batch: each part of a batch would be"),
         (["model.norm=batch", "recipe.ema=0.9"], "recipe.ema=0.9: averaged weights would need"),
     ],
