@@ -311,18 +311,28 @@ def test_signal_saves_and_the_run_resumes(tmp_path: Path, number: signal.Signals
     assert_saved_and_resumes(tmp_path, process, number)
 
 
+# Starts two tasks, as Slurm's does on one node, and ends with the status of the first.
+SRUN = """#!/usr/bin/env bash
+trap : USR1
+for id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=$id "$@" & tasks+=($!); done
+for _ in warning end; do wait "${tasks[0]}"; done
+"""
+
+
 @pytest.mark.slow
 def test_job_on_slurm_saves_after_its_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    srun = tmp_path / "srun"  # starts one task, as Slurm does for the script
-    srun.write_text('#!/bin/sh\nexec "$@"\n')
+    srun = tmp_path / "srun"
+    srun.write_text(SRUN)
     srun.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
+    slurm = {"CPUS_PER_TASK": 1, "JOB_ID": os.getpid(), "NTASKS": 2, "NTASKS_PER_NODE": 2}
+    for name, value in {**slurm, "LAUNCH_NODE_IPADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
     script = ("bash", str(Path(__file__).parents[2] / "launch" / "slurm_pair.sbatch"))
     process = started(tmp_path, "steps=500", *QUICK, command=script)
-    os.kill(process.pid, signal.SIGUSR1)
+    os.killpg(process.pid, signal.SIGUSR1)
     assert_saved_and_resumes(tmp_path, process, signal.SIGUSR1)
 
 
