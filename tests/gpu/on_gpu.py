@@ -107,9 +107,9 @@ def unwaited(mesh: Mesh) -> dict[str, int]:
     between two evaluations.
     """
     found: dict[str, int] = {}
-    for precision, compiled in (("bfloat16", True), ("float64", False)):
+    for precision, compiled, graphs in (("bfloat16", True, "on"), ("float64", False, "off")):
         words = [f"columns={mesh.columns}", f"precision={precision}", f"compile={compiled}"]
-        words += ["data=synthetic", "model.image_size=64", "batch_size=8", "cuda_graph=on"]
+        words += ["data=synthetic", "model.image_size=64", "batch_size=8", f"cuda_graph={graphs}"]
         settings = config.read("train", words)
         prepared = prepare.prepare(settings)
         check = StepCheck(mesh, shutdown.Request())
