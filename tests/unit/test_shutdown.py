@@ -5,9 +5,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from processes import children, still_alive
 
 from modelpar import shutdown
 
@@ -58,27 +58,10 @@ def test_children_are_killed_with_their_process_groups() -> None:
     command = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '60'])"]
     with subprocess.Popen(command, start_new_session=True) as child:
         deadline = time.monotonic() + 20
-        while not (grandchildren := _children(child.pid)):
+        while not (grandchildren := children(child.pid)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(child.pid, signal.SIGSTOP)  # it runs no signal handler
         shutdown.kill_children(signal.SIGTERM)
         assert child.wait(10) == -signal.SIGKILL
-    for grandchild in grandchildren:
-        while _running(grandchild):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-
-def _children(of: int) -> list[int]:
-    done = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(of)], capture_output=True, check=False
-    )
-    return [int(number) for number in done.stdout.split()]
-
-
-def _running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    assert not still_alive(grandchildren, 20)
