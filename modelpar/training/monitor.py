@@ -26,7 +26,7 @@ from modelpar.analysis.activations import MEASURES, Activity
 from modelpar.analysis.histograms import Histogram
 from modelpar.analysis.kernels import colour_difference, kernel_picture, specialisation
 from modelpar.analysis.pictures import confusion_picture, labelled_grid
-from modelpar.errors import one_line, say
+from modelpar.errors import FULL, one_line, say
 from modelpar.files import atomic_write
 from modelpar.groups import MonitorSettings
 from modelpar.images.loader import Batch
@@ -130,10 +130,15 @@ class Monitor:
 
     @contextmanager
     def drawing(self) -> Generator[None]:
-        """Report what cannot be drawn; the training does not depend on it."""
+        """Report what cannot be drawn; the training does not depend on it.
+
+        Raises OSError for a full disk, which ends the run as it does where a row is written.
+        """
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - of any library that draws
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
             say(f"{self.run_dir}: no more pictures and charts ({one_line(error)})")
             self.board = None
 

@@ -457,7 +457,11 @@ class Injector:
         """Use wrong settings and images: one line at once, and no file is touched."""
         fault = Fault("wrong settings or images")
         rows = [(name, words, None, status, text) for name, words, status, text in SETTINGS]
-        rows += [(name, ["run_dir=run"], spoil, 3, text) for name, spoil, text in IMAGES]
+        newest = f"step-{STEPS:08}"  # of the reference; that of the unit tests ends after 2 steps
+        rows += [
+            (name, ["run_dir=run"], spoil, 3, text.replace("step-00000002", newest))
+            for name, spoil, text in IMAGES
+        ]
         self.random.shuffle(rows)
         for name, words, spoil, status, text in rows[: self.tries]:
             place = self.folder / "input"

@@ -1,6 +1,8 @@
 """What a run shows: one row per step, and the kernels of both columns as one picture."""
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +84,16 @@ def test_repeated_evaluation_replaces_the_earlier_row(tmp_path: Path) -> None:
     rows = read_rows(tmp_path)
     assert [one["step"] for one in rows if one["kind"] == "train"] == [1, 2, 3, 4, 5]
     assert top1_errors(tmp_path) == {3: 50.0}
+
+
+def test_a_full_disk_is_no_matter_of_drawing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monitor = opened(tmp_path, 0, 2)
+    with pytest.raises(OSError, match="No space left"), monitor.drawing():  # one line, status 4
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monitor.close()
+    assert not capfd.readouterr().err
 
 
 def test_training_continues_when_nothing_can_be_drawn(
