@@ -31,12 +31,13 @@ def choose_device(device: str, local_processes: int, *, share_gpu: bool | None =
     if share_gpu and (device == "cpu" or not found):
         why = "device=cpu uses none" if device == "cpu" else "this host has none"
         raise SettingsError(f"share_gpu=true: needs a GPU, and {why}; use share_gpu=false")
-    enough = bool(share_gpu) or found >= local_processes
+    enough = share_gpu or found >= local_processes
     if device == "auto":
         return "cuda" if enough else "cpu"
     if device == "cuda" and not enough:
-        shared = found and share_gpu is not None
-        fewer = "columns=1 for one GPU, share_gpu=true to share it, or " if shared else ""
+        fewer = ""
+        if found and share_gpu is not None:
+            fewer = "columns=1 for one GPU, share_gpu=true to share it, or "
         raise SettingsError(
             f"device=cuda: {found} GPU{'s' * (found != 1)} for {local_processes} processes on "
             f"this host; use {fewer}device=cpu"

@@ -301,19 +301,22 @@ NOHUP = pytest.mark.skipif(
     "number",
     [
         signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, marks=[pytest.mark.slow, NOHUP]),
     ],
 )
 def test_signal_saves_and_the_run_resumes(tmp_path: Path, number: signal.Signals) -> None:
+    group = number != signal.SIGUSR1  # a terminal or a scheduler signals the whole group
     process = started(tmp_path, "steps=500", *QUICK)
-    os.killpg(process.pid, number)  # a terminal or a scheduler signals the whole group
+    (os.killpg if group else os.kill)(process.pid, number)
     assert_saved_and_resumes(tmp_path, process, number)
 
 
 # Starts two tasks, as Slurm's does on one node, and ends with the status of the first.
 SRUN = """#!/usr/bin/env bash
 trap : USR1
+shift  # --cpu-bind
 for id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=$id "$@" & tasks+=($!); done
 for _ in warning end; do wait "${tasks[0]}"; done
 """

@@ -86,11 +86,11 @@ def test_repeated_evaluation_replaces_the_earlier_row(tmp_path: Path) -> None:
     assert top1_errors(tmp_path) == {3: 50.0}
 
 
-def test_a_full_disk_is_no_matter_of_drawing(
+def test_a_full_disk_while_drawing_ends_the_run_without_a_line_of_its_own(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monitor = opened(tmp_path, 0, 2)
-    with pytest.raises(OSError, match="No space left"), monitor.drawing():  # one line, status 4
+    with pytest.raises(OSError, match="No space left"), monitor.drawing():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monitor.close()
     assert not capfd.readouterr().err
