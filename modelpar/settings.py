@@ -232,8 +232,8 @@ class EvaluateSettings(RankSettings):
         "equal",
         "search",
         default="equal",
-        means="weights of the nets in their average: all equal, or searched on a part of the test "
-        "images",
+        means="weights of the nets in their average: all equal, or searched on images that are in "
+        "no error",
     )
     search_images: int | None = at_least(
         1,
@@ -241,6 +241,11 @@ class EvaluateSettings(RankSettings):
         unit="images",
         unset="a fifth",
         means="number of test images on which `weights=search` searches; they count in no error",
+    )
+    search_root: str | None = path(
+        None,
+        unit="folder",
+        means="`data.root` of other images, on all of which `weights=search` searches",
     )
     views: int = one_of(1, 9, 10, default=1, means="views per image")
     out: str | None = path(

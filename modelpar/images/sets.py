@@ -261,6 +261,7 @@ SETS: Final[dict[str, Callable[[DataSettings, Path], ImageSet]]] = {
 }
 IN_FOLDERS: Final = {"imagenette": imagenette, "imagefolder": imagefolder, "imagenet": imagenet}
 DOWNLOADS: Final = ("fashion_mnist", "cifar10", "imagenette")
+WITHOUT_FOLDER: Final = ("photos", "synthetic")
 
 
 @contextmanager
@@ -323,6 +324,11 @@ def open_set(
     Raises DataError if images are missing or damaged, SettingsError if the name, the number of
     classes or the image size does not fit.
     """
+    if settings.root is not None and settings.name in WITHOUT_FOLDER:
+        raise SettingsError(
+            f"data.root={settings.root}: data={settings.name} reads no folder; use "
+            "data=imagefolder or another data set, or leave data.root out"
+        )
     if settings.name == "synthetic":
         found = synthetic(settings, seed, batch)
     elif settings.name in SETS or settings.name in IN_FOLDERS:

@@ -171,6 +171,13 @@ class Timetable:
     own: Mapping[str, Changes] = field(default_factory=dict[str, Changes])
     noise: Changes | None = None
 
+    @property
+    def takes_bias_drop(self) -> bool:
+        """Whether ``recipe.bias_drop`` fits: few drops, and biases that all fall together."""
+        drops = [start for start in self.weights if start > 0]
+        others = [name for name in self.own if name.endswith(".bias") and name != "conv1.bias"]
+        return 0 < len(drops) < self.length - 1 and not others
+
 
 def _tenths(*epochs: float) -> Changes:
     """Return a tenth of the rate at each of ``epochs``."""

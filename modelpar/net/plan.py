@@ -24,10 +24,10 @@ class Recipe(RecipeSettings):
             raise SettingsError(
                 f"recipe.bias_drop={self.bias_drop}: requires recipe.rates=double_bias"
             )
-        if self.bias_drop is not None and not paper.SCHEDULES[self.schedule].weights:
+        if self.bias_drop is not None and not paper.SCHEDULES[self.schedule].takes_bias_drop:
             raise SettingsError(
                 f"recipe.bias_drop={self.bias_drop}: recipe.schedule={self.schedule} has no fixed "
-                "drops; use another schedule"
+                "drops, or a rate of its own for some biases; use another schedule"
             )
 
     @classmethod

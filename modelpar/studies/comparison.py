@@ -45,17 +45,18 @@ class Group:
 def group(runs: Sequence[Run]) -> dict[str, list[Group]]:
     """Return the groups of each data set, in the order of the runs.
 
-    A label has the experiment, its overrides, and the first folder if these do not tell the
-    groups apart.
+    A label has the experiment, its overrides, the net whose weights it started with, and the
+    first folder if these do not tell the groups apart.
     """
     kinds: dict[Any, list[Run]] = {}
     for run in runs:
-        kind = (run.data, run.label, frozenset(run.identity.items()))
+        kind = (run.data, run.label, frozenset(run.identity.items()), run.initial)
         kinds.setdefault(kind, []).append(run)
     sets: dict[str, list[Group]] = {}
     for same in kinds.values():
         groups = sets.setdefault(same[0].data, [])
-        label = " ".join([same[0].label, *overrides(same[0])])
+        initial = [f"init.checkpoint={same[0].initial}"] if same[0].initial else []
+        label = " ".join([same[0].label, *overrides(same[0]), *initial])
         if label in [one.label for one in groups]:
             label += f" ({same[0].folder})"
         groups.append(Group(label, sorted(same, key=lambda run: run.seed)))

@@ -65,6 +65,11 @@ class Run:
         """The activation function, which by default is ReLU."""
         return self.settings["model"].get("activation") or "relu"
 
+    @property
+    def initial(self) -> str | None:
+        """The net that some layers started from, as ``init.checkpoint`` names it."""
+        return self.settings.get("init", {}).get("checkpoint")
+
     def curve(self) -> list[tuple[float, float]]:
         """Return for each epoch its middle and the mean training error of its steps in %.
 

@@ -81,7 +81,7 @@ class Pass:
         return members, average
 
     def search(self, rows: Sequence[int]) -> list[float]:
-        """Return the weights that are best on the test images ``rows``.
+        """Return the weights that are best on the images ``rows``.
 
         A collective of the whole mesh.
         """
@@ -112,7 +112,7 @@ def search(probabilities: Tensor, labels: Tensor, mesh: Mesh) -> list[float]:
         for net in range(len(found)):
             for step in range(STEPS + 1):
                 trial = [*found[:net], step / STEPS, *found[net + 1 :]]
-                if (count := wrong(trial)) < fewest:
+                if any(trial) and (count := wrong(trial)) < fewest:
                     found, fewest = trial, count
         if fewest == before:
             break

@@ -36,6 +36,7 @@ class Prepared:
     images: ImageSet
     statistics: Statistics
     workers: int
+    searched: ImageSet | None = None  # other images, on which the weights are searched
 
 
 def prepare(
@@ -49,13 +50,45 @@ def prepare(
     paths = paths_of(settings.checkpoint)
     if len(paths) == 1 and settings.weights == "search":
         raise SettingsError("weights=search: one net has no weights; use checkpoint=[PATH,PATH]")
-    if settings.search_images and settings.weights != "search":
-        raise SettingsError(f"search_images={settings.search_images}: requires weights=search")
-    first = prepare_one(settings, paths[0], train=train)
-    found = [first, *(prepare_one(settings, path, first, train=train) for path in paths[1:])]
-    if settings.weights == "search":
+    for key in ("search_images", "search_root"):
+        value = getattr(settings, key)
+        if value and settings.weights != "search":
+            raise SettingsError(f"{key}={value}: requires weights=search")
+    found = _prepare_each(settings, paths, train=train)
+    if settings.search_root is not None:
+        found = _with_searched(settings, paths, found)
+    elif settings.weights == "search":
         rows(settings, found)
     return found
+
+
+def _prepare_each(
+    settings: EvaluateSettings, paths: Sequence[str], *, train: bool = False
+) -> list[Prepared]:
+    first = prepare_one(settings, paths[0], train=train)
+    return [first, *(prepare_one(settings, path, first, train=train) for path in paths[1:])]
+
+
+def _with_searched(
+    settings: EvaluateSettings, paths: Sequence[str], found: Sequence[Prepared]
+) -> list[Prepared]:
+    """Add the test images of ``search_root``; raises SettingsError if they are those reported.
+
+    Raises DataError if they have other classes.
+    """
+    root = settings.search_root
+    if settings.search_images:
+        raise SettingsError(
+            f"search_images={settings.search_images}: search_root={root} is searched as a whole; "
+            "leave one of them out"
+        )
+    others = _prepare_each(replace(settings, data=replace(settings.data, root=root)), paths)
+    if others[0].images.fingerprint == found[0].images.fingerprint:
+        raise SettingsError(f"search_root={root}: has the evaluated images; use others")
+    if others[0].images.class_ids != found[0].images.class_ids:
+        raise DataError(f"search_root={root}: has other classes than the evaluated images")
+    pairs = zip(found, others, strict=True)
+    return [replace(one, searched=other.images) for one, other in pairs]
 
 
 def find_for(settings: EvaluateSettings | PredictSettings, path: str) -> TrainedNet:
@@ -128,9 +161,11 @@ def rows(settings: EvaluateSettings, prepared: Sequence[Prepared]) -> tuple[list
 
     Raises SettingsError if none is left to report.
     """
-    groups = prepared[0].images.groups
+    groups, other = prepared[0].images.groups, prepared[0].searched
     if settings.weights == "equal":
         return [], [*range(len(groups))]
+    if other is not None:
+        return [*range(len(other.test))], [*range(len(groups))]
     searched, reported = split(groups, settings.search_images or len(groups) // 5)
     if not searched or not reported:
         raise SettingsError(
@@ -170,8 +205,8 @@ def loaded(settings: RankSettings, trained: TrainedNet, mesh: Mesh) -> Net:
 class Evaluation:
     """The errors of each net, and of the average of several nets with its weights.
 
-    ``searched``: the number of test images on which the weights were searched, and which are in
-    no error.  ``out=FILE.json`` holds this as JSON.
+    ``searched``: the number of images on which the weights were searched, and which are in no
+    error.  ``out=FILE.json`` holds this as JSON.
     """
 
     data: str
@@ -199,7 +234,11 @@ def evaluate_checkpoint(
     first = prepared[0]
     seen = Pass(members, mesh, settings.batch_size, settings.views, first.workers)
     searched, reported = rows(settings, prepared)
-    weights = seen.search(searched) if searched else [1 / len(members)] * len(members)
+    weights = [1 / len(members)] * len(members)
+    if searched:
+        pairs = zip(members, prepared, strict=True)
+        others = [replace(one, images=each.searched or each.images) for one, each in pairs]
+        weights = replace(seen, members=others).search(searched)
     errors, average = seen.errors(reported, weights)
     data = f"{first.data.name} {first.data.root or ''}".strip()
     paths = [one.trained.path for one in prepared]
@@ -232,6 +271,6 @@ def lines(found: Evaluation) -> list[str]:
     how = "equal weights"
     if found.searched:
         shares = ", ".join(f"{weight:.3f}" for weight in found.weights)
-        how = f"weights {shares} searched on {found.searched} other test images"
+        how = f"weights {shares} searched on {found.searched} other images"
     named = [f"{path}: {text}" for path, text in zip(found.checkpoints, each, strict=True)]
     return [*named, f"average of {len(each)} nets, {how}: {found.average.text}"]

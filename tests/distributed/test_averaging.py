@@ -18,12 +18,12 @@ from torch.nn import functional
 
 from modelpar import config
 from modelpar.distributed import Mesh
-from modelpar.errors import CheckpointError, SettingsError
+from modelpar.errors import CheckpointError, DataError, SettingsError
 from modelpar.images.augment import Augmentation
 from modelpar.net.four_layer import whole_net
 from modelpar.net.plan import settings_of
 from modelpar.training import evaluation, prepare
-from modelpar.training.averaging import STEPS, search, split
+from modelpar.training.averaging import STEPS, Member, Pass, search, split
 from modelpar.training.evaluation import Evaluation
 from modelpar.training.exported import METADATA
 
@@ -98,6 +98,7 @@ def test_average_equals_one_made_by_hand(pair: Ranks, nets: Path, names: str, vi
     parts = [by_hand(nets / f"{name}.safetensors", views) for name in names]
     labels = parts[0][1]
     mean = torch.stack([scores for scores, _ in parts]).mean(0)
+    top5 = 10 * count_of(mean[None], labels, torch.ones(1).double())[0]  # % of ten images
     one = evaluated(ALONE, nets, names, f"views={views}", "columns=1")
     for found in (one, *pair.run(evaluated, nets, names, f"views={views}")):
         for errors, (scores, _) in zip(found.members, parts, strict=True):
@@ -106,6 +107,7 @@ def test_average_equals_one_made_by_hand(pair: Ranks, nets: Path, names: str, vi
             assert errors.loss == pytest.approx(loss, rel=1e-9)
         assert found.average is not None
         assert found.average.top1 == wrong(mean, labels)
+        assert found.average.top5 == 100 * top5
         loss = -float(mean.gather(1, labels[:, None]).log().mean())
         assert found.average.loss == pytest.approx(loss, rel=1e-9)
         assert found.average.samples == len(labels) == 10
@@ -150,6 +152,41 @@ def test_search_finds_what_trying_all_weights_finds() -> None:
     found = torch.tensor(search(three, labels, ALONE), dtype=torch.float64)
     assert count_of(three, labels, found) < count_of(three, labels, equal)
     assert found[2] < found[:2].min()
+
+
+def test_search_keeps_a_net_where_none_would_have_fewer_errors() -> None:
+    """Without any net each answer would be class 0, which is right for most of these images."""
+    labels = torch.tensor([0, 0, 0, 0, 0, 1, 2, 3])
+    wrong_answers = functional.one_hot((labels + 1) % 12, 12).double()
+    found = search(torch.stack([wrong_answers, wrong_answers]), labels, ALONE)
+    assert math.fsum(found) == pytest.approx(1)
+
+
+def test_weights_are_searched_on_the_images_of_another_folder(
+    pair: Ranks, nets: Path, images: Path, tmp_path: Path
+) -> None:
+    names = [path.name for path in (images / "val").iterdir()]
+    root = other_images(tmp_path / "other", *names)
+    words = ("weights=search", f"search_root={root}")
+    one = evaluated(ALONE, nets, "ab", *words, "columns=1")
+    first, _ = pair.run(evaluated, nets, "ab", *words)
+    whole = read(nets, "ab", "columns=1", f"data.root={root}", "weights=search")
+    found = evaluation.prepare(whole)
+    members = [
+        Member(
+            evaluation.loaded(whole, each.trained, ALONE),
+            each.images,
+            Augmentation(
+                each.statistics, each.trained.plan.image_size, scaled=False, device="cpu"
+            ),
+        )
+        for each in found
+    ]
+    expected = Pass(members, ALONE, 4, 1, 0).search(range(16))
+    assert one.weights == first.weights == expected
+    assert one.searched == first.searched == 16
+    assert one.average is not None
+    assert one.average.samples == 10
 
 
 def count_of(
@@ -249,6 +286,7 @@ def test_nets_of_other_classes_or_images_are_refused(
         (["checkpoint={a: b}"], SettingsError, "not read as a path; quote it"),
         (["checkpoint=x", "weights=search"], SettingsError, "weights=search: one net has no"),
         (["checkpoint=[x,y]", "search_images=3"], SettingsError, "requires weights=search"),
+        (["checkpoint=[x,y]", "search_root=z"], SettingsError, "requires weights=search"),
         (["checkpoint=[x,y]"], CheckpointError, "checkpoint=x: no checkpoint there"),
         (["checkpoint=x", "out=a.txt"], SettingsError, r"out=.*a.txt: .* ends in \.json"),
         (
@@ -270,6 +308,21 @@ def test_settings_that_fit_no_average_are_refused(
 def test_search_on_all_test_images_is_refused(nets: Path, count: int) -> None:
     words = ("columns=1", "weights=search", f"search_images={count}")
     with pytest.raises(SettingsError, match=f"search_images={count}: 10 of 10 test images"):
+        evaluation.prepare(read(nets, "ab", *words))
+
+
+def test_search_on_the_reported_or_on_two_choices_of_images_is_refused(
+    nets: Path, images: Path, tmp_path: Path
+) -> None:
+    words = ("columns=1", "weights=search", f"search_root={images}")
+    with pytest.raises(SettingsError, match="has the evaluated images; use others"):
+        evaluation.prepare(read(nets, "ab", *words))
+    with pytest.raises(SettingsError, match=r"search_images=3: .* leave one of them out"):
+        evaluation.prepare(read(nets, "ab", *words, "search_images=3"))
+    words = ("columns=1", "weights=search", f"search_root={other_images(tmp_path, 'a', 'b')}")
+    with pytest.raises(
+        DataError, match=r"search_root=.*: has other classes than the evaluated images"
+    ):
         evaluation.prepare(read(nets, "ab", *words))
 
 

@@ -135,6 +135,16 @@ def test_overridden_experiment_has_its_own_row_without_published_error(place: Pa
     assert [bool(row["difference, top-1"]) for row in found[1:]] == [True] + 4 * [False]
 
 
+def test_runs_that_started_from_different_nets_have_rows_of_their_own(place: Path) -> None:
+    for seed, start in enumerate(("n1", "n2", "n1")):
+        words = ("experiment=conv6", f"init.checkpoint={place / start}", f"seed={seed}")
+        stored(place / f"s/{seed}", 10.0 + seed, *words)
+    first, second = cells(place, "s")
+    assert [row["top-1 error, %"] for row in (first, second)] == ["11.00 ± 1.41", "11.00"]
+    assert first["experiment"] == f"conv6 init.checkpoint={place / 'n1'}"
+    assert all("run 146" in row["published"] for row in (first, second))
+
+
 def test_control_has_the_same_other_settings_as_its_run(place: Path) -> None:
     words = ("epochs=36", "precision=bfloat16", "batch_size=32")
     stored(place / "d", 20.0, "experiment=two_columns", *words)
@@ -166,6 +176,7 @@ def test_runs_of_imagenet_have_the_lengths_of_their_own_schedules(place: Path) -
             (run / "metrics.jsonl").write_text(rows.replace('"views": 1', '"views": 10'))
     assert [row["difference, top-1"] for row in cells(place, "d")] == ["+0.00", ""]
     assert [row["seeds"] for row in cells(place, "e")] == ["0", "0"]
+    assert run_length(config.read("train", ["experiment=clean", *words])) == 95
 
 
 @pytest.mark.parametrize("data", ["imagefolder", "packed"])

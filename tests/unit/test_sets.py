@@ -200,6 +200,13 @@ def test_missing_root_is_named_with_the_fix(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("name", ["photos", "synthetic"])
+def test_a_folder_that_a_set_would_not_read_is_refused(tmp_path: Path, name: str) -> None:
+    settings = DataSettings(name, image_size=64, root=str(tmp_path))
+    with pytest.raises(SettingsError, match=f"data={name} reads no folder; use data=imagefolder"):
+        open_set(settings, tmp_path)
+
+
 def test_wrong_number_of_classes_is_an_error(tmp_path: Path) -> None:
     root = str(folder(tmp_path))
     with pytest.raises(SettingsError, match=r"has 2 classes, not 5; use model\.num_classes=2"):
