@@ -291,7 +291,8 @@ SCHEDULES: Final = MappingProxyType(
         # Began with conv1 to conv5 of a backup of run 145, and was killed after 6.6 epochs.  The
         # new layers had .01 up to epoch 2.16.  No note that the colour noise was turned off.
         "run146_2009": Timetable(7, {0: 0.1}, own=_new(2, "conv6", "fc6", "fc7", "fc8"), noise={}),
-        # Began with the convolutions of run 146-2009, and was killed after 8.1 epochs.
+        # Began with the convolutions of run 146-2009, and was killed after 8.1 epochs.  No note of
+        # the colour noise here either.
         "run146_2011": Timetable(8, {0: 0.1}, own=_new(6, "fc6", "fc7", "fc8"), noise={}),
         # -- by the rules of lr.cu.  One rule for weights and biases up to run 163.
         "run155": Timetable(95, _exp(4000, 2), _exp(4000, 2), _conv1(74), {61: 0.0}),
