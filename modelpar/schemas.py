@@ -47,6 +47,7 @@ class PredictSettings(RankSettings):
     )
     images: Any = path(
         as_given=True,
+        filled=True,
         unit="path or list of paths",
         means="files, folders with all folders in them, and globs; of folders and globs the files "
         "with the endings of images",

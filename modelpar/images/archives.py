@@ -41,6 +41,8 @@ def development_kit(root: Path) -> tuple[dict[str, list[str]], list[str]] | None
         with readable(f"{meta}: does not hold the names of the classes", f"delete it {plain}"):
             loaded: Any = imagenet.load_meta_file(place)
             words, val = loaded
+            if not all(text and not isinstance(text, str) for text in words.values()):
+                raise ValueError("the names of a class are missing")
             return {one: [str(word) for word in text] for one, text in words.items()}, list(val)
 
 

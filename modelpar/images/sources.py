@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelpar.errors import DataError, readable
-from modelpar.images.archives import KIT, TRAIN, VAL, development_kit, members
+from modelpar.images.archives import KIT, META, TRAIN, VAL, development_kit, members
 from modelpar.images.folders import Listing, check_same_classes, describe, list_part
 from modelpar.images.parquet import ENDING, class_names, find_shards, read_labels, read_row
 from modelpar.images.samples import unreadable
@@ -138,11 +138,15 @@ def _folders(root: Path) -> Source | None:
     train, val = (list_part(root, part, strict=False) for part in ("train", "val"))
     check_same_classes(train, val)
     kit = development_kit(root)
+    words = kit[0] if kit else {}
+    if unnamed := [folder for folder in val.classes if words and folder not in words]:
+        raise DataError(
+            f"{val.folder / unnamed[0]}: no class of ImageNet, whose classes {root} names; delete "
+            f"the folder, or move {META} or the development kit away"
+        )
     parts = {"train": _listed(train), "val": _listed(val)}
     skipped = _skipped(root, train.skipped + val.skipped)
-    return Source(
-        "folders", parts, _shown(val.classes, kit[0] if kit else {}), val.classes, skipped
-    )
+    return Source("folders", parts, _shown(val.classes, words), val.classes, skipped)
 
 
 def _listed(part: Listing) -> Items:

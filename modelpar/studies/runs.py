@@ -24,6 +24,7 @@ LENGTH: Final = ("epochs", "steps", "early_stopping")
 IDENTIFYING: Final = ("recipe", "model", *LENGTH, "batch_size", "views", "precision")
 SIZES: Final = ("model.image_size", "model.num_classes")
 ROOTED: Final = ("imagefolder", "packed")  # data sets whose folder decides which images they have
+DAMAGED: Final = (OSError, ValueError, KeyError, TypeError, AttributeError)  # as JSON or YAML
 GOAL: Final = 25.0  # figure 1: training error in %
 
 
@@ -139,7 +140,7 @@ def read(folder: Path) -> Run:
         text = metrics.read_text("utf-8") if metrics.exists() else ""  # stopped before its start
         *lines, _ = text.split("\n")  # the last is empty or incomplete
         return run_of(folder, settings, [json.loads(line) for line in lines])
-    except (OSError, ValueError, KeyError, TypeError, YAMLError, OmegaConfBaseException) as error:
+    except (*DAMAGED, YAMLError, OmegaConfBaseException) as error:
         raise DataError(
             f"{folder}: cannot read this run ({one_line(error)}); fix it or leave it out"
         ) from None

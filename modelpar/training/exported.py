@@ -30,8 +30,10 @@ def content_of(
 def read(path: Path) -> tuple[dict[str, Any], Statistics | None]:
     """Return the record, and the statistics unless an older version wrote the file.
 
-    Raises KeyError, ValueError, TypeError or SafetensorError if the file is another one.
+    Raises KeyError, ValueError, TypeError or SafetensorError if the file is another one, OSError
+    if it cannot be read.
     """
+    path.open("rb").close()  # safetensors has another error for a file that may not be read
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     record, saved = json.loads(metadata[METADATA]), metadata.get(STATISTICS)

@@ -72,6 +72,8 @@ def find(path: str, *, ema: bool = False) -> TrainedNet:
             shape = tuple(stats.mean.shape)
             if shape != (3, shape[-1], shape[-1]) or shape[-1] < plan.image_size:
                 raise ValueError(f"mean image of shape {shape}")
+    except OSError as error:
+        raise checkpoint.unreadable(Path(path), error) from None
     except (*NO_RECORD, OmegaConfBaseException, SettingsError) as error:
         raise CheckpointError(
             f"checkpoint={path}: does not describe the net it holds ({one_line(error)})"

@@ -26,7 +26,7 @@ from modelpar.net.weights import check_state, of_layers
 from modelpar.progress import show
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint, report
-from modelpar.training.checkpoint import Checkpoint, Checkpointer, num_bytes
+from modelpar.training.checkpoint import Checkpoint
 from modelpar.training.consistency import StepCheck
 from modelpar.training.debug import Debugging
 from modelpar.training.engine import Learner, all_finite, compile_parts, evaluate
@@ -36,6 +36,7 @@ from modelpar.training.nonfinite import first_nonfinite
 from modelpar.training.prepare import Prepared
 from modelpar.training.readback import Launched, Readback
 from modelpar.training.run_dir import written
+from modelpar.training.saving import Checkpointer, num_bytes
 from modelpar.training.schedule import Plateau
 from modelpar.training.showing import Watch
 
@@ -90,6 +91,7 @@ class Trainer:
             self.learner.net, self.plan, mesh, images.test, self.augmentation, at_once, on=shown
         )
         self.step = 0
+        self.evaluated = False
 
     def resume(self, start: Checkpoint) -> None:
         """Load a checkpoint once all ranks have read theirs; raises CheckpointError on all."""
@@ -241,6 +243,9 @@ class Trainer:
     def _evaluate(self) -> None:
         """Evaluate and record; raises StoppedError, with the step saved, and DivergedError."""
         self._read()
+        if not self.evaluated:  # a test image that cannot be read would end the run now
+            self._show_kernels(self.checkpointer.finish())
+        self.evaluated = True
         ends = self.step >= self.total
         views = self.settings.views if ends else 1
         confusion = self.watch.counts() if ends else None

@@ -17,8 +17,8 @@ from modelpar.groups import ModelSettings
 from modelpar.images.loader import Batch
 from modelpar.net.plan import Recipe, plan_for
 from modelpar.settings import TrainSettings
-from modelpar.training.checkpoint import Checkpointer
 from modelpar.training.engine import Learner
+from modelpar.training.saving import Checkpointer
 
 TIMEOUT = 4.0  # s: comm.timeout here
 

@@ -322,6 +322,7 @@ def test_page_has_everything_in_one_file_and_table_a_row_for_each_class(
 
 BAD = [
     (["images=nowhere.png"], 3, "images=nowhere.png: no such file or folder; use files"),
+    (["images=[]"], 2, "images=[]: use one or more values"),
     (["images=['no*.png']"], 3, "images=no*.png: no image there"),
     (["images=[empty]"], 3, "images=empty: no image there"),
     (["images=empty/none.png", "checkpoint=nowhere"], 4, "nowhere: no checkpoint there"),

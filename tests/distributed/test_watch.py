@@ -17,9 +17,10 @@ from modelpar.images.loader import Batch, TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.images.samples import Images
 from modelpar.training import consistency, prepare, runner
-from modelpar.training.checkpoint import DONE, FAILED, PENDING, newest, read_part
+from modelpar.training.checkpoint import newest, read_part
 from modelpar.training.consistency import StepCheck
 from modelpar.training.metrics import read_rows, top1_errors
+from modelpar.training.saving import DONE, FAILED, PENDING
 
 QUIET = ["monitor.progress=false", "monitor.tensorboard=false"]
 

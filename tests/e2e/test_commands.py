@@ -425,6 +425,23 @@ def test_run_succeeds_without_a_reader_or_without_streams(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_damaged_test_image_is_one_line_and_the_trained_step_is_saved(
+    tmp_path: Path, images: Path, columns: int
+) -> None:
+    root = shutil.copytree(images, tmp_path / "images")
+    damaged = next((root / "val").iterdir()) / "damaged.png"
+    damaged.write_text("<html>")
+    words = [*SMALL, *TINY, "data.root=images", "run_dir=run", "steps=2", f"columns={columns}"]
+    done = ours(tmp_path, *words)
+    assert done.returncode == 3, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"modelpar: {damaged}: cannot read image ")
+    assert "SIGABRT" not in done.stderr
+    assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
+
+
+@pytest.mark.slow
 def test_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
     if os.geteuid() != 0 or not shutil.which("unshare"):
         pytest.skip("needs root, to make a small disk")

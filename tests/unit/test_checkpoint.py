@@ -1,5 +1,7 @@
 """A checkpoint is complete or absent, and each kind of damage is named."""
 
+import errno
+import io
 import json
 import shutil
 from dataclasses import asdict
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from modelpar import AlexNet, Recipe, config, split
@@ -17,18 +20,9 @@ from modelpar.errors import CheckpointError
 from modelpar.net.four_layer import whole_net
 from modelpar.net.plan import plan_for
 from modelpar.net.weights import location
-from modelpar.training import checkpoint
-from modelpar.training.checkpoint import (
-    DONE,
-    FAILED,
-    PENDING,
-    Checkpoint,
-    Checkpointer,
-    find,
-    newest,
-    open_step,
-    read_part,
-)
+from modelpar.training import checkpoint, saving, trained
+from modelpar.training.checkpoint import Checkpoint, find, newest, open_step, read_part
+from modelpar.training.saving import DONE, FAILED, PENDING, Checkpointer
 
 ONE = Mesh(torch.device("cpu"))
 
@@ -231,6 +225,29 @@ def change(folder: Path, **values: object) -> None:
     path.write_text(json.dumps(checkpoint.signed({**json.loads(path.read_text()), **values})))
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "whole.weights.safetensors", "net.safetensors"])
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write(tmp_path, 3)
+    safetensors.torch.save_file(SMALL, tmp_path / "net.safetensors")
+    opened = io.open
+
+    def refused(file: Any, *arguments: Any, **more: Any) -> Any:
+        if Path(str(file)).name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *arguments, **more)
+
+    monkeypatch.setattr(io, "open", refused)
+    how = {
+        "net.safetensors": lambda: trained.find(str(tmp_path / name)),
+        "manifest.json": lambda: find(str(tmp_path)),
+    }
+    read = how.get(name, lambda: read_part(find(str(tmp_path)), "weights", None))
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\); make it"):
+        read()
+
+
 def test_unknown_format_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, 3)
     change(folder, format=7)
@@ -329,7 +346,7 @@ def test_failed_write_leaves_older_checkpoints_intact(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "atomic_write", full)
+    monkeypatch.setattr(saving, "atomic_write", full)
     with pytest.raises(CheckpointError, match="No space left"):
         write(tmp_path, 2)
     assert names_in(tmp_path / "checkpoints") == ["step-00000001"]

@@ -345,8 +345,11 @@ def test_output_folder_that_cannot_be_created_is_a_one_line_error(
     del place
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
-def test_damaged_run_is_named_in_the_error(place: Path, name: str) -> None:
-    (place / "a/0" / name).write_text("{ no\n")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("metrics.jsonl", "{ no\n"), ("config.yaml", "{ no\n"), ("config.yaml", "- no\n")],
+)
+def test_damaged_run_is_named_in_the_error(place: Path, name: str, content: str) -> None:
+    (place / "a/0" / name).write_text(content)
     with pytest.raises(DataError, match="a/0: cannot read this run"):
         runs.read(place / "a/0")

@@ -254,6 +254,8 @@ META = "set/meta.bin: does not hold the names of the classes ("
         (b"\x80\x02cos\nsystem\n.", META),
         ([1, 2, 3], META),
         (({"ant": 5, "bee": 6}, []), META),
+        (({"ant": (), "bee": ("Bee",)}, []), META),
+        (({"ant": "Ant", "bee": "Bee"}, []), META),
         (({"ant": ("Ant",)}, ["ant"]), "set/val/bee: no class of imagenet; delete the folder, or"),
     ],
 )

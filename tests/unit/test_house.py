@@ -66,7 +66,7 @@ FLOORS = [
         "training.consistency",
         "training.readback",
     ],
-    ["training.graph"],
+    ["training.graph", "training.saving"],
     ["training.engine", "training.debug"],
     ["training.nonfinite", "training.prepare", "training.dry", "training.showing"],
     ["training.tracking"],

@@ -93,6 +93,17 @@ def test_folders_with_a_development_kit_show_its_words(
     assert [found.name, found.classes] == ["folders", ["tench", "goldfish"]]
 
 
+def test_a_class_that_the_development_kit_lacks_is_refused(
+    tmp_path: Path, make: Callable[[str], Path]
+) -> None:
+    in_folders(tmp_path)
+    (make("archives") / archives.TRAIN).unlink()
+    for part in ("train", "val"):
+        shutil.copytree(tmp_path / part / "n01", tmp_path / part / "n03")
+    with pytest.raises(DataError, match=r"val/n03: no class of ImageNet, .*; delete the"):
+        sources.open_source(tmp_path)
+
+
 def test_training_without_a_preparation_unpacks_no_archive(make: Callable[[str], Path]) -> None:
     root = make("archives")
     before = sorted(os.walk(root))
