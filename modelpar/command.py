@@ -32,6 +32,7 @@ SHOWS: Final = {
     **dict.fromkeys(("--shell-completion", "-sc"), "config:complete"),
     **dict.fromkeys(("--hydra-help", "--cfg", "-c", "--info", "-i"), "config:show"),
 }
+MAX_THREADS: Final = 1024  # more than the cores of a host; many more make it unresponsive
 # Matplotlib's notes about text: glyphs that its font lacks, names that are too long for a panel.
 NOTES: Final = "Glyph|constrained_layout|Tight layout"
 
@@ -59,6 +60,12 @@ def _run(name: str, work: str, prepare: str) -> int:
     if flags & SHOWS.keys() and not (prepare and "RANK" in os.environ):  # a rank refuses flags
         modelpar.load(next(show for flag, show in SHOWS.items() if flag in flags))(name)
         return 0
+    if threading.current_thread() is not threading.main_thread():
+        raise LaunchError("handles signals; call it in the main thread of a process")
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # torch's libraries would end the process
+        raise LaunchError("the working directory was deleted; change to another one") from None
     set_variables()
     allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
     if TORCH_BYTES > allowed != resource.RLIM_INFINITY:
@@ -150,17 +157,30 @@ def set_variables() -> None:
 
 
 def _set_threads() -> None:
-    """Keep the first number of OMP_NUM_THREADS; the others are for nested parallel regions."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    first = given.partition(",")[0].strip()
-    if first.strip("0"):
-        if not first.isdecimal():
-            raise LaunchError(
-                f"OMP_NUM_THREADS={given}: must be a whole number; correct or unset it"
-            )
-        os.environ["OMP_NUM_THREADS"] = first
+    """Keep the first number of OMP_NUM_THREADS; the others are for nested parallel regions.
+
+    OMP_THREAD_LIMIT lowers that number instead of limiting OpenMP: convolutions of torch 2.14 for
+    CPUs have wrong gradients where OpenMP gives them fewer threads than torch has.
+    """
+    first = _threads("OMP_NUM_THREADS")
+    if limit := _threads("OMP_THREAD_LIMIT"):
+        first = min(first or os.cpu_count() or 1, limit)
+        del os.environ["OMP_THREAD_LIMIT"]
+    if first:
+        os.environ["OMP_NUM_THREADS"] = str(first)
     else:  # OpenMP would print a warning
         os.environ.pop("OMP_NUM_THREADS", None)
+
+
+def _threads(name: str) -> int:
+    """Return the first number of threads that the environment gives, 0 if there is none."""
+    given = os.environ.get(name, "")
+    first = given.partition(",")[0].strip().lstrip("0")
+    if first and not (first.isascii() and first.isdecimal() and int(first) <= MAX_THREADS):
+        raise LaunchError(
+            f"{name}={given}: must be a whole number up to {MAX_THREADS}; correct or unset it"
+        )
+    return int(first or 0)
 
 
 def _start_threads() -> None:

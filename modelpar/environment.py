@@ -65,7 +65,7 @@ def read() -> Environment:
 def integer(name: str, default: int | None = None) -> int:
     """Return a whole number from the environment; raises LaunchError if it is none."""
     text = os.environ.get(name, "" if default is None else str(default))
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal()):
         problem = f"{name}={text}" if text else f"{name} is not set"
         raise LaunchError(f"{problem}: must be a whole number; use torchrun, which sets it")
     return int(text)

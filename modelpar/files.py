@@ -10,6 +10,7 @@ from glob import glob
 from pathlib import Path
 from typing import Final
 
+from modelpar import limits
 from modelpar.errors import CheckpointError, LaunchError, SettingsError, one_line
 
 ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # s3://, and its form without a /
@@ -72,6 +73,8 @@ def write_out(out: str, content: bytes | str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, content)
     except OSError as error:
+        if line := limits.reached(error):
+            raise LaunchError(f"out={out}: {line}") from None
         raise CheckpointError(f"out={out}: not written ({one_line(error)})") from None
 
 

@@ -43,7 +43,7 @@ class ProcessSettings:
     )
     channels_last: bool = declare(True, means="memory format of the maps")
     threads: int | None = at_least(
-        1, None, unset="its share of the cores", means="CPU threads of a process"
+        1, None, below=1025, unset="its share of the cores", means="CPU threads of a process"
     )
 
 

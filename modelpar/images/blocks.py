@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -121,7 +122,8 @@ def packed(
             "command continues"
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        with suppress(RuntimeError):  # of a thread that could not be started; that is the error
+            pool.shutdown(cancel_futures=True)
         for path, _ in waiting:
             path.unlink(missing_ok=True)
 

@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from modelpar import limits
 from modelpar.config import without_secrets
 from modelpar.declare import flatten
 from modelpar.distributed import Mesh
-from modelpar.errors import CheckpointError, InUseError, SettingsError, one_line
+from modelpar.errors import CheckpointError, InUseError, LaunchError, SettingsError, one_line
 from modelpar.files import atomic_write
 from modelpar.settings import TrainSettings
 
@@ -119,7 +120,10 @@ def locked(run_dir: Path, mesh: Mesh) -> Generator[None]:
 
 @contextmanager
 def written(run_dir: Path) -> Generator[None]:
-    """Raise CheckpointError if the run directory cannot be locked or written."""
+    """Raise CheckpointError if the run directory cannot be locked or written.
+
+    Raises LaunchError for a limit of the system.
+    """
     try:
         yield
     except Timeout:
@@ -127,6 +131,8 @@ def written(run_dir: Path) -> Generator[None]:
             f"{run_dir}: in use by another run; wait for it or use another run_dir"
         ) from None
     except OSError as error:
+        if line := limits.reached(error):
+            raise LaunchError(f"{run_dir}: {line}") from None
         raise CheckpointError(
             f"{run_dir}: cannot be written ({one_line(error)}); use another run_dir"
         ) from None

@@ -138,6 +138,8 @@ class Checkpointer:
                 self.error = CheckpointError(line)
             except Exception as error:  # noqa: BLE001 - raised in the main thread
                 self.error = error
+            except BaseException as error:  # noqa: BLE001 - safetensors ends with one in full memory
+                self.error = CheckpointError(f"{self.final}: not saved, {one_line(error)}")
 
         self.error = None
         self.thread = Thread(target=run, name="checkpoint", daemon=True)  # exiting waits for none

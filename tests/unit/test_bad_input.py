@@ -1,5 +1,6 @@
 """Wrong input gives one line that names the problem, the place and the fix; no file changes."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,12 +15,13 @@ import torch
 from catalogue import IMAGES, SETTINGS, contents, remove_third
 from PIL import Image
 
-from modelpar import config, evaluate, export, train
+from modelpar import config, evaluate, export, files, train
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, LaunchError
 from modelpar.interchange import exports
 from modelpar.training import checkpoint, evaluation, prepare, runner, trained
 from modelpar.training.metrics import read_rows
+from modelpar.training.run_dir import written
 
 MAINS: dict[str, Callable[[], Any]] = {
     "train": train.main,
@@ -311,3 +313,17 @@ def test_files_that_cannot_be_written_are_reported_before_the_first_step(
         runner.train(settings, prepared, mesh, Path("other"))
     for name in ("new", "other"):
         assert not (place / name / "metrics.jsonl").exists()
+
+
+def test_a_file_that_is_larger_than_the_system_allows_names_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def too_large(*_: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1000, 1000))
+    monkeypatch.setattr(files, "atomic_write", too_large)
+    with pytest.raises(LaunchError, match=r"out=a\.json: .* 1000 bytes in one file; raise ulimit"):
+        files.write_out("a.json", "")
+    with pytest.raises(LaunchError, match=r"run: .* 1000 bytes in one"), written(Path("run")):
+        too_large()

@@ -225,6 +225,20 @@ def change(folder: Path, **values: object) -> None:
     path.write_text(json.dumps(checkpoint.signed({**json.loads(path.read_text()), **values})))
 
 
+def test_a_panic_of_a_library_is_a_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):
+        """As safetensors raises it where it gets no memory."""
+
+    def panic(_: object) -> bytes:
+        raise PanicException("out of memory")
+
+    monkeypatch.setattr(safetensors.torch, "save", panic)
+    with pytest.raises(CheckpointError, match="step-00000003: not saved, out of memory"):
+        write(tmp_path, 3)
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "whole.weights.safetensors", "net.safetensors"])
 def test_a_file_that_may_not_be_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -102,6 +102,33 @@ def test_a_script_without_a_guard_is_not_run_again_in_its_processes(
     assert (done.returncode, done.stdout, done.stderr) == (0, "child\n", "")
 
 
+GONE = """
+import os, threading
+from modelpar import train
+if {thread}:
+    one = threading.Thread(target=train.main)
+    one.start(), one.join()
+else:
+    os.rmdir(os.getcwd())
+    train.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("thread", "line"),
+    [
+        (True, "modelpar: handles signals; call it in the main thread of a process\n"),
+        (False, "modelpar: the working directory was deleted; change to another one\n"),
+    ],
+)
+def test_a_place_where_a_command_cannot_run_is_one_line(
+    tmp_path: Path, *, thread: bool, line: str
+) -> None:
+    (place := tmp_path / "place").mkdir()
+    done = python(place, "-c", GONE.format(thread=thread), capture_output=True)
+    assert (done.returncode, done.stderr) == (0 if thread else 5, line)
+
+
 # -- variables ------------------------------------------------------------------------------------
 
 
@@ -133,7 +160,20 @@ def test_the_first_number_of_threads_counts(
     assert os.environ.get("OMP_NUM_THREADS") == kept
 
 
-@pytest.mark.parametrize("given", ["-1", "two", "1.5"])
+@pytest.mark.parametrize(
+    ("number", "limit", "kept"), [("3", "2", "2"), ("3", "8", "3"), ("", "1", "1")]
+)
+def test_openmp_gives_as_many_threads_as_torch_expects(
+    variables: pytest.MonkeyPatch, number: str, limit: str, kept: str
+) -> None:
+    variables.setitem(os.environ, "OMP_NUM_THREADS", number)
+    variables.setitem(os.environ, "OMP_THREAD_LIMIT", limit)
+    command.set_variables()
+    assert os.environ["OMP_NUM_THREADS"] == kept
+    assert "OMP_THREAD_LIMIT" not in os.environ
+
+
+@pytest.mark.parametrize("given", ["-1", "two", "1.5", "\u0663", "1025", "9" * 20])
 def test_an_impossible_number_of_threads_is_one_line(
     variables: pytest.MonkeyPatch, given: str
 ) -> None:
