@@ -18,7 +18,12 @@ from modelpar.images.samples import unreadable
 # The endings of images: those of torchvision's ImageFolder, which takes a second to import.
 IMG_EXTENSIONS: Final = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Names that the system or a file server adds; they are skipped as those that begin with a dot.
-SYSTEM: Final = ("__MACOSX", "@eaDir", "lost+found")
+SYSTEM: Final = (
+    *("__MACOSX", "@eaDir", "lost+found", "#recycle", "@Recycle", "$RECYCLE.BIN"),
+    *("System Volume Information", "__pycache__"),
+)
+OTHER_NAMES: Final = {"train": ("training",), "val": ("valid", "validation", "test")}
+KAGGLE: Final = ("Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where Kaggle's archive has the parts
 NAMED: Final = 3  # how many names an error lists
 Entry = os.DirEntry[str]
 
@@ -217,9 +222,12 @@ def _advice(root: Path, part: str) -> str:
     """Return what to do where ``root`` has no folder ``part``."""
     entries, _ = _visible(str(root))
     inner = [Path(entry.path) for entry in entries if entry.is_dir()]
-    near = next((place for place in (root.parent, *inner) if (place / part).is_dir()), None)
-    if near:
-        return f"use data.root={near}"
+    for place in (root.parent, *inner, *(root / below for below in KAGGLE)):
+        if (place / part).is_dir() and any(one.is_dir() for one in _visible(str(place / part))[0]):
+            return f"use data.root={place}"
+    for place in inner:
+        if place.name.lower() in {part, *OTHER_NAMES[part]}:
+            return f"rename its folder {place.name!r} to {part}"
     there = f"it has {_shown([entry.name for entry in entries])}" if entries else "it is empty"
     advice = "use a folder with train/CLASS/* and val/CLASS/*"
     if any(entry.name.endswith(".tar") for entry in entries):

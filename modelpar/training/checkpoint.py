@@ -26,6 +26,7 @@ READABLE: Final = (2, 3)  # format 2 also recorded the last evaluation, which me
 MANIFEST: Final = "manifest.json"
 STATISTICS: Final = "statistics.safetensors"
 STEP_NAME: Final = re.compile(r"step-(\d{8})")
+HASH: Final = "sha256"  # in the metadata of an exported file
 PICKLES: Final = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar")
 
 
@@ -153,9 +154,23 @@ def read_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> dict[
     if expected and sha256(content).hexdigest() != expected["sha256"]:
         raise _damaged(path, "damaged, size or hash differs from the manifest")
     try:
-        return safetensors.torch.load(content)
+        tensors = safetensors.torch.load(content)
+        recorded, found = hashes(content)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file ({one_line(error)})") from None
+    if recorded not in {None, found}:
+        raise CheckpointError(f"{path}: damaged, its hash does not match; export it again")
+    return tensors
+
+
+def hashes(content: bytes) -> tuple[str | None, str]:
+    """Return the hash that a safetensors file records, and that of everything else in it."""
+    end = 8 + int.from_bytes(content[:8], "little")  # of the header, which is JSON
+    header: dict[str, Any] = json.loads(content[8:end])
+    recorded = header.get("__metadata__", {}).pop(HASH, None)
+    found = sha256(json.dumps(header, sort_keys=True).encode())
+    found.update(memoryview(content)[end:])
+    return recorded, found.hexdigest()
 
 
 def read_part(source: Checkpoint | Path, kind: str, column: int | None) -> dict[str, Tensor]:

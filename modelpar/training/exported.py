@@ -11,6 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from modelpar.images.augment import Statistics
+from modelpar.training.checkpoint import HASH, hashes
 
 METADATA: Final = "modelpar"  # plan, data, numbers of the run and how it was made, as JSON
 STATISTICS: Final = "statistics"  # mean image and colours, a safetensors file in base64
@@ -19,12 +20,16 @@ STATISTICS: Final = "statistics"  # mean image and colours, a safetensors file i
 def content_of(
     weights: Mapping[str, Tensor], record: Mapping[str, Any], statistics: Statistics | None
 ) -> bytes:
-    """Return the content of the file; its tensors are the weights only."""
+    """Return the content of the file; its tensors are the weights only.
+
+    A hash of everything else is in its metadata.
+    """
     metadata = {METADATA: json.dumps(record)}
     if statistics is not None:
         saved = safetensors.torch.save(vars(statistics))
         metadata[STATISTICS] = base64.b64encode(saved).decode()
-    return safetensors.torch.save(dict(weights), metadata)
+    _, found = hashes(safetensors.torch.save(dict(weights), metadata))
+    return safetensors.torch.save(dict(weights), {**metadata, HASH: found})
 
 
 def read(path: Path) -> tuple[dict[str, Any], Statistics | None]:

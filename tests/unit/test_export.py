@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from modelpar import Recipe, config
-from modelpar.errors import LaunchError, SettingsError
+from modelpar.errors import CheckpointError, LaunchError, SettingsError
 from modelpar.groups import DataSettings
 from modelpar.images.augment import Augmentation, Statistics
 from modelpar.interchange import caffe, exports, foreign
@@ -74,6 +74,19 @@ def crops(stored: torch.Tensor, views: int) -> list[torch.Tensor]:
         places += [(0, 0), (0, end), (end, 0), (end, end)]
     found = [stored[:, :, top : top + SIZE, left : left + SIZE] for top, left in places]
     return [*found, *(one.flip(-1) for one in found if views == 10)]
+
+
+def test_a_flipped_bit_of_an_exported_file_is_noticed(trained: TrainedNet) -> None:
+    content = Path("net.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    plan = content.index(b"per_window")
+    for place in (plan, header, len(content) // 2, len(content) - 1):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        Path("damaged.safetensors").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"damaged\.safetensors: "):
+            find("damaged.safetensors").weights(None)
+    assert trained.weights(None).keys()
 
 
 def stored_images() -> torch.Tensor:

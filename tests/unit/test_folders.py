@@ -1,6 +1,7 @@
 """Folders of images as people have them: hidden, linked, unreadable, one level too deep."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def refused(root: Path, name: str = "imagefolder") -> str:
 def test_hidden_and_other_files_are_skipped_and_counted_by_ending(root: Path) -> None:
     before = opened(root)
     assert not before.skipped
-    for name in (".ipynb_checkpoints", "__MACOSX", ".hidden"):
+    for name in (".ipynb_checkpoints", "__MACOSX", ".hidden", "$RECYCLE.BIN"):
         for part in ("train", "val"):
             picture(root / part / name / "0-checkpoint.png")
     for name in ("a.gif", "b.GIF", "c.avif", "d.jfif", "LICENSE", "._0.png", ".DS_Store"):
@@ -57,8 +58,8 @@ def test_hidden_and_other_files_are_skipped_and_counted_by_ending(root: Path) ->
     assert found.classes == ["ant", "bee"]
     assert found.fingerprint == before.fingerprint
     assert found.skipped == (
-        f"{root}: skipped files: 8 hidden, 2 .gif, 1 .avif, 1 .jfif, 1 outside the class folders, "
-        "1 without an ending"
+        f"{root}: skipped files: 10 hidden, 2 .gif, 1 .avif, 1 .jfif, "
+        "1 outside the class folders, 1 without an ending"
     )
 
 
@@ -177,7 +178,7 @@ def blank(root: Path) -> None:
         (flat, "set/val: 2 images and no folders of classes; sort them into val/CLASS"),
         (too_deep, "one class only, 'images', which has the folders 'ant', 'bee'; move these up"),
         (one_class, "set/train: one class only, 'ant'; use two or more"),
-        (valid, "data.root=set: no folder val; it has 'train', 'valid'; use a folder with train"),
+        (valid, "data.root=set: no folder val; rename its folder 'valid' to val"),
         (class_of_val, "set/val: the class 'cow' is not in train; use the same classes"),
         (unicode_form, r"set/val: the class 'cafe\u0301' is 'caf\xe9' in train, which differs in"),
         (upper_case, "set/val: the class 'Bee' is 'bee' in train, which differs in Unicode"),
@@ -221,6 +222,21 @@ def test_a_root_that_may_not_be_read_is_named(root: Path, monkeypatch: pytest.Mo
 def test_a_root_beside_the_right_one_is_corrected(root: Path) -> None:
     assert refused(root.parent).endswith(f"no folder train; use data.root={root.parent.name}/set")
     assert refused(root / "train").endswith(f"no folder train; use data.root={root}")
+
+
+def test_parts_below_the_root_or_of_another_name_are_found(root: Path) -> None:
+    kaggle = root.parent / "kaggle/ILSVRC/Data/CLS-LOC"
+    shutil.copytree(root, kaggle)
+    assert refused(root.parent / "kaggle").endswith("use data.root=kaggle/ILSVRC/Data/CLS-LOC")
+    (kaggle / "val").rename(kaggle / "Validation")
+    assert refused(kaggle).endswith("no folder val; rename its folder 'Validation' to val")
+
+
+def test_parts_in_the_folder_of_each_class_are_no_root(root: Path) -> None:
+    for name in ("ant", "bee"):
+        shutil.copytree(root / "val" / name, root.parent / "inverted" / name / "train")
+    line = refused(root.parent / "inverted")
+    assert line.endswith("it has 'ant', 'bee'; use a folder with train/CLASS/* and val/CLASS/*")
 
 
 def test_only_sets_with_a_download_offer_it(root: Path) -> None:

@@ -61,12 +61,11 @@ FLOORS = [
     ["analysis.neighbours"],
     [
         "training.checkpoint",
-        "training.exported",
         "training.run_dir",
         "training.consistency",
         "training.readback",
     ],
-    ["training.graph", "training.saving"],
+    ["training.exported", "training.graph", "training.saving"],
     ["training.engine", "training.debug"],
     ["training.nonfinite", "training.prepare", "training.dry", "training.showing"],
     ["training.tracking"],
