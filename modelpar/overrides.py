@@ -22,6 +22,7 @@ REMOVED: Final = {  # earlier settings, and what to do instead
     "comm.check": "set TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment",
 }
 PLAIN: Final = re.compile(r"/[A-Za-z0-9_./-]*")  # a path that needs no quotes
+FOLDER: Final = re.compile(r"\+*(run_dir|hydra\.(run|sweep)\.dir)=")  # of the output
 # The options of Hydra's groups, and the extra of this package that installs each.
 PLUGINS: Final = {
     "hydra/launcher": {
