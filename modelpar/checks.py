@@ -7,7 +7,7 @@ from typing import Any, Final
 from modelpar.bench.contenders import CONTENDERS
 from modelpar.declare import walk
 from modelpar.errors import SettingsError, refuse_choice
-from modelpar.files import check_writable
+from modelpar.files import check_folder, check_writable
 from modelpar.schemas import (
     BenchmarkSettings,
     ConvertSettings,
@@ -45,7 +45,7 @@ def check(settings: Any, prefix: str = "") -> None:
             if one >= limits["below"]:
                 raise SettingsError(f"{key}={one}: use a number below {limits['below']}")
     _check_combination(settings)
-    _check_out(settings)
+    _check_places(settings)
     if isinstance(settings, TrainSettings):
         _check_training(settings)
 
@@ -97,8 +97,10 @@ def _check_combination(settings: Any) -> None:
         raise SettingsError("checkpoint: missing; add checkpoint=RUN_DIR or runs=[RUN,RUN]")
 
 
-def _check_out(settings: Any) -> None:
-    """Raise SettingsError for an ``out`` with a wrong ending, or where nothing can be written."""
+def _check_places(settings: Any) -> None:
+    """Raise SettingsError for an ``out`` with a wrong ending, or a place that cannot be used."""
+    if cache := getattr(settings, "cache_dir", None):  # others may have filled it
+        check_folder("cache_dir", Path(cache))
     out, ends = getattr(settings, "out", None), FILES.get(type(settings), ())
     if not out or (isinstance(settings, PrepareSettings) and settings.only_verifies):
         return

@@ -1,10 +1,11 @@
 """How settings are read: Hydra composes them from ``conf/``; errors are one line."""
 
+import io
 import os
 import re
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any, Final, cast
@@ -14,8 +15,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from modelpar.checks import check
 from modelpar.declare import flatten, walk
@@ -23,6 +25,12 @@ from modelpar.errors import SettingsError, one_line, refuse_choice
 from modelpar.files import local_path
 from modelpar.overrides import conf_dir, parsed, path_keys, quote_it, values_of, with_search_path
 from modelpar.schemas import SCHEMAS
+
+NOT_CONVERTED: Final = re.compile(
+    r"Value '(.*)' (?:of type '.*' could not be converted to (Integer|Float)"
+    r"|is not a valid bool \(type .*\))"
+)
+KINDS: Final = {"Integer": "a whole number", "Float": "a number", None: "true or false"}
 
 
 @cache
@@ -69,9 +77,13 @@ def compose_settings(main: str, words: Sequence[str]) -> DictConfig:
     with hydra_started():
         for override in parsed(main, words):
             if override.is_sweep_override():
-                fix = "add -m to sweep over them"
+                fixes = ["add -m to sweep over them"] * hasattr(SCHEMAS[main], "on_failure")
                 if (key := override.key_or_group) in path_keys(main):
-                    fix += f", or {quote_it(key, str(override.input_line).partition('=')[2])}"
+                    text = str(override.input_line).partition("=")[2]
+                    if path_keys(main)[key] and getattr(override.value(), "simple_form", False):
+                        text = f"[{text}]"  # it can have several
+                    fixes.append(quote_it(main, key, text))
+                fix = ", or ".join(fixes) or "use one"
                 raise SettingsError(f"{override.input_line}: several values; {fix}")
         composed = compose(main, list(words), return_hydra_config=True)
     if search := composed.hydra.runtime.choices.get("search"):
@@ -102,7 +114,8 @@ def typed(composed: DictConfig) -> Any:
         owner = reduce(getattr, groups, settings)
         several = isinstance(value, list)
         texts = [str(each) for each in (cast("list[Any]", value) if several else [value])]
-        paths = [str(local_path(key, text)) for text in texts]
+        required = entry.default == MISSING
+        paths = [str(local_path(key, text, required=required)) for text in texts]
         if several or "as_given" in entry.metadata:
             pairs = zip(texts, paths, strict=True)
             paths = [path if text[0] == "~" else text for text, path in pairs]
@@ -153,12 +166,26 @@ def show(main: str) -> None:
     words = sys.argv[1:] = with_search_path(sys.argv[1:])
     with hydra_started():
         parsed(main, [word for word in words if "=" in word and not word.startswith("-")])
-    run_hydra(main, lambda _: None)
+    _answer(main)
 
 
 def complete(main: str) -> None:
     """Let Hydra print the script that completes words in a shell, or the words for it."""
-    run_hydra(main, lambda _: None)
+    _answer(main)
+
+
+def _answer(main: str) -> None:
+    """Let Hydra answer an option; raises SettingsError where Hydra would print why and exit."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said), _one_line_errors(ValueError, RecursionError):
+            run_hydra(main, lambda _: None)
+    except SystemExit as end:
+        if end.code:
+            line = said.getvalue().rstrip().rpartition("\n")[2]
+            raise SettingsError(line.rpartition(" error: ")[2]) from None
+        raise
+    sys.stderr.write(said.getvalue())
 
 
 # -- Hydra ----------------------------------------------------------------------------------------
@@ -185,22 +212,35 @@ def hydra_started() -> Generator[None]:
     GlobalHydra.instance().clear()
     _register()
     place = str(conf_dir())
-    with initialize_config_dir(version_base="1.3", config_dir=place), _one_line_errors():
+    with (
+        initialize_config_dir(version_base="1.3", config_dir=place),
+        _one_line_errors(ValueError, RecursionError),  # of files of the user's own
+    ):
         yield
 
 
 @contextmanager
-def _one_line_errors() -> Generator[None]:
-    """Turn an error of Hydra or OmegaConf into SettingsError, one line with key and cause."""
+def _one_line_errors(*others: type[Exception]) -> Generator[None]:
+    """Turn an error of Hydra, OmegaConf or YAML, or one of ``others``, into SettingsError."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ or error
-        key, text = getattr(cause, "full_key", None) or "", one_line(cause)
-        if "is not a ListConfig" in text:
-            text = "use a list, [VALUE,VALUE]"
-        text = re.split(r" full_key:| To append to your config| object_type=| See http", text)[0]
-        raise SettingsError(f"{key}: {text}" if key and key not in text else text) from None
+    except (HydraException, OmegaConfBaseException, YAMLError, *others) as error:
+        raise SettingsError(_line(error.__cause__ or error)) from None
+
+
+def _line(error: BaseException) -> str:
+    """Return an error of the settings as one line with key or file, and cause."""
+    if isinstance(error, RecursionError):
+        return "the files of settings name each other without end; correct their defaults lists"
+    if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark):
+        return f"{mark.name}, line {mark.line + 1}: {error.problem}; correct this file"
+    key, text = getattr(error, "full_key", None) or "", one_line(error)
+    if "is not a ListConfig" in text:
+        text = "use a list, [VALUE,VALUE]"
+    text = re.split(r" full_key:| To append to your config| object_type=| See http", text)[0]
+    if key and (found := NOT_CONVERTED.fullmatch(text)):
+        return f"{key}={found[1]}: use {KINDS[found[2]]}"
+    return f"{key}: {text}" if key and key not in text else text
 
 
 # -- what settings stand for ----------------------------------------------------------------------

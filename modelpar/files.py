@@ -35,20 +35,20 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def local_path(key: str, text: str) -> Path:
+def local_path(key: str, text: str, *, required: bool = False) -> Path:
     """Return the path that a setting names, absolute and with ``~`` expanded.
 
     Raises SettingsError for an empty text, an address such as ``s3://...``, and an unknown home.
     """
     if not text.strip():
-        raise SettingsError(
-            f"{key}: empty, as from an unset variable; use a path, or leave {key} out"
-        )
+        other = "" if required else f", or leave {key} out"
+        raise SettingsError(f"{key}: empty, as from an unset variable; use a path{other}")
     if ADDRESS.match(text):
         raise SettingsError(f"{key}={text}: is an address; use a path of this machine")
     expanded = os.path.expanduser(text)  # noqa: PTH111 - Path would drop ./ before a ~
     if expanded.startswith("~"):
-        raise SettingsError(f"{key}={text}: no such home folder; use an absolute path")
+        fix = f"use an absolute path, or ./{text} for one that begins here"
+        raise SettingsError(f"{key}={text}: no such home folder; {fix}")
     return Path(expanded).absolute()
 
 
@@ -122,13 +122,19 @@ def try_writing(folder: Path) -> None:
         pass
 
 
-def check_writable(key: str, folder: Path) -> None:
-    """Raise SettingsError where the setting ``key`` names a folder that cannot be written."""
+def check_folder(key: str, folder: Path) -> Path:
+    """Return ``folder`` or its closest parent that exists; raises SettingsError for a file."""
     try:
         existing = _existing_parent(folder)
     except OSError as error:
         raise SettingsError(f"{key}={folder}: {error.strerror}; use another folder") from None
     if not existing.is_dir():
         raise SettingsError(f"{key}={folder}: {existing} is a file; use a folder")
+    return existing
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Raise SettingsError where the setting ``key`` names a folder that cannot be written."""
+    existing = check_folder(key, folder)
     if not os.access(existing, os.W_OK):
         raise SettingsError(f"{key}={folder}: {existing} is not writable; use another folder")

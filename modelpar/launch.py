@@ -101,7 +101,7 @@ def _start_ranks(name: str, words: list[str], settings: Any, run_dir: Path | Non
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, device.num_cores() // ranks)))
     os.environ[environment.LAUNCHER] = str(os.getpid())
     if run_dir is not None:
-        words = [word for word in words if not word.startswith(("run_dir=", "hydra.run.dir="))]
+        words = [word for word in words if not overrides.FOLDER.match(word)]
         words.append(overrides.quoted("run_dir", run_dir))
     arguments = environment.python_arguments(name, words)
     status, restarts = 0, getattr(settings, "restarts", 0)

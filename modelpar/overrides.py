@@ -1,5 +1,6 @@
 """The words of a command line: Hydra's overrides, checked; wrong ones are errors in one line."""
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from modelpar.declare import flatten, walk
-from modelpar.errors import SettingsError, refuse_choice
+from modelpar.errors import SettingsError, one_line, refuse_choice
 from modelpar.files import local_path
 from modelpar.schemas import SCHEMAS
 
@@ -22,6 +24,8 @@ REMOVED: Final = {  # earlier settings, and what to do instead
     "comm.check": "set TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment",
 }
 PLAIN: Final = re.compile(r"/[A-Za-z0-9_./-]*")  # a path that needs no quotes
+FOLDER: Final = re.compile(r"\+*(run_dir|hydra\.(run|sweep)\.dir)=")  # of the output
+ELEMENT: Final = re.compile(r"""\s*("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+)""")  # of a list
 # The options of Hydra's groups, and the extra of this package that installs each.
 PLUGINS: Final = {
     "hydra/launcher": {
@@ -49,14 +53,17 @@ def parsed(main: str, words: Sequence[str]) -> list[Override]:
         if "run_dir" in keys:
             raise SettingsError(f"run_dir, {key}: both name the output folder; use run_dir alone")
     own = [override for override in overrides if override.key_or_group == "hydra.searchpath"]
-    for override in own:
-        _check_search_path(override)
+    folders = [folder for override in own for folder in _search_path(override)]
     search: Any = {"config_name": main, "overrides": [str(one.input_line) for one in own]}
     for override in overrides:
         key = override.key_or_group
         if options := loader.get_group_options(key, **search if own else {}):
             for option in values_of(override):
-                _check_option(key, option.partition("=")[2], options)
+                name = option.partition("=")[2]
+                _check_option(key, name, options)
+                for path in [folder / key / f"{name}.yaml" for folder in folders]:
+                    if path.is_file():
+                        _check_file(main, key, path)
         elif not override.is_hydra_override():
             _check_key(main, key)
             if override.is_delete():
@@ -69,18 +76,25 @@ def _override(main: str, word: str) -> Override:
     key, equals, text = word.partition("=")
     if word.startswith("-"):
         raise SettingsError(f"use key=value, --cfg job or --help, not {word}")
+    if not key:
+        raise SettingsError(f"{word}: not a setting and its value; use KEY=VALUE")
     try:
         loader = GlobalHydra.instance().config_loader()
         (override,) = OverridesParser.create(loader).parse_overrides([word])
     except HydraException:
-        fix = quote_it(key, text) if equals else "use KEY=VALUE"
+        fix = quote_it(main, key, text) if equals else "use KEY=VALUE"
         raise SettingsError(f"{word}: not a setting and its value; {fix}") from None
     if key in path_keys(main) and not override.is_sweep_override():
         value = override.value()
         as_text = value is None or isinstance(value, str) or str(value) == text
         if not (as_text or (isinstance(value, list) and path_keys(main)[key])):
-            raise SettingsError(f"{word}: not read as a path; {quote_it(key, text)}")
+            raise SettingsError(f"{word}: not read as a path; {quote_it(main, key, text)}")
     return override
+
+
+def _groups(main: str) -> set[str]:
+    """Return the keys of a command that hold other settings."""
+    return {key.rpartition(".")[0] for key in flatten(SCHEMAS[main]())}
 
 
 @cache
@@ -120,18 +134,18 @@ def _check_option(group: str, name: str, options: Sequence[str]) -> None:
 
 def _check_key(main: str, key: str) -> None:
     """Raise SettingsError, with the nearest key, if ``main`` has no setting ``key``."""
-    known = list(flatten(SCHEMAS[main]()))
-    groups = {name.rpartition(".")[0] for name in known}
-    if key in known or key in groups:
+    known, given = list(flatten(SCHEMAS[main]())), key
+    if key in known or key in _groups(main):
         return
     if replacement := REMOVED.get(key):
         raise SettingsError(f"{key}: was removed; {replacement}")
+    key = key.lower()
     by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
     near = get_close_matches(key, known, n=1) or [
         by_last[name] for name in get_close_matches(key.rpartition(".")[2], by_last, n=1)
     ]
     hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
-    raise SettingsError(f"{key}: no such setting; {hint}")
+    raise SettingsError(f"{given}: no such setting; {hint}")
 
 
 # -- quotes ---------------------------------------------------------------------------------------
@@ -147,15 +161,32 @@ def shell_word(key: str, text: str) -> str:
     """Return ``KEY=VALUE`` with the quotes that Hydra and the shell need to read this text."""
     if PLAIN.fullmatch(text):
         return f"{key}={text}"
+    return shlex.quote(f"{key}={_in_quotes(text)}")
+
+
+def _in_quotes(text: str) -> str:
     escaped = re.sub(
         r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), text
     )
-    return shlex.quote(f'{key}="{escaped}"')
+    return f'"{escaped}"'
 
 
-def quote_it(key: str, text: str) -> str:
-    """Return the advice to quote a value."""
-    return f"quote it, {shell_word(key, text)}"
+def quote_it(main: str, key: str, text: str) -> str:
+    """Return the advice to quote a value, or each element of a list."""
+    if text != " ".join(text.split()):  # the line of an error would not show it as it is
+        return f"quote it, '{key}=\"VALUE\"'"
+    lists = path_keys(main)
+    found = [each.strip() for each in ELEMENT.findall(text[1:-1]) if each.strip()]
+    elements = [_here(each) if key in lists else each for each in found]
+    if elements and text[0] + text[-1] == "[]" and lists.get(key, True):
+        shown = ",".join(each if each[0] in "\"'" else _in_quotes(each) for each in elements)
+        return f"quote it, {shlex.quote(f'{key}=[{shown}]')}"
+    return f"quote it, {shell_word(key, _here(text) if key in lists else text)}"
+
+
+def _here(path: str) -> str:
+    """Return ``path``, with ``./`` before a ``~`` that begins no home folder."""
+    return f"./{path}" if os.path.expanduser(path).startswith("~") else path  # noqa: PTH111
 
 
 # -- a search path of the user's own --------------------------------------------------------------
@@ -177,18 +208,39 @@ def with_search_path(words: Sequence[str]) -> list[str]:
     return rest
 
 
-def _check_search_path(override: Override) -> None:
-    """Raise SettingsError if a folder is missing, or has a file that Hydra would not use."""
-    value = override.value()
+def _search_path(override: Override) -> list[Path]:
+    """Return the folders of a search path.
+
+    Raises SettingsError if one is missing, or has a file that Hydra would not use.
+    """
+    value, folders = override.value(), list[Path]()
     for place in value if isinstance(value, list) else []:
         folder = Path(str(place).removeprefix("file://"))
         if str(place).startswith("pkg://"):
             continue
         if not folder.is_dir():
-            raise SettingsError(
-                f"{folder}: no such folder; use one with files such as those of conf/"
-            )
+            wrong = "is not a folder" if folder.exists() else "no such folder"
+            raise SettingsError(f"{folder}: {wrong}; use one with files such as those of conf/")
+        folders.append(folder)
         for path in (*folder.glob("*.yaml"), *folder.glob("*/*.yaml")):
             ours = conf_dir() / path.relative_to(folder)
             if ours.exists() and not ours.samefile(path):
                 raise SettingsError(f"{path}: modelpar has a file of this name; rename it")
+    return folders
+
+
+def _check_file(main: str, group: str, path: Path) -> None:
+    """Raise SettingsError for a file that cannot be read, or whose settings would go nowhere.
+
+    Hydra's errors would not name it.  Raises YAMLError, which does.
+    """
+    try:
+        text = path.read_text("utf-8")
+        OmegaConf.load(path)
+    except (OSError, ValueError) as error:
+        fix = "use a readable file in UTF-8"
+        raise SettingsError(f"{path}: cannot be read ({one_line(error)}); {fix}") from None
+    packaged = group.startswith("hydra/") or group in _groups(main)
+    if not packaged and not re.search(r"^\s*#+\s*@package\s", text, re.MULTILINE):
+        fix = "add '# @package _global_' as its first line"
+        raise SettingsError(f"{path}: sets {group} alone; {fix}")

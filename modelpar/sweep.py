@@ -104,7 +104,9 @@ class Sweep:
         hydra = HydraConfig.get()
         run_dir = Path(hydra.runtime.output_dir)
         words = [
-            word for word in hydra.overrides.task if not word.startswith(("run_dir=", "search="))
+            word
+            for word in hydra.overrides.task
+            if not (overrides.FOLDER.match(word) or word.startswith("search="))
         ]
         words += [word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath=")]
         end: dict[str, Any] = {"job": hydra.job.num, "words": words, "status": 0}

@@ -33,10 +33,12 @@ def refused(overrides: list[str]) -> str:
     ("override", "expected"),
     [
         ("batchsize=4", "batchsize: no such setting; did you mean batch_size?"),
+        ("BATCH_SIZE=4", "BATCH_SIZE: no such setting; did you mean batch_size?"),
+        ("=4", "=4: not a setting and its value; use KEY=VALUE"),
         ("lr=0.1", "lr: no such setting; did you mean recipe.lr?"),
         ("data.rot=x", "did you mean data.root?"),
         ("+new=1", "new: no such setting"),
-        ("recipe.lr=abc", "recipe.lr: Value 'abc'"),
+        ("recipe.lr=abc", "recipe.lr=abc: use a number"),
         ("recipe.lr=", "recipe.lr"),
         ("recipe.lr=nan", "recipe.lr=nan: use a finite number"),
         ("recipe.lr=1e999", "recipe.lr=inf: use a finite number"),
@@ -46,7 +48,9 @@ def refused(overrides: list[str]) -> str:
         ("recipe.crops=per_64", "recipe.crops=per_64: did you mean per_32?"),
         ("data=photo", "data=photo: did you mean photos?"),
         ("batch_size=0", "batch_size=0: use 1 or more"),
-        ("batch_size=1.5", "batch_size"),
+        ("batch_size=1.5", "batch_size=1.5: use a whole number"),
+        ("steps=abc", "steps=abc: use a whole number"),
+        ("compile=maybe", "compile=maybe: use true or false"),
         ("batch_size=5000", "the data has only 2240"),
         ("epochs=-3", "epochs=-3"),
         ("steps=0", "steps=0"),
@@ -124,6 +128,12 @@ def test_a_wrong_setting_of_evaluate_is_one_line(words: list[str], expected: str
     with pytest.raises(SettingsError) as error:
         config.read("evaluate", words)
     assert expected in str(error.value)
+
+
+def test_only_commands_with_sweeps_advise_one() -> None:
+    for main, fix in (("evaluate", "add -m to sweep over them"), ("export", "use one")):
+        with pytest.raises(SettingsError, match=f"ema=true,false: several values; {fix}$"):
+            config.read(main, ["ema=true,false"])
 
 
 def test_evaluate_takes_a_root_alone() -> None:

@@ -94,6 +94,28 @@ def test_a_rank_shows_no_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status(monkeypatch, "--help") == 1  # what it would run does not exist
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--cfg x", "argument --cfg/-c: invalid choice: 'x'"),
+        ("--cfg data=synthetic", "argument --cfg/-c: invalid choice"),
+        ("--cfg", "argument --cfg/-c: expected one argument"),
+        ("--info x", "argument --info/-i: invalid choice: 'x'"),
+        ("-m --cfg job", "Only one of --run, --multirun, --cfg"),
+        ("--cfg job --package nosuch", "package 'nosuch' not found in config"),
+        ("-sc install=foo", "No completion plugin for 'foo' found"),
+        ("-sc", "Expecting one subcommand from ['install'"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, said: str
+) -> None:
+    assert status(monkeypatch, *words.split()) == 2
+    out, line = capfd.readouterr()
+    assert (out, line.count("\n")) == ("", 1)
+    assert line.startswith(f"modelpar: {said}")
+
+
 def test_the_tab_key_completes(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import pickle
 import time
 from pathlib import Path
@@ -186,6 +187,35 @@ def test_the_launcher_starts_two_columns_on_one_gpu_only_if_they_share_it(
     monkeypatch.setattr(launch, "_start_ranks", start)
     assert launch.run_launcher("train", lambda *_: None, [word]) == 0
     assert started == [columns]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run_dir=a"],
+        ["++run_dir=a"],
+        ["++hydra.run.dir=a"],
+        ["hydra.run.dir=a", "hydra.sweep.dir=b"],  # which only a sweep uses
+    ],
+    ids=str,
+)
+def test_ranks_get_the_output_folder_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str]
+) -> None:
+    started: list[Path | None] = []
+
+    def start(arguments: list[str], *_: object) -> int:
+        own = arguments[arguments.index("modelpar.train") + 1 :]
+        started.append(config.read_run("train", own)[1])
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "_run_alone", start)
+    monkeypatch.setattr(launch.logging, "disable", lambda: None)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    words = ["columns=1", "device=cpu", *words]
+    assert launch.run_launcher("train", lambda *_: None, words) == 0
+    assert started == [tmp_path / "a"]
 
 
 @pytest.mark.usefixtures("one_gpu")

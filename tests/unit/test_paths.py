@@ -90,7 +90,7 @@ def test_every_path_is_expanded_absolute_and_checked(main: str, tmp_path: Path) 
         ("s3://bucket/a", "key=s3://bucket/a: is an address; use a path of this machine"),
         ("s3:/bucket/a", "is an address"),
         ("file:///a", "is an address"),
-        ("~nobody-here/a", "no such home folder; use an absolute path"),
+        ("~nobody-here/a", "no such home folder; use an absolute path, or ./~nobody-here/a"),
     ],
 )
 def test_what_is_no_path_is_one_line(text: str, said: str) -> None:
@@ -103,6 +103,8 @@ def test_an_unset_variable_is_refused() -> None:
     assert refused("train", "data.root=").startswith("data.root: empty")
     assert refused("train", "run_dir=").startswith("run_dir: empty")
     assert refused("train", "hydra.run.dir=").startswith("hydra.run.dir: empty")
+    assert refused("train", "run_dir=").endswith("; use a path, or leave run_dir out")
+    assert refused("export", "checkpoint=", "out=x.onnx").endswith("; use a path")  # required
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,39 @@ def test_a_path_is_read_as_it_is_or_after_the_advice(name: str) -> None:
         assert override.value() == name
 
 
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("[~/x]", ["~/x"]),
+        ("[~/x, ~/e.json]", ["~/x", "~/e.json"]),
+        ("[a=b ,c, ]", ["a=b", "c"]),
+        ("a,b", ["a", "b"]),
+        ("[runs/i,]", ["runs/i"]),
+        ("""["a, b",'c',~x]""", ["a, b", "c", "./~x"]),
+        ("~x", "./~x"),  # no user of this name
+    ],
+)
+def test_the_advice_names_what_was_meant(text: str, read: object) -> None:
+    _, advice = refused("export", f"checkpoint={text}", "out=x.onnx").split("quote it, ")
+    with config.hydra_started():
+        (override,) = overrides.parsed("export", shlex.split(advice))
+    assert override.value() == read
+
+
+@pytest.mark.parametrize("text", ["a  b(", "a\nb(", " [~/x]"])
+def test_the_advice_never_names_another_path(text: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        config.read("train", [f"data.root={text}"])
+    assert str(error.value).endswith("""; quote it, 'data.root="VALUE"'""")
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_cache_that_is_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    said = f"cache_dir={tmp_path}/{name}: {tmp_path}/file is a file; use a folder"
+    assert refused("train", f"cache_dir={name}") == said
+
+
 # -- a folder of one's own settings ---------------------------------------------------------------
 
 
@@ -204,8 +239,42 @@ def test_a_folder_that_cannot_be_used_is_named(own: Path) -> None:
     (own / "experiment" / "no_lrn.yaml").touch()
     words = overrides.with_search_path(["-cd", str(own)])
     assert "no_lrn.yaml: modelpar has a file of this name" in refused("train", *words)
+    file = overrides.with_search_path(["-cd", str(own / "experiment" / "mine.yaml")])
+    assert "mine.yaml: is not a folder; use one" in refused("train", *file)
     with pytest.raises(SettingsError, match="-cd: empty"):
         overrides.with_search_path(["-cd"])
+
+
+HEAD = b"# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: [\n", "mine.yaml, line 2: expected the node content"),
+        (HEAD + b"seed:\n\t- 1\n", "mine.yaml, line 3: found character"),
+        (HEAD + b"seed: 1\nseed: 2\n", "mine.yaml, line 3: found duplicate key seed; correct"),
+        (HEAD + b"seed: \0\n", 'mine.yaml", position 26'),
+        (HEAD + b"experiment: \xff\n", "mine.yaml: cannot be read ('utf-8' codec can't decode"),
+        (HEAD + b"defaults:\n  - mine\n", "files of settings name each other without end; corre"),
+        (HEAD + b"defaults: 3\n", "defaults must be a list"),
+        (b"seed: 1\n", "mine.yaml: sets experiment alone; add '# @package _global_' as its first"),
+        (b"", "mine.yaml: sets experiment alone"),
+        (b"- 1\n", "mine.yaml: sets experiment alone"),
+        (None, "mine.yaml: cannot be read ("),
+    ],
+)
+def test_a_damaged_file_of_ones_own_is_one_line(
+    own: Path, content: bytes | None, said: str
+) -> None:
+    file = own / "experiment" / "mine.yaml"
+    file.unlink()
+    if content is None:
+        file.symlink_to("/proc/self/mem")  # cannot be read, even by root
+    else:
+        file.write_bytes(content)
+    words = overrides.with_search_path(["-cd", str(own), "experiment=mine"])
+    assert said in refused("train", *words)
 
 
 def shown(*words: str, capfd: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
@@ -226,7 +295,7 @@ def test_settings_are_shown_with_the_errors_of_a_run(
         (["--cfg", "job", "batchsize=4"], "batchsize: no such setting; did you mean batch_size?"),
         (["--cfg", "job", "-cd", str(own), "batchsize=4"], "did you mean batch_size?"),
         (["--cfg", "job", "-cd", "nowhere"], "nowhere: no such folder"),
-        (["--cfg", "job", "batch_size=many"], "batch_size: Value 'many'"),
+        (["--cfg", "job", "batch_size=many"], "batch_size=many: use a whole number"),
     ):
         code, out, line = shown(*words, capfd=capfd)
         assert (code, out, line.count("\n")) == (2, "", 1), line

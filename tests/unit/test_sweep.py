@@ -69,7 +69,7 @@ WRONG = [
     ("experiment=two_columns,no_lnr", "experiment=no_lnr: did you mean no_lrn?"),
     ("experiment=glob(no_such*)", "experiment=glob(no_such*): matches nothing"),
     ("recipe=code2012,code2013", "recipe=code2013: did you mean code2012?"),
-    ("batch_size=8,many", "batch_size: Value 'many'"),
+    ("batch_size=8,many", "batch_size=many: use a whole number"),
     ("batch_size=8,-1", "batch_size=-1: use 1 or more"),
     ("batchsize=8,16", "batchsize: no such setting; did you mean batch_size?"),
     ("model.norm=none,batchnorm", "model.norm=batchnorm"),
