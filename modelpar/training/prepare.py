@@ -13,6 +13,7 @@ from modelpar.files import check_space, check_writable
 from modelpar.groups import DataSettings, InitSettings
 from modelpar.images import loader
 from modelpar.images.augment import Statistics
+from modelpar.images.folders import first_difference
 from modelpar.images.order import BatchOrder
 from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
@@ -130,10 +131,11 @@ def resume_point(
         theirs["plan"] = settings_of(plan_of(theirs["plan"]))
     different = next((key for key in ours if theirs.get(key) != ours[key]), None)
     if different == "fingerprint":
-        raise DataError(
-            f"data={settings.data.name}: not the images that {found.folder} was trained on; "
-            "restore them, or use another run_dir"
-        )
+        what = f"not the images that {found.folder} was trained on"
+        names = theirs.get("classes") or prepared.images.class_ids
+        if classes := first_difference(prepared.images.class_ids, names):
+            what = "class {} is {}, but {} in ".format(*classes) + str(found.folder)
+        raise DataError(f"data={settings.data.name}: {what}; restore them, or use another run_dir")
     if different:
         raise CheckpointError(
             f"{found.folder}: made with another {different}; use the settings it was made with, "

@@ -213,6 +213,16 @@ def test_a_net_is_not_evaluated_on_other_classes(
     assert said in line
 
 
+def test_a_run_does_not_continue_on_other_classes(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train", "val"):
+        (place / "images" / part / "dark").rename(place / "images" / part / "night")
+    code, line = outcome("train", [*SMALL, "run_dir=run", "cache_dir=../cache"], capfd)
+    assert code == 3
+    assert "data=imagefolder: class 0 is 'light', but 'dark' in " in line
+
+
 def test_val_alone_is_enough_to_evaluate(place: Path) -> None:
     shutil.rmtree(place / "images/train")
     (found,) = evaluation.prepare(config.read("evaluate", ["checkpoint=run", "columns=1"]))
