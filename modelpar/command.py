@@ -61,7 +61,7 @@ def _run(name: str, work: str, prepare: str) -> int:
         modelpar.load(next(show for flag, show in SHOWS.items() if flag in flags))(name)
         return 0
     if threading.current_thread() is not threading.main_thread():
-        raise LaunchError("handles signals; call it in the main thread of a process")
+        raise LaunchError("a command handles signals; call it in the main thread of a process")
     try:
         Path.cwd()
     except FileNotFoundError:  # torch's libraries would end the process
@@ -157,30 +157,18 @@ def set_variables() -> None:
 
 
 def _set_threads() -> None:
-    """Keep the first number of OMP_NUM_THREADS; the others are for nested parallel regions.
-
-    OMP_THREAD_LIMIT lowers that number instead of limiting OpenMP: convolutions of torch 2.14 for
-    CPUs have wrong gradients where OpenMP gives them fewer threads than torch has.
-    """
-    first = _threads("OMP_NUM_THREADS")
-    if limit := _threads("OMP_THREAD_LIMIT"):
-        first = min(first or os.cpu_count() or 1, limit)
-        del os.environ["OMP_THREAD_LIMIT"]
-    if first:
-        os.environ["OMP_NUM_THREADS"] = str(first)
+    """Keep the first number of OMP_NUM_THREADS; the others are for nested parallel regions."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    first = given.partition(",")[0].strip()
+    if first.strip("0"):
+        if not (first.isascii() and first.isdecimal() and int(first) <= MAX_THREADS):
+            raise LaunchError(
+                f"OMP_NUM_THREADS={given}: must be a whole number up to {MAX_THREADS}; correct "
+                "or unset it"
+            )
+        os.environ["OMP_NUM_THREADS"] = first
     else:  # OpenMP would print a warning
         os.environ.pop("OMP_NUM_THREADS", None)
-
-
-def _threads(name: str) -> int:
-    """Return the first number of threads that the environment gives, 0 if there is none."""
-    given = os.environ.get(name, "")
-    first = given.partition(",")[0].strip().lstrip("0")
-    if first and not (first.isascii() and first.isdecimal() and int(first) <= MAX_THREADS):
-        raise LaunchError(
-            f"{name}={given}: must be a whole number up to {MAX_THREADS}; correct or unset it"
-        )
-    return int(first or 0)
 
 
 def _start_threads() -> None:

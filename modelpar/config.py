@@ -184,7 +184,6 @@ def _answer(main: str) -> None:
         if end.code:
             line = said.getvalue().rstrip().rpartition("\n")[2]
             raise SettingsError(line.rpartition(" error: ")[2]) from None
-        raise
     sys.stderr.write(said.getvalue())
 
 

@@ -103,11 +103,16 @@ def set_threads(processes: int, threads: int | None = None) -> int:
     """Set the number of torch's threads in this process and return it.
 
     ``threads`` None: OMP_NUM_THREADS if that is more than 1, which torchrun sets by default;
-    otherwise the cores that this process may use, divided by the host's ``processes``.
+    otherwise the cores that this process may use, divided by the host's ``processes``.  At most
+    OMP_THREAD_LIMIT: convolutions of torch 2.14 for CPUs have wrong gradients where OpenMP gives
+    them fewer threads than torch has.
     """
     if threads is None:
         given = environment.integer("OMP_NUM_THREADS", 1)
         threads = given if given > 1 else max(1, num_cores() // processes)
+    limit = os.environ.get("OMP_THREAD_LIMIT", "").strip()
+    if limit.isascii() and limit.isdecimal() and int(limit):
+        threads = min(threads, int(limit))
     torch.set_num_threads(threads)
     return threads
 

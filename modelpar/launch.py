@@ -43,8 +43,8 @@ LOCAL: Final = "127.0.0.1"  # where the ranks of one host meet
 CONNECT_SECONDS: Final = 5.0  # in which this host must connect to itself
 SAVE_SECONDS: Final = 120  # that the agent leaves the ranks to finish a step and save
 FIRST_ERROR_SECONDS: Final = 5.0  # that other ranks leave local rank 0 to report the same error
-# What may differ between the hosts of one run.
-HOST_SETTINGS: Final = ("threads", "workers", "cache_dir", "data.root", "data.workers")
+PLACES: Final = ("cache_dir", "data.root", "search_root")
+HOST_SETTINGS: Final = ("threads", "workers", "data.workers", *PLACES)  # hosts may differ in them
 Prepare = Callable[[Any, Path | None], Any]
 
 

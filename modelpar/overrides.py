@@ -25,6 +25,7 @@ REMOVED: Final = {  # earlier settings, and what to do instead
 }
 PLAIN: Final = re.compile(r"/[A-Za-z0-9_./-]*")  # a path that needs no quotes
 FOLDER: Final = re.compile(r"\+*(run_dir|hydra\.(run|sweep)\.dir)=")  # of the output
+HEADER: Final = re.compile(r"\s*(#\s*@.*\s+)*#\s*@package\s")  # before all other lines
 ELEMENT: Final = re.compile(r"""\s*("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+)""")  # of a list
 # The options of Hydra's groups, and the extra of this package that installs each.
 PLUGINS: Final = {
@@ -238,9 +239,9 @@ def _check_file(main: str, group: str, path: Path) -> None:
         text = path.read_text("utf-8")
         OmegaConf.load(path)
     except (OSError, ValueError) as error:
-        fix = "use a readable file in UTF-8"
+        fix = "use a readable file of settings in UTF-8"
         raise SettingsError(f"{path}: cannot be read ({one_line(error)}); {fix}") from None
     packaged = group.startswith("hydra/") or group in _groups(main)
-    if not packaged and not re.search(r"^\s*#+\s*@package\s", text, re.MULTILINE):
+    if not (packaged or HEADER.match(text)):
         fix = "add '# @package _global_' as its first line"
         raise SettingsError(f"{path}: sets {group} alone; {fix}")

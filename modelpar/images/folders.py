@@ -4,6 +4,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import has_magic
 from operator import attrgetter, itemgetter
@@ -223,8 +224,9 @@ def _advice(root: Path, part: str) -> str:
     entries, _ = _visible(str(root))
     inner = [Path(entry.path) for entry in entries if entry.is_dir()]
     for place in (root.parent, *inner, *(root / below for below in KAGGLE)):
-        if (place / part).is_dir() and any(one.is_dir() for one in _visible(str(place / part))[0]):
-            return f"use data.root={place}"
+        with suppress(DataError):  # of a folder that nobody has named
+            if any(one.is_dir() for one in _visible(str(place / part))[0]):
+                return f"use data.root={place}"
     for place in inner:
         if place.name.lower() in {part, *OTHER_NAMES[part]}:
             return f"rename its folder {place.name!r} to {part}"

@@ -27,7 +27,7 @@ class Recipe(RecipeSettings):
         if self.bias_drop is not None and not paper.SCHEDULES[self.schedule].takes_bias_drop:
             raise SettingsError(
                 f"recipe.bias_drop={self.bias_drop}: recipe.schedule={self.schedule} has no fixed "
-                "drops, or a rate of its own for some biases; use another schedule"
+                "drops, or its biases do not fall together; use another schedule"
             )
 
     @classmethod

@@ -58,7 +58,8 @@ def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """Return an error that names a file or folder that may not be read."""
-    return CheckpointError(f"{path}: cannot be read ({error.strerror}); make it readable")
+    reason = error.strerror or one_line(error)
+    return CheckpointError(f"{path}: cannot be read ({reason}); make it readable")
 
 
 def list_steps(folder: Path) -> dict[int, Path]:
@@ -68,15 +69,14 @@ def list_steps(folder: Path) -> dict[int, Path]:
     """
     steps: dict[int, Path] = {}
     try:
-        found = sorted(folder.iterdir()) if folder.exists() else []
+        for path in sorted(folder.iterdir()) if folder.exists() else []:
+            named = STEP_NAME.fullmatch(path.name)
+            if named and (path / MANIFEST).is_file():
+                steps[int(named[1])] = path
+            elif named:
+                logging.getLogger(__name__).warning("%s: skipped, it has no %s", path, MANIFEST)
     except OSError as error:
         raise unreadable(folder, error) from None
-    for path in found:
-        named = STEP_NAME.fullmatch(path.name)
-        if named and (path / MANIFEST).is_file():
-            steps[int(named[1])] = path
-        elif named:
-            logging.getLogger(__name__).warning("%s: skipped, it has no %s", path, MANIFEST)
     return steps
 
 
@@ -155,11 +155,12 @@ def read_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> dict[
         raise _damaged(path, "damaged, size or hash differs from the manifest")
     try:
         tensors = safetensors.torch.load(content)
-        recorded, found = hashes(content)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file ({one_line(error)})") from None
-    if recorded not in {None, found}:
-        raise CheckpointError(f"{path}: damaged, its hash does not match; export it again")
+    if expected is None:
+        recorded, found = hashes(content)
+        if recorded not in {None, found}:
+            raise CheckpointError(f"{path}: damaged, its hash does not match; export it again")
     return tensors
 
 
@@ -167,7 +168,7 @@ def hashes(content: bytes) -> tuple[str | None, str]:
     """Return the hash that a safetensors file records, and that of everything else in it."""
     end = 8 + int.from_bytes(content[:8], "little")  # of the header, which is JSON
     header: dict[str, Any] = json.loads(content[8:end])
-    recorded = header.get("__metadata__", {}).pop(HASH, None)
+    recorded = (header.get("__metadata__") or {}).pop(HASH, None)
     found = sha256(json.dumps(header, sort_keys=True).encode())
     found.update(memoryview(content)[end:])
     return recorded, found.hexdigest()

@@ -16,7 +16,7 @@ from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.folders import first_difference
 from modelpar.images.loader import check_open_files
 from modelpar.images.samples import ImageSet
-from modelpar.images.sets import open_set
+from modelpar.images.sets import WITHOUT_FOLDER, open_set
 from modelpar.images.statistics import statistics
 from modelpar.net.weights import check_state
 from modelpar.schemas import PredictSettings
@@ -54,6 +54,11 @@ def prepare(
         value = getattr(settings, key)
         if value and settings.weights != "search":
             raise SettingsError(f"{key}={value}: requires weights=search")
+    if settings.search_images and settings.search_root:
+        raise SettingsError(
+            f"search_images={settings.search_images}: search_root={settings.search_root} is "
+            "searched as a whole; leave one of them out"
+        )
     found = _prepare_each(settings, paths, train=train)
     if settings.search_root is not None:
         found = _with_searched(settings, paths, found)
@@ -77,11 +82,8 @@ def _with_searched(
     Raises DataError if they have other classes.
     """
     root = settings.search_root
-    if settings.search_images:
-        raise SettingsError(
-            f"search_images={settings.search_images}: search_root={root} is searched as a whole; "
-            "leave one of them out"
-        )
+    if found[0].data.name in WITHOUT_FOLDER:
+        raise SettingsError(f"search_root={root}: data={found[0].data.name} reads no folder")
     others = _prepare_each(replace(settings, data=replace(settings.data, root=root)), paths)
     if others[0].images.fingerprint == found[0].images.fingerprint:
         raise SettingsError(f"search_root={root}: has the evaluated images; use others")
@@ -111,7 +113,8 @@ def prepare_one(
     trained = find_for(settings, path)
     data = settings.data
     if not data.name:  # those of the run, with the settings that were given
-        data = replace(trained.data, download=data.download, root=data.root or trained.data.root)
+        recorded = None if trained.data.name in WITHOUT_FOLDER else trained.data.root
+        data = replace(trained.data, download=data.download, root=data.root or recorded)
     plan = trained.plan
     number = plan.num_classes if data.name == "synthetic" else None  # else that of the images
     data = replace(data, image_size=plan.image_size, num_classes=number)
@@ -251,7 +254,8 @@ def run(
 ) -> None:
     """Evaluate; rank 0 prints the errors with enough digits to compare two evaluations."""
     if mesh.rank == 0:
-        for line in filter(None, dict.fromkeys(one.images.skipped for one in prepared)):
+        sets = [found for one in prepared for found in (one.images, one.searched) if found]
+        for line in filter(None, dict.fromkeys(one.skipped for one in sets)):
             say(line)
     found = evaluate_checkpoint(settings, prepared, mesh)
     with mesh.all_or_none():

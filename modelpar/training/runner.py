@@ -55,6 +55,6 @@ def train(settings: TrainSettings, prepared: Prepared, mesh: Mesh, run_dir: Path
             trainer.open_monitor()
             trainer.run()
         finally:
-            trainer.checkpointer.join()
             if trainer.monitor:
                 trainer.monitor.close()
+            trainer.checkpointer.join()

@@ -51,7 +51,8 @@ class Checkpointer:
 
     A save has two stages: all ranks write their files, then rank 0 publishes the folder.  Every
     rank sends ``status`` in its messages and passes what all ranks sent to ``advance``.  The
-    threads take part in no collective, so a slow disk only delays the publication.
+    threads take part in no collective, so a slow disk only delays the publication, and the first
+    evaluation, which waits for it.
 
     The ``last`` steps stay on disk, every ``every``-th (0: none), and the ``best``.
     """
@@ -139,11 +140,13 @@ class Checkpointer:
             except Exception as error:  # noqa: BLE001 - raised in the main thread
                 self.error = error
             except BaseException as error:  # noqa: BLE001 - safetensors ends with one in full memory
-                self.error = CheckpointError(f"{self.final}: not saved, {one_line(error)}")
+                line = f"{self.final}: not saved, {one_line(error)}; older checkpoints are intact"
+                self.error = CheckpointError(line)
 
         self.error = None
-        self.thread = Thread(target=run, name="checkpoint", daemon=True)  # exiting waits for none
-        self.thread.start()
+        thread = Thread(target=run, name="checkpoint", daemon=True)  # exiting waits for none
+        thread.start()
+        self.thread = thread
 
     def _write(self, state: State, statistics: Tensors) -> None:
         """Write this column's files and a list of what they should hash to."""
@@ -184,7 +187,7 @@ class Checkpointer:
         self.unfinished.rename(self.final)  # fails if that step is there already
         fsync_folder(self.folder)
         fsync_folder(self.folder.parent)
-        with suppress(OSError):  # the step is saved; old ones are deleted next time
+        with suppress(OSError, CheckpointError):  # old steps are deleted next time
             self._prune()
 
     def _prune(self) -> None:

@@ -225,6 +225,29 @@ def change(folder: Path, **values: object) -> None:
     path.write_text(json.dumps(checkpoint.signed({**json.loads(path.read_text()), **values})))
 
 
+def test_old_steps_that_cannot_be_deleted_leave_the_new_one_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(folder: Path) -> None:
+        raise checkpoint.unreadable(folder, PermissionError(errno.EACCES, "Permission denied"))
+
+    monkeypatch.setattr(saving, "list_steps", unreadable)
+    assert open_step(write(tmp_path, 3)).step == 3
+
+
+def test_a_thread_that_cannot_be_started_is_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", start)
+    saver = Checkpointer(tmp_path, ONE)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        saver.start({"weights": SMALL}, STATISTICS, {"step": 3})
+    saver.join()
+
+
 def test_a_panic_of_a_library_is_a_failed_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

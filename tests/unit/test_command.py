@@ -117,7 +117,7 @@ else:
 @pytest.mark.parametrize(
     ("thread", "line"),
     [
-        (True, "modelpar: handles signals; call it in the main thread of a process\n"),
+        (True, "modelpar: a command handles signals; call it in the main thread of a process\n"),
         (False, "modelpar: the working directory was deleted; change to another one\n"),
     ],
 )
@@ -158,19 +158,6 @@ def test_the_first_number_of_threads_counts(
     variables.setitem(os.environ, "OMP_NUM_THREADS", given)
     command.set_variables()
     assert os.environ.get("OMP_NUM_THREADS") == kept
-
-
-@pytest.mark.parametrize(
-    ("number", "limit", "kept"), [("3", "2", "2"), ("3", "8", "3"), ("", "1", "1")]
-)
-def test_openmp_gives_as_many_threads_as_torch_expects(
-    variables: pytest.MonkeyPatch, number: str, limit: str, kept: str
-) -> None:
-    variables.setitem(os.environ, "OMP_NUM_THREADS", number)
-    variables.setitem(os.environ, "OMP_THREAD_LIMIT", limit)
-    command.set_variables()
-    assert os.environ["OMP_NUM_THREADS"] == kept
-    assert "OMP_THREAD_LIMIT" not in os.environ
 
 
 @pytest.mark.parametrize("given", ["-1", "two", "1.5", "\u0663", "1025", "9" * 20])

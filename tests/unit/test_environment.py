@@ -201,6 +201,9 @@ def test_the_processes_of_a_host_share_its_cores(monkeypatch: pytest.MonkeyPatch
         assert device.set_threads(2, threads=5) == torch.get_num_threads() == 5
         monkeypatch.setenv("OMP_NUM_THREADS", "4")
         assert device.set_threads(2) == 4
+        for limit, found in (("2", 2), ("1", 1), ("8", 4), ("0", 4), ("x", 4)):
+            monkeypatch.setenv("OMP_THREAD_LIMIT", limit)
+            assert device.set_threads(2) == torch.get_num_threads() == found
     finally:
         torch.set_num_threads(before)
 

@@ -259,6 +259,7 @@ HEAD = b"# @package _global_\n"
         (HEAD + b"defaults:\n  - mine\n", "files of settings name each other without end; corre"),
         (HEAD + b"defaults: 3\n", "defaults must be a list"),
         (b"seed: 1\n", "mine.yaml: sets experiment alone; add '# @package _global_' as its first"),
+        (b"# Mine\n" + HEAD + b"seed: 1\n", "mine.yaml: sets experiment alone"),
         (b"", "mine.yaml: sets experiment alone"),
         (b"- 1\n", "mine.yaml: sets experiment alone"),
         (None, "mine.yaml: cannot be read ("),

@@ -175,7 +175,7 @@ def test_the_rate_of_biases_falls_with_a_drop_of_the_weights(
             {"schedule": "run146_2011"},
             "schedule=run146_2011 has no fixed drops",
         ),
-        ("code2012", {"schedule": "run145_half"}, "or a rate of its own for some biases"),
+        ("code2012", {"schedule": "run145_half"}, "or its biases do not fall together"),
     ],
 )
 def test_a_drop_of_biases_that_cannot_be_is_refused(
