@@ -57,7 +57,10 @@ def main(name: str, work: str, prepare: str = "") -> NoReturn:
 
 def _run(name: str, work: str, prepare: str) -> int:
     flags = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("-")}
-    if flags & SHOWS.keys() and not (prepare and "RANK" in os.environ):  # a rank refuses flags
+    is_rank = bool(prepare) and "RANK" in os.environ
+    if is_rank:  # now, since a launcher can end in the seconds in which torch is imported
+        modelpar.load("environment:exit_with_parent")()
+    if flags & SHOWS.keys() and not is_rank:  # a rank refuses flags
         modelpar.load(next(show for flag, show in SHOWS.items() if flag in flags))(name)
         return 0
     if threading.current_thread() is not threading.main_thread():

@@ -204,7 +204,6 @@ def run_rank(name: str, prepare: Prepare, work: Callable[..., None], words: list
     run_dir: Path | None = None
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit without a traceback
-        environment.exit_with_parent()
         env = environment.read()
         settings, place = _rank_settings(name, words, env)
         with process_mesh(

@@ -129,6 +129,30 @@ def test_a_place_where_a_command_cannot_run_is_one_line(
     assert (done.returncode, done.stderr) == (0 if thread else 5, line)
 
 
+EARLY = """
+import sys
+from modelpar import environment, train
+def tied():
+    print("torch" in sys.modules)
+    sys.exit()
+environment.exit_with_parent = tied
+train.main()
+"""
+
+
+def test_a_rank_is_tied_to_its_launcher_before_torch_is_imported(tmp_path: Path) -> None:
+    """Importing torch takes seconds, in which torchrun may be killed."""
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY],
+        cwd=tmp_path,
+        env={**os.environ, "RANK": "0", "PYTHONPATH": str(Path(command.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
 # -- variables ------------------------------------------------------------------------------------
 
 
