@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 import modelpar
-from modelpar import errors
+from modelpar import errors, limits
 from modelpar.errors import LaunchError
 
 TORCH_BYTES: Final = 4 << 30  # torch 2.14 for CPUs aborts a process that may have 3 GB
@@ -32,7 +32,6 @@ SHOWS: Final = {
     **dict.fromkeys(("--shell-completion", "-sc"), "config:complete"),
     **dict.fromkeys(("--hydra-help", "--cfg", "-c", "--info", "-i"), "config:show"),
 }
-MAX_THREADS: Final = 1024  # more than the cores of a host; many more make it unresponsive
 # Matplotlib's notes about text: glyphs that its font lacks, names that are too long for a panel.
 NOTES: Final = "Glyph|constrained_layout|Tight layout"
 
@@ -164,9 +163,9 @@ def _set_threads() -> None:
     given = os.environ.get("OMP_NUM_THREADS", "")
     first = given.partition(",")[0].strip()
     if first.strip("0"):
-        if not (first.isascii() and first.isdecimal() and int(first) <= MAX_THREADS):
+        if not (first.isascii() and first.isdecimal() and int(first) <= limits.THREADS):
             raise LaunchError(
-                f"OMP_NUM_THREADS={given}: must be a whole number up to {MAX_THREADS}; correct "
+                f"OMP_NUM_THREADS={given}: must be a whole number up to {limits.THREADS}; correct "
                 "or unset it"
             )
         os.environ["OMP_NUM_THREADS"] = first

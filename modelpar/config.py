@@ -166,16 +166,14 @@ def show(main: str) -> None:
     words = sys.argv[1:] = with_search_path(sys.argv[1:])
     with hydra_started():
         parsed(main, [word for word in words if "=" in word and not word.startswith("-")])
-    _answer(main)
+    complete(main)
 
 
 def complete(main: str) -> None:
-    """Let Hydra print the script that completes words in a shell, or the words for it."""
-    _answer(main)
+    """Let Hydra answer an option, such as that for completing words in a shell.
 
-
-def _answer(main: str) -> None:
-    """Let Hydra answer an option; raises SettingsError where Hydra would print why and exit."""
+    Raises SettingsError where Hydra would print a reason and exit.
+    """
     said = io.StringIO()
     try:
         with redirect_stderr(said), _one_line_errors(ValueError, RecursionError):

@@ -5,6 +5,9 @@ import re
 import resource
 from typing import Final
 
+THREADS: Final = (
+    1024  # of a process; more than a host has cores, and many more make it unresponsive
+)
 # What libraries write, the limit, what it counts, how to go on, and the line without a limit.
 LIMITS: Final = (
     (

@@ -62,9 +62,8 @@ def parsed(main: str, words: Sequence[str]) -> list[Override]:
             for option in values_of(override):
                 name = option.partition("=")[2]
                 _check_option(key, name, options)
-                for path in [folder / key / f"{name}.yaml" for folder in folders]:
-                    if path.is_file():
-                        _check_file(main, key, path)
+                for path in filter(Path.is_file, (one / key / f"{name}.yaml" for one in folders)):
+                    _check_file(main, key, path)
         elif not override.is_hydra_override():
             _check_key(main, key)
             if override.is_delete():

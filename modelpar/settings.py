@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from modelpar import limits
 from modelpar.declare import at_least, declare, one_of, path
 from modelpar.groups import (
     BY_DATA,
@@ -43,7 +44,11 @@ class ProcessSettings:
     )
     channels_last: bool = declare(True, means="memory format of the maps")
     threads: int | None = at_least(
-        1, None, below=1025, unset="its share of the cores", means="CPU threads of a process"
+        1,
+        None,
+        below=limits.THREADS + 1,
+        unset="its share of the cores",
+        means="CPU threads of a process",
     )
 
 

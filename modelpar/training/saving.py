@@ -35,6 +35,7 @@ from modelpar.training.checkpoint import (
 from modelpar.training.metrics import top1_errors
 
 PENDING, DONE, FAILED = 0, 1, 2  # what a rank reports about its share of a save
+EXPECTED: Final = (OSError, ValueError, SafetensorError, CheckpointError)  # no bugs of ours
 EXIT_SECONDS: Final = 10.0  # that a failed rank leaves its thread
 POLLS_PER_TIMEOUT: Final = 8  # how often a rank that waits for its disk shows that it is alive
 Tensors = Mapping[str, Tensor]
@@ -134,14 +135,13 @@ class Checkpointer:
         def run() -> None:
             try:
                 work()
-            except (OSError, ValueError, SafetensorError, CheckpointError) as error:
-                line = f"{self.final}: not saved, {one_line(error)}; older checkpoints are intact"
-                self.error = CheckpointError(line)
-            except Exception as error:  # noqa: BLE001 - raised in the main thread
+            except BaseException as error:  # noqa: BLE001 - raised in the main thread
+                # Where memory is full, safetensors raises what is no Exception.
+                if isinstance(error, EXPECTED) or not isinstance(error, Exception):
+                    why = one_line(error)
+                    line = f"{self.final}: not saved, {why}; older checkpoints are intact"
+                    error = CheckpointError(line)
                 self.error = error
-            except BaseException as error:  # noqa: BLE001 - safetensors ends with one in full memory
-                line = f"{self.final}: not saved, {one_line(error)}; older checkpoints are intact"
-                self.error = CheckpointError(line)
 
         self.error = None
         thread = Thread(target=run, name="checkpoint", daemon=True)  # exiting waits for none
