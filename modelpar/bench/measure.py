@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import torch
 
-from modelpar import tables
 from modelpar.bench.contenders import CONTENDERS
 from modelpar.bench.floor import floor, gflop
 from modelpar.bench.steps import Contender
@@ -25,19 +24,6 @@ from modelpar.schemas import BenchmarkSettings
 # A contender without a precision is one at the same precision.
 RATIOS: Final = ("plain float32", "plain", "ddp", "full rate")
 GPU_RATIOS: Final = ("plain", "plain_compiled")
-TRAINED: Final = 90 * 1_281_167  # images: section 5's 90 cycles, ILSVRC 2012's training images
-# What the tables mean, after the speeds relative to a contender.
-ON_CPU: Final = (
-    ", or to the same one at the full rate of the link. Memory is the peak "
-    "of a process, sent what a process sends per step."
-)
-ON_GPU: Final = (
-    ". The floor is the time of a step whose kernels compute at the peak of matrix products or "
-    "move their bytes as fast as a copy, whichever takes longer. Launches by the processor and "
-    "kernels are those of a step of its last batch. 90 epochs are ImageNet's, which took "
-    "the paper's two GPUs five to six days. A column's images are those of the pair. Memory is "
-    "the peak of what a process allocates on its GPU."
-)
 
 
 def with_defaults(settings: BenchmarkSettings) -> BenchmarkSettings:
@@ -77,12 +63,13 @@ def contenders(settings: BenchmarkSettings, *, by_default: bool) -> list[Contend
 def measure(settings: BenchmarkSettings) -> dict[str, Any]:
     """Return what ``benchmark.json`` holds: times in s, sizes in bytes, speeds in GFLOP/s.
 
-    Raises LaunchError if no contender can run.
+    Raises SettingsError for a net that cannot be built, LaunchError if no contender can run.
     """
     by_default, settings = settings.contenders is None, with_defaults(settings)
     result: dict[str, Any] = {"machine": machine(), "settings": asdict(settings)}
     result |= {"peaks": [], "rows": []}
     on_gpu, found = settings.device == "cuda", contenders(settings, by_default=by_default)
+    _ = [one.plan for one in found]  # refuses settings before any process starts
     # On a GPU all start at once: they mostly compile their steps, each on about one core.
     sizes = dict.fromkeys(one.batch_size for one in found)
     of_sizes = ([one for one in found if one.batch_size == size] for size in sizes)
@@ -169,15 +156,19 @@ def _measure(
         for one in workers
         if rate is None or one.contender.processes > 1
     ]
-    ordered = sorted(workers, key=lambda one: one.contender.processes)
-    peaks: dict[str, float] = {}
+    largest_first = sorted(workers, key=lambda one: -one.contender.processes)
+    peaks = dict[str, float]()
     for _ in progress_bar(iterable=range(settings.rounds), desc="rounds", leave=False):
-        largest = {one.contender.precision: one for one in ordered if not one.failed}
-        for one in largest.values():
-            ranks = one.ask("peak")
-            for name in ranks[0]:
-                found = sum(rank[name] for rank in ranks) / (len(ranks) if on_gpu else 1)
-                peaks[name] = max(peaks.get(name, 0.0), found)
+        for precision in {one.contender.precision for one in workers}:
+            for one in largest_first:
+                if one.failed or one.contender.precision != precision:
+                    continue
+                with _failure_reported():
+                    ranks = one.ask("peak")
+                    for name in ranks[0]:
+                        found = sum(rank[name] for rank in ranks) / (len(ranks) if on_gpu else 1)
+                        peaks[name] = max(peaks.get(name, 0.0), found)
+                    break
         for one, rate, turns in cases:
             limit_link(hosts, rate)
             if not one.failed:
@@ -273,78 +264,3 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
     }
-
-
-# -- tables --------------------------------------------------------------------------------------
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """Return the tables of ``benchmark.json``."""
-    machine, settings = result["machine"], result["settings"]
-    where = ", ".join([*machine["gpus"], f"{machine['processor']}, {machine['cores']} cores"])
-    on_gpu = any("copy" in peaks for peaks in result["peaks"])
-    about = (
-        f"{where}; torch {machine['torch']}, Python {machine['python']}; "
-        f"{settings['image_size']} pixels, {settings['num_classes']} classes, "
-        f"recipe {settings['recipe']['name']}; median over {settings['rounds']} rounds of "
-        f"{settings['steps']} steps (fastest-slowest round). Columns with a slash: speed relative "
-        "to that contender"
-    )
-    about += ON_GPU if on_gpu else ON_CPU
-    blocks = [about]
-    for peaks in result["peaks"]:
-        rows = [row for row in result["rows"] if row["batch_size"] == peaks["batch_size"]]
-        if not rows:
-            continue
-        cells = [(_gpu_cells if on_gpu else _cells)(row) for row in rows]
-        table = tables.markdown(list(cells[0]), (list(row.values()) for row in cells))
-        names = [name for name in peaks if name not in {"batch_size", "copy"}]
-        found = ", ".join(f"{peaks[name]:.0f} in {name}" for name in names)
-        peak = f"Peak of matrix products, GFLOP/s of all processes: {found}."
-        if on_gpu:
-            copies = f"copies, GB/s: {peaks['copy']:.0f}"
-            peak = f"Peak of matrix products of a GPU, GFLOP/s: {found}; {copies}."
-        blocks += [f"Batch {peaks['batch_size']}", table, peak]
-    texts = {row["contender"]: row["what"] for row in result["rows"]}
-    blocks.append("\n".join(f"- {name}: {text}" for name, text in texts.items()))
-    return "\n\n".join(blocks)
-
-
-def _cells(row: dict[str, Any]) -> dict[str, str]:
-    return {
-        "contender": row["contender"],
-        "precision": row["precision"],
-        "link": "" if row["link_mbit"] is None else f"{row['link_mbit']:g} Mbit/s",
-        "step, s": _range(row["step_s"]),
-        "images/s": f"{row['images_per_s']['median']:.1f}",
-        **{f"/ {base}": _range(row["ratios"].get(base)) for base in RATIOS},
-        "share of peak": f"{row['share_of_peak']:.0%}",
-        "memory, MB": f"{row['peak_bytes'] / 1e6:.0f}",
-        "sent, MB": f"{row['wire_bytes'] / 1e6:.1f}",
-        "first step, s": f"{row['first_step_s']:.0f}",
-    }
-
-
-def _gpu_cells(row: dict[str, Any]) -> dict[str, str]:
-    speed = row["images_per_s"]["median"]
-    return {
-        "contender": row["contender"],
-        "precision": row["precision"],
-        "step, ms": _range({key: 1e3 * value for key, value in row["step_s"].items()}),
-        "images/s": f"{speed:.0f}",
-        **{f"/ {base}": _range(row["ratios"].get(base)) for base in GPU_RATIOS},
-        "share of peak": f"{row['share_of_peak']:.0%}",
-        "share of floor": f"{row['share_of_floor']:.0%}",
-        "launches": str(row.get("launches", "")),
-        "kernels": str(row.get("kernels", "")),
-        "memory, MB": f"{row['peak_bytes'] / 1e6:.0f}",
-        "90 epochs, h": f"{TRAINED / speed / 3600:.1f}",
-        "first step, s": f"{row['first_step_s']:.0f}",
-    }
-
-
-def _range(value: dict[str, float] | None) -> str:
-    if value is None:
-        return ""
-    low, middle, high = (f"{value[key]:.2f}" for key in ("low", "median", "high"))
-    return middle if low == high else f"{middle} ({low}-{high})"

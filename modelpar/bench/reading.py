@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from modelpar import config, tables
+from modelpar import config
 from modelpar.bench.measure import machine, with_defaults
 from modelpar.device import num_cores, set_threads, set_up
 from modelpar.distributed import Mesh
@@ -37,11 +37,11 @@ from modelpar.images.order import BatchOrder
 from modelpar.images.packing import prepare
 from modelpar.images.photos import PHOTOGRAPHS
 from modelpar.images.samples import ImageSet
-from modelpar.images.sets import STORED_PER_CROP, open_set
+from modelpar.images.sets import open_set, stored_size
 from modelpar.images.statistics import statistics
 from modelpar.net.plan import Recipe, plan_for
 from modelpar.progress import progress_bar
-from modelpar.schemas import BenchmarkSettings
+from modelpar.schemas import BenchmarkSettings, PrepareSettings
 from modelpar.settings import TrainSettings
 from modelpar.training.engine import Learner, compile_parts
 
@@ -58,7 +58,7 @@ CLASSES: Final = 10
 FORMATS: Final = ("jpeg", "raw")
 
 
-def write_photographs(root: Path, parts: dict[str, int], classes: int = CLASSES) -> None:
+def write_photographs(root: Path, parts: dict[str, int]) -> None:
     """Write JPEG files PART/CLASS/NUMBER.jpg: pieces of photographs of varied size and quality."""
     from skimage import data  # noqa: PLC0415 - takes half a second
 
@@ -68,7 +68,7 @@ def write_photographs(root: Path, parts: dict[str, int], classes: int = CLASSES)
     draw = np.random.default_rng(0)
     for part, images in parts.items():
         for number in range(images):
-            folder = root / part / f"class{number % classes:04}"
+            folder = root / part / f"class{number % CLASSES:04}"
             folder.mkdir(parents=True, exist_ok=True)
             photograph = photographs[draw.integers(len(photographs))]
             width, height = (int(side) for side in draw.integers(*SIDES, 2))
@@ -132,18 +132,18 @@ def _preparing(root: Path, settings: BenchmarkSettings) -> dict[str, float]:
         found["pillow"] = len(paths) / (time.perf_counter() - began)
         for form in FORMATS:
             shutil.rmtree(root / form, ignore_errors=True)
+            store = _store_settings(root, form, settings)
             began = time.perf_counter()
-            _prepare(root, form, settings)
+            with redirect_stdout(StringIO()):
+                prepare(store)
             found[form] = len(paths) / (time.perf_counter() - began)
     return found
 
 
-def _prepare(root: Path, form: str, settings: BenchmarkSettings) -> None:
-    size = round(settings.image_size * STORED_PER_CROP)
+def _store_settings(root: Path, form: str, settings: BenchmarkSettings) -> PrepareSettings:
+    size = stored_size(settings.image_size)
     words = ["data=imagefolder", f"data.root={root}", f"out={root / form}", f"format={form}"]
-    words += [f"size={size}", "workers=0", "progress=false"]
-    with redirect_stdout(StringIO()):
-        prepare(config.read("prepare", words))
+    return config.read("prepare", [*words, f"size={size}", "workers=0", "progress=false"])
 
 
 def _setup(root: Path, settings: BenchmarkSettings, batch_size: int, batches: int) -> Setup:
@@ -280,43 +280,3 @@ def _usual(setup: Setup, workers: int) -> Iterator[Batch]:
         device = setup.mesh.device
         images = images.to(device, setup.augmentation.dtype, non_blocking=True)
         yield Batch(images, labels.to(device), time.perf_counter() - began)
-
-
-# -- the table ------------------------------------------------------------------------------------
-
-
-def reading_table(result: dict[str, Any]) -> str:
-    """Return the tables of ``measure_reading``."""
-    found, settings, rows = result["machine"], result["settings"], result["rows"]
-    base, cores, images = rows[0], f"{found['cores']} cores", settings["images"]
-    where = ", ".join([*found["gpus"], f"{found['processor']}, {cores}"])
-    about = (
-        f"{where}; torch {found['torch']}, Python {found['python']}; {images} generated "
-        f"photographs, crops of {settings['image_size']} pixels, batch "
-        f"{settings['batch_sizes'][0]}; medians over {settings['rounds']} rounds of "
-        f"{settings['steps']} batches or more. Images/s, and in brackets relative to imagefolder. "
-        "The whole net trains in one process."
-    )
-    head = ["reader", "one core", cores, "while training", "waiting"]
-    cells = [
-        [
-            row["reader"],
-            *(
-                f"{row[key]:,.0f} ({row[key] / base[key]:.1f})"
-                for key in ("one_core", "all_cores")
-            ),
-            f"{row['training']:,.1f} ({row['training'] / base['training']:.2f})",
-            f"{row['waiting']:.1%}",
-        ]
-        for row in rows
-    ]
-    prepared = result["preparing"]
-    alone = prepared["pillow"]
-    made = ", ".join(
-        f"{form} {prepared[form]:,.0f} ({prepared[form] / alone:.2f})" for form in FORMATS
-    )
-    preparing = (
-        f"Preparing on one core, images/s: decoding alone with Pillow {alone:,.0f}; {made}."
-    )
-    names = "\n".join(f"- {name}: {text}" for name, text in READERS.items())
-    return "\n\n".join([about, tables.markdown(head, cells), preparing, names])

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from modelpar.bench.contenders import CONTENDERS
 from modelpar.distributed import Mesh
+from modelpar.errors import SettingsError
 from modelpar.groups import ModelSettings
 from modelpar.images.loader import Batch
 from modelpar.net import paper
@@ -52,7 +53,10 @@ class Contender:
         settings = self.settings
         recipe = Recipe(**asdict(settings.recipe))
         net = ModelSettings(net="torchvision" if self.name == "torchvision" else None)
-        return plan_for(recipe, net, settings.num_classes, settings.image_size)
+        try:
+            return plan_for(recipe, net, settings.num_classes, settings.image_size)
+        except SettingsError as error:  # the keys of a benchmark have no groups
+            raise SettingsError(str(error).removeprefix("model.")) from None
 
 
 class Plain(nn.Module):

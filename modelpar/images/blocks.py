@@ -50,6 +50,7 @@ def pack(task: Task) -> tuple[Line, bytearray, Sums | None]:
     """
     pixel_sums = torch.zeros(3, task.size, task.size, dtype=torch.int32)
     colour_sums = torch.zeros(3, 3, dtype=torch.float64)  # exact: far below 2 ** 53
+    colours = torch.empty(3, task.size**2, dtype=torch.float64)
     content, lengths, skipped = bytearray(), list[int](), list[tuple[int, str]]()
     for place, item in enumerate(task.items):
         found = read(item) if item.num_bytes else b""
@@ -69,8 +70,8 @@ def pack(task: Task) -> tuple[Line, bytearray, Sums | None]:
             continue
         if task.part == "train":
             pixel_sums += pixels
-            colours = pixels.flatten(1).double()
-            colour_sums += colours @ colours.T
+            colours.copy_(pixels.flatten(1))
+            colour_sums.addmm_(colours, colours.T)
         before = len(content)
         content += pixels.numpy().data if task.images == "raw" else _jpeg(pixels)
         lengths.append(len(content) - before)

@@ -80,7 +80,7 @@ def list_part(root: Path, part: str, *, strict: bool = True) -> Listing:
     return found
 
 
-def find_images(patterns: Sequence[str], key: str = "images") -> list[str]:
+def find_images(patterns: Sequence[str]) -> list[str]:
     """Return the paths of the images that files, folders and globs name, each once.
 
     A folder stands for the images in it and in its folders, which end in one of
@@ -101,7 +101,7 @@ def find_images(patterns: Sequence[str], key: str = "images") -> list[str]:
         if not images:
             reason = "no image there" if exists or has_magic(pattern) else "no such file or folder"
             raise DataError(
-                f"{key}={pattern}: {reason}; use files, or folders and globs with names that end "
+                f"images={pattern}: {reason}; use files, or folders and globs with names that end "
                 f"in {', '.join(IMG_EXTENSIONS)}"
             )
         found |= dict.fromkeys(images)

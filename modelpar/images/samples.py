@@ -1,22 +1,29 @@
 """Images as samples: images of any size and mode are returned as RGB of one size."""
 
 import hashlib
+import io
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn import functional
 
 from modelpar.errors import DataError, one_line
 from modelpar.images.augment import Statistics
+
+try:
+    import simplejpeg
+except ImportError:  # the extra jpeg
+    simplejpeg = None
 
 Sample = tuple["Tensor", int]  # (3, T, T) uint8, label
 MAX_PIXELS: Final = 89_478_485  # Pillow's limit; above it Pillow only warns of a bomb and decodes
@@ -149,12 +156,33 @@ def square(image: Image.Image, size: int) -> Tensor:
     its time.  cuda-convnet2 used OpenCV's area filter, or its cubic one to enlarge, and stored
     JPEG files of quality 95 (make-data, pyext.cpp).
     """
-    rgb = torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1)
+    rgb = torch.from_numpy(_pixels(image)).permute(2, 0, 1)
     short = min(rgb.shape[1:])
     height, width = (size * side // short for side in rgb.shape[1:])
     scaled = functional.interpolate(rgb[None], (height, width), mode="bilinear", antialias=True)[0]
     top, left = round((height - size) / 2), round((width - size) / 2)
     return scaled[:, top : top + size, left : left + size].contiguous()
+
+
+def decode_jpeg(content: bytes) -> "np.ndarray[Any, Any]":
+    """Return the pixels (H, W, 3) uint8 of a JPEG file; raises what the decoders raise.
+
+    simplejpeg and Pillow both use libjpeg-turbo, and return the same pixels.  Of a damaged file
+    Pillow decodes as much as it can, and simplejpeg raises ValueError.
+    """
+    if simplejpeg:
+        return simplejpeg.decode_jpeg(content, "RGB")
+    return np.array(Image.open(io.BytesIO(content), formats=["JPEG"]))
+
+
+def _pixels(image: Image.Image) -> "np.ndarray[Any, Any]":
+    """Return the pixels (H, W, 3) uint8 of ``as_rgb(image)``, whatever decodes them."""
+    rgb = as_rgb(image)
+    if simplejpeg and isinstance(rgb, JpegImageFile) and rgb.fp:
+        with suppress(ValueError):
+            rgb.fp.seek(0)
+            return decode_jpeg(rgb.fp.read())
+    return np.array(rgb)
 
 
 def unreadable(name: object, error: Exception) -> str:

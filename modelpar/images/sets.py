@@ -62,10 +62,9 @@ def _torchvision_errors(
     return readable(f"data.root={root}: no {title} there", advice)
 
 
-def _stored_size(settings: DataSettings) -> int:
-    if settings.image_size == CAFFE_CROP:
-        return CAFFE_STORED
-    return round(settings.image_size * STORED_PER_CROP)
+def stored_size(image_size: int) -> int:
+    """Return the side of the images from which crops of ``image_size`` pixels are cut."""
+    return CAFFE_STORED if image_size == CAFFE_CROP else round(image_size * STORED_PER_CROP)
 
 
 def _in_memory(
@@ -78,7 +77,7 @@ def _in_memory(
     with _torchvision_errors(settings, root, title):
         train, test = build("train"), build("val")
         content = sha256(np.asarray(train.data).tobytes(), np.asarray(test.data).tobytes())
-    size = _stored_size(settings)
+    size = stored_size(settings.image_size)
     fingerprint = sha256(content.encode(), str(size).encode())
     images, tests = (
         Resized(lambda index, part=part: part[index][0], part.targets, size)
@@ -111,7 +110,7 @@ def _in_folders(
                 f"use data=imagefolder data.root={root / within}"
             )
         classes = [names[folder][0] for folder in classes]
-    size = _stored_size(settings)
+    size = stored_size(settings.image_size)
     content = "\n".join(
         f"{path.removeprefix(str(root)).lstrip('/')} {label} {num_bytes}"
         for part in (train, val)
@@ -240,7 +239,7 @@ SYNTHETIC_STEPS: Final = 1000  # steps per epoch
 def synthetic(settings: DataSettings, seed: int, batch: int) -> ImageSet:
     """Noise with random labels, for benchmarks only: one batch, repeated in each step."""
     source = generator(seed, "synthetic")
-    size = _stored_size(settings)
+    size = stored_size(settings.image_size)
     num_classes = settings.num_classes or 1000
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=source)
     labels = torch.randint(0, num_classes, (batch,), generator=source).tolist()
@@ -267,7 +266,7 @@ WITHOUT_FOLDER: Final = ("photos", "synthetic")
 @contextmanager
 def _reading(settings: DataSettings, cache: Path) -> Generator[None]:
     """Lock the downloads, if there is one; raises DataError for files that cannot be read."""
-    if settings.download and settings.name in {*IN_FOLDERS, "packed"} - {*DOWNLOADS}:
+    if settings.download and settings.name not in DOWNLOADS:
         raise SettingsError(
             f"data.download=true: data={settings.name} has no download; use data.root=FOLDER"
         )

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from modelpar.errors import DataError, readable
 from modelpar.images.archives import KIT, META, TRAIN, VAL, development_kit, members
-from modelpar.images.folders import Listing, check_same_classes, describe, list_part
+from modelpar.images.folders import Listing, check_same_classes, describe, list_part, size_of
 from modelpar.images.parquet import ENDING, class_names, find_shards, read_labels, read_row
 from modelpar.images.samples import unreadable
 
@@ -185,7 +185,9 @@ def _kaggle(root: Path) -> Source | None:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder, and {table.name} names its images; add it")
     with os.scandir(folder) as entries:
-        sizes = {one.name: -1 if one.is_dir() else one.stat().st_size for one in entries}
+        sizes = {
+            one.name: -1 if one.is_dir() else size_of(one.path, strict=False) for one in entries
+        }
     if -1 in sizes.values():  # someone has sorted the images: they are plain folders
         return None
     train = list_part(base, "train", strict=False)

@@ -8,27 +8,23 @@ their source, each followed by a NUL.  ``statistics.safetensors`` has the mean i
 axes of the training images, and ``skipped.txt`` the names of images that could not be decoded.
 """
 
-import hashlib
-import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image
 from torch import Tensor
 
 from modelpar.errors import DataError, one_line, readable
 from modelpar.files import atomic_write, fsync_folder
 from modelpar.images.augment import Statistics
-from modelpar.images.samples import Images, InMemory, sha256
+from modelpar.images.samples import Images, InMemory, decode_jpeg, sha256
 from modelpar.progress import progress_bar
 
 FORMAT: Final = "modelpar packed store"
@@ -134,7 +130,7 @@ class JpegImages(Images):
 
     def __init__(self, store: Store, part: str) -> None:
         self.store, self.part, self.side = store, part, store.size
-        self.labels, self.decode = _labels(store, part), jpeg_decoder()
+        self.labels = _labels(store, part)
         path = store.root / f"{part}.offsets.npy"
         with readable(f"{path}: damaged", AGAIN):
             offsets = np.load(path)
@@ -149,7 +145,7 @@ class JpegImages(Images):
         first, end = int(self.offsets[index]), int(self.offsets[index + 1])
         try:
             content = os.pread(self.file.fileno(), end - first, first)
-            pixels = self.decode(content)
+            pixels = decode_jpeg(content)
             return torch.from_numpy(pixels.reshape(self.side, self.side, 3)).permute(2, 0, 1)
         except Exception as error:  # noqa: BLE001 - decoders raise almost any
             name = self.store.names(self.part)[index]
@@ -171,18 +167,6 @@ def _labels(store: Store, part: str) -> Tensor:
         ):
             raise ValueError(f"not the labels of its images, of {number} classes")
     return labels
-
-
-def jpeg_decoder() -> Callable[[bytes], "np.ndarray[Any, Any]"]:
-    """Return what decodes a JPEG file to pixels (T, T, 3) uint8: simplejpeg, if it is installed.
-
-    Both are libjpeg-turbo and give the same pixels of the files of a store, which are 4:4:4.
-    """
-    try:
-        decode: Any = import_module("simplejpeg").decode_jpeg
-    except ImportError:
-        return lambda content: np.array(Image.open(io.BytesIO(content), formats=["JPEG"]))
-    return lambda content: decode(content, "RGB")
 
 
 # -- opening and checking -------------------------------------------------------------------------
@@ -252,7 +236,7 @@ def verify(store: Store, *, progress: bool = False) -> None:
             with (store.root / f"{name}.images").open("rb") as file:
                 for block in part.blocks:
                     last_image, last_byte = image + block.images - 1, byte + block.bytes - 1
-                    if hashlib.sha256(file.read(block.bytes)).hexdigest() != block.sha256:
+                    if sha256(file.read(block.bytes)) != block.sha256:
                         raise DataError(
                             f"{file.name}: bytes {byte} to {last_byte}, which are images {image} "
                             f"to {last_image}, have changed; {AGAIN}"

@@ -33,7 +33,7 @@ def content_of(
 
 
 def read(path: Path) -> tuple[dict[str, Any], Statistics | None]:
-    """Return the record, and the statistics unless an older version wrote the file.
+    """Return the record, and the statistics unless the file has none.
 
     Raises KeyError, ValueError, TypeError or SafetensorError if the file is another one, OSError
     if it cannot be read.

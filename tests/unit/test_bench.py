@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modelpar import AlexNet, config
-from modelpar.bench import measure, reading
+from modelpar.bench import measure, reading, report
 from modelpar.bench.floor import floor, gflop
 from modelpar.bench.steps import Contender, Plain, make
 from modelpar.distributed import Mesh
@@ -152,15 +152,15 @@ class Timed:
 
     failed, start_s = False, 0.0
 
-    def __init__(self, name: str, last: int) -> None:
+    def __init__(self, name: str, last: int, *, peak: bool = True) -> None:
         self.contender = Contender(name, "float32", 4, config.read("benchmark", SMALL))
-        self.last = last
+        self.last, self.peak = last, peak
 
     def ask(self, method: str, *_: Any) -> list[Any]:
         assert not self.failed
-        if method == "peak":
+        if method == "peak" and self.peak:
             return [{"float32": 9.0}]
-        self.failed = not self.last
+        self.failed = not self.last or method == "peak"
         self.last -= 1
         if self.failed:
             raise LaunchError(f"{self.contender.name}: killed")
@@ -178,6 +178,18 @@ def test_contender_that_fails_later_leaves_the_results_of_the_others(
     assert rows[0]["rounds_s"] == [1.0] * 3
     assert peaks == {"float32": 9.0}
     assert capsys.readouterr().err.count(f"modelpar: {killed}: killed\n") == 1
+
+
+def test_contender_whose_peak_fails_leaves_the_results_of_the_others() -> None:
+    found: Any = [Timed("layers", 9, peak=False), Timed("plain", 9)]
+    peaks, rows = measure._measure(found, config.read("benchmark", ["rounds=1"]))
+    assert [row["contender"] for row in rows] == ["plain"]
+    assert peaks == {"float32": 9.0}
+
+
+def test_net_that_cannot_be_built_is_refused_before_any_process_starts() -> None:
+    with pytest.raises(SettingsError, match=r"^image_size=32: use 64 pixels or more"):
+        measure.measure(config.read("benchmark", ["image_size=32"]))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +276,7 @@ def test_tables_show_what_was_measured() -> None:
         "peaks": [{"batch_size": 8, "float32": 90.0}],
         "rows": [row, slow],
     }
-    text = measure.markdown(json.loads(json.dumps(result)))
+    text = report.markdown(json.loads(json.dumps(result)))
     assert "| pair | float32 |  | 2.00 (1.50-2.50) | 4.0 | 2.00 (1.50-2.50) |  |" in text
     assert "| 50% | 2 | 3.0 | 7 |" in text
     assert (
@@ -290,6 +302,6 @@ def test_each_means_of_reading_is_measured() -> None:
     for row in result["rows"]:
         assert min(row["one_core"], row["all_cores"], row["training"]) > 0
         assert 0 <= row["waiting"] < 1
-        assert f"| {row['reader']} | {row['one_core']:,.0f} (" in reading.reading_table(result)
+        assert f"| {row['reader']} | {row['one_core']:,.0f} (" in report.reading_table(result)
     assert min(result["preparing"].values()) > 0
     assert torch.get_num_threads() == 2  # of the net, although a preparation has one

@@ -134,6 +134,35 @@ def test_images_of_every_kind_are_those_that_folders_give(root: Path) -> None:
         assert torch.equal(train[row][0], first[row][0]), name
 
 
+def damaged() -> bytes:
+    """A JPEG file that libjpeg decodes with a warning."""
+    content = bytearray(encoded(picture(size=(200, 200)), "JPEG"))
+    middle = len(content) // 2
+    content[middle : middle + 500] = bytes(500)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(encoded(picture(size=(59, 41)), "JPEG", subsampling=kind) for kind in range(3)),
+        encoded(picture(size=(59, 41)), "JPEG", progressive=True),
+        encoded(picture("L"), "JPEG"),
+        encoded(picture(), "MPO", save_all=True, append_images=[picture("L").convert("RGB")]),
+        encoded(picture(size=(300, 1)), "JPEG"),
+        damaged(),
+    ],
+    ids=["4:4:4", "4:2:2", "4:2:0", "progressive", "grey", "MPO", "long", "damaged"],
+)
+def test_simplejpeg_and_pillow_decode_the_same_pixels(
+    content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("simplejpeg")
+    fast = samples.square(Image.open(io.BytesIO(content)), SIZE)
+    monkeypatch.setattr(samples, "simplejpeg", None)
+    assert torch.equal(samples.square(Image.open(io.BytesIO(content)), SIZE), fast)
+
+
 @pytest.mark.parametrize("layout", small_imagenet.BUILD)
 def test_each_layout_becomes_a_store_of_the_same_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str

@@ -55,8 +55,7 @@ def window_of(window: torch.Tensor, cell: torch.Tensor) -> tuple[slice, ...]:
 
 
 def test_crops_of_caffe_are_from_images_of_its_size_and_others_keep_the_papers_ratio() -> None:
-    how = [DataSettings("imagenet", image_size=size) for size in (227, 224, 64)]
-    assert [sets._stored_size(one) for one in how] == [256, 256, 73]
+    assert [sets.stored_size(size) for size in (227, 224, 64)] == [256, 256, 73]
 
 
 @pytest.mark.slow

@@ -121,6 +121,17 @@ def test_kaggle_is_found_from_any_of_its_folders(make: Callable[[str], Path], in
     assert found.skipped.endswith("CLS-LOC: skipped files: 1 in val")
 
 
+def test_kaggle_with_a_broken_link_is_listed_for_prepare_to_refuse_or_skip(
+    make: Callable[[str], Path],
+) -> None:
+    root = make("kaggle")
+    image = next((root / "ILSVRC/Data/CLS-LOC/val").iterdir())
+    image.unlink()
+    image.symlink_to("nothing")
+    sizes = {item.name: item.num_bytes for item in sources.open_source(root).parts["val"]}
+    assert sizes[image.name] == 0 < max(sizes.values())
+
+
 def test_kaggle_after_its_images_were_sorted_is_plain_folders(make: Callable[[str], Path]) -> None:
     place = make("kaggle") / "ILSVRC/Data/CLS-LOC"
     shutil.rmtree(place / "val")
