@@ -8,6 +8,7 @@ from modelpar.bench.contenders import CONTENDERS
 from modelpar.declare import walk
 from modelpar.errors import SettingsError, refuse_choice
 from modelpar.files import check_folder, check_writable
+from modelpar.net.paper import BASELINES
 from modelpar.schemas import (
     BenchmarkSettings,
     ConvertSettings,
@@ -72,6 +73,27 @@ def _check_training(settings: TrainSettings) -> None:
     }
     if settings.cuda_graph == "on" and (used := [key for key in unrecorded if unrecorded[key]]):
         raise SettingsError(f"cuda_graph=on: records no steps with {used[0]}; use auto")
+
+
+def check_net(settings: TrainSettings) -> None:
+    """Raise SettingsError for a net that cannot be split, or cannot be trained in parts.
+
+    Under torchrun ``replicas`` is known only after ``check``.
+    """
+    model, ema = settings.model, settings.recipe.ema
+    if settings.columns > 1 and model.net in {"one_column", *BASELINES}:
+        raise SettingsError(f"model.net={model.net}: has one column; use columns=1")
+    if model.norm != "batch":
+        return
+    for key in ("replicas", "accumulate"):
+        if getattr(settings, key) > 1:
+            wrong = "model.norm=batch: each part of a batch would be normalized alone"
+            raise SettingsError(f"{wrong}; use {key}=1")
+    if ema:
+        raise SettingsError(
+            f"recipe.ema={ema}: averaged weights would need other statistics than those of "
+            "model.norm=batch; use recipe.ema=0"
+        )
 
 
 def _check_combination(settings: Any) -> None:

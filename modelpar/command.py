@@ -177,7 +177,7 @@ def _start_threads() -> None:
     """Start as many threads as OpenMP will, which ends a process that may not have them."""
     done = threading.Event()
     try:
-        for _ in range(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))):
+        for _ in range(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))):
             threading.Thread(target=done.wait, daemon=True).start()
     finally:
         done.set()

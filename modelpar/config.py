@@ -108,6 +108,8 @@ def typed(composed: DictConfig) -> Any:
             raise SettingsError(f"{key}: missing; add {key}=...")
         settings = OmegaConf.to_object(own)
     for key, entry, value in list(walk(settings)):
+        if value is None and entry.default == MISSING:
+            raise SettingsError(f"{key}=null: missing; add {key}=...")
         if value is None or value in entry.metadata.get("path", (value,)):
             continue
         *groups, name = key.split(".")

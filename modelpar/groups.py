@@ -289,6 +289,7 @@ class CommSettings:
     timeout: float = at_least(
         0.001,
         120.0,
+        below=1e9,  # torch counts in nanoseconds, in 64 bits
         unit="seconds",
         means="how long a process waits for another before it reports it as lost",
     )

@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -177,7 +178,8 @@ def _run_alone(arguments: list[str], _ranks: int, run_dir: Path | None) -> int:
             with suppress(subprocess.TimeoutExpired):
                 rank.wait(SAVE_SECONDS)
             rank.kill()
-            raise
+            if (code := rank.returncode) != 0:  # else it has finished its work
+                raise
     return _status(code, 0, run_dir)
 
 
@@ -232,10 +234,8 @@ def _rank_settings(name: str, words: list[str], env: Environment) -> tuple[Any, 
     """Return settings fitted to the world that torchrun started, and a run directory."""
     words = overrides.with_search_path(words)
     if any(word.startswith("-") for word in words):
-        shown = " ".join(f"'{word}'" if "," in word else word for word in words)
-        raise errors.SettingsError(
-            f"flags do not work under torchrun; use python -m modelpar.{name} {shown}"
-        )
+        fix = shlex.join(["python", "-m", f"modelpar.{name}", *words])
+        raise errors.SettingsError(f"flags do not work under torchrun; use {fix}")
     settings, run_dir = config.read_run(name, words)
     if isinstance(settings, TrainSettings) and settings.debug.dry:
         raise errors.SettingsError("debug.dry=true: starts no ranks; use modelpar-train")
@@ -288,7 +288,7 @@ def resource_errors(settings: Any, mesh: Mesh, run_dir: Path | None) -> Generato
     try:
         yield
     except OSError as error:
-        if error.errno not in errors.FULL:
+        if error.errno not in errors.FULL or not run_dir:
             raise
         raise CheckpointError(
             f"{run_dir}: {error.strerror}; free some space, saved checkpoints are intact"

@@ -22,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from modelpar import config, device, environment, errors, overrides
+from modelpar.checks import check_net
 from modelpar.errors import LaunchError, SettingsError, StoppedError, one_line
 from modelpar.files import atomic_write, check_writable
 from modelpar.net.plan import Recipe, plan_for
@@ -64,6 +65,7 @@ def _checked(name: str, words: list[str]) -> "Sweep":
         if isinstance(settings, TrainSettings):  # its net can be built
             size = settings.model.image_size or settings.data.image_size
             plan_for(Recipe(**asdict(settings.recipe)), settings.model, 1, size)
+            check_net(settings)
     at_once = int(hydra.launcher.get("n_jobs", 1)) or 1  # negative: almost one for each core
     if at_once != 1:
         ranks = max(settings.columns * settings.replicas for settings in jobs)
@@ -182,7 +184,8 @@ class Sweep:
             if end["status"] != StoppedError.status:
                 errors.say(f"{self._title(end)}: failed with status {end['status']}")
         if self._requests() or StoppedError.status in statuses:
-            errors.say(f"stopped; the same command with run_dir={self.folder} continues")
+            place = overrides.shell_word("run_dir", str(self.folder))
+            errors.say(f"stopped; the same command with {place} continues")
             return StoppedError.status
         return next(iter(statuses), 0)
 

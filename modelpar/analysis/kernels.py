@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 
 COLOURS: Final = 3
 RANDOM_SHARE: Final = 1 - 1 / COLOURS  # colour share of random weights
-# An 11 x 11 kernel of random weights has 0.67 +- 0.035: 1 in 100 of them counts as colour.
+# An 11 x 11 kernel of random weights has 0.67 +- 0.035: 1 in 170 of them counts as colour.
 COLOUR_SHARE: Final = 0.75
 KERNELS_PER_ROW: Final = 16  # three rows per column, as in figure 3
 GAP: Final = 3  # pixels between the columns, before the picture is enlarged

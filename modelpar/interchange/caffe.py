@@ -158,6 +158,7 @@ def _net(
     if first.dim() > 1:  # it reads blue, green and red
         weights["conv1.weight"] = first.flip(1)
     switches = {"norm1_input": reads, "norm2_input": reads, "norm_k": _norm_k(norms, str(path))}
+    switches |= {"norms": "across_both", "norm_alpha": "per_window"}
     mean = torch.tensor(MEAN)
     return Foreign(kind, weights, "caffe", switches, mean, IMAGE_SIZE, bgr=True)
 
@@ -169,8 +170,8 @@ def _norm_k(norms: Sequence[Any], where: str) -> float:
     usual = (paper.NORM_SIZE, f"{paper.NORM_ALPHA:g}", paper.NORM_BETA, 0)
     if len(found) > 1 or (size, alpha, beta, region) != usual:
         raise CheckpointError(
-            f"{where}: its response normalization is another one (size {size}, alpha {alpha}, "
-            f"beta {beta:g}, k {k:g})"
+            f"{where}: its response normalization differs from the paper's (size {size}, "
+            f"alpha {alpha}, beta {beta:g}, k {k:g})"
         )
     return k
 

@@ -19,8 +19,8 @@ class Foreign:
     """What a file holds, as this package has it: colours are RGB, layers are called conv1 to fc8.
 
     ``weights``: the state dict of the whole net.  ``recipe``: the one that computes what the other
-    program does, with the settings ``switches`` that the file decides; None: the file does not
-    tell.  ``mean`` (3,): the mean colour that belongs to the weights; None: not known.
+    program does; None: the file does not record it.  ``switches``: the settings of the recipe that
+    the file decides.  ``mean`` (3,): the mean colour of the training; None: not recorded.
     """
 
     kind: str

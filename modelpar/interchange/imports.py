@@ -42,12 +42,12 @@ def convert(settings: ConvertSettings) -> None:
     if settings.recipe is not None:
         recipe = Recipe(**asdict(settings.recipe))
     elif foreign.recipe is not None:
-        recipe = replace(Recipe.named(foreign.recipe), **foreign.switches)
+        recipe = Recipe.named(foreign.recipe)
     else:
         raise SettingsError(
-            f"source={where}: a state dict does not tell what its net computes; add recipe=NAME"
+            f"source={where}: a state dict does not record its recipe; add recipe=NAME"
         )
-    plan = _plan(recipe, foreign)
+    plan = _plan(replace(recipe, **foreign.switches), foreign)
     check_state(whole_net(plan, seed=0), foreign.weights, where)
     digests = [f"{path.name} (sha256 {sha256(path.read_bytes()).hexdigest()})" for path in paths]
     trained = TrainedNet(
@@ -85,7 +85,7 @@ def _read(paths: Sequence[Path]) -> Foreign:
         return _read_states(paths)
     if more:
         raise SettingsError(
-            f"source={paths[1]}: a second file; only state dicts are of one column"
+            f"source={paths[1]}: a second file; only a state dict may have a file per column"
         )
     return readers.get(first.suffix, cuda_convnet.read_checkpoint)(first)
 

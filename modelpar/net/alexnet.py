@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import modelpar
+from modelpar.errors import SettingsError
 from modelpar.gpu.block import block
 from modelpar.net import paper
 from modelpar.net.blocks import Blocks
@@ -60,6 +61,11 @@ class _Layers(nn.Module):
 
     def __init__(self, plan: Plan, seed: int | None, link: Link | None) -> None:
         super().__init__()
+        if plan.net in paper.BASELINES:
+            fix = "use modelpar-predict, or whole_net of modelpar.net.four_layer"
+            raise SettingsError(f"net={plan.net}: is not AlexNet; {fix}")
+        if link and plan.columns == 1:
+            raise SettingsError(f"net={plan.net}: has one column; use AlexNet")
         self.plan = plan
         column = None if link is None else link.column
         for name in plan.layers:

@@ -169,7 +169,7 @@ def rows(groups: Sequence[Group]) -> Iterator[list[str]]:
     """Yield the rows of one data set's table."""
     for one in groups:
         settings, differences = one.runs[0].settings, difference(one, groups)
-        lengths = sorted({run.losses[-1][0] for run in one.runs if run.losses})
+        lengths = sorted({run.tests[-1][0] for run in one.counted.values()})
         yield [
             one.label,
             str(len(one.counted)),

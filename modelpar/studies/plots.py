@@ -23,6 +23,7 @@ GREY, RED, BLUE = "#8c8c8c", "#d9534f", "#9ecae1"  # figure 4: the correct class
 DOTTED: Final = (0, (1, 2))
 PREDICTIONS_PER_ROW: Final = 4  # figure 4
 LONGEST_NAME: Final = 24  # characters of a class's name that fit on a bar
+LEGEND: Final = 130  # characters in a row of learning_curves' legend
 POINTS: Final = 40  # of a training loss's curve, each a mean over as many steps
 
 STYLE: Final[Any] = {
@@ -51,8 +52,9 @@ def figure1(runs: Sequence[Run]) -> Figure:
     for run in runs:
         label = None if run.label in colours else _plain(f"{run.label} ({run.activation})")
         look: Any = {"color": colours.setdefault(run.label, f"C{len(colours)}")}
-        points = zip(*run.curve(), strict=True)
-        panel.plot(*points, LINES[run.activation], lw=1.2, label=label, **look)
+        points = run.curve()
+        look["marker"] = "." if len(points) == 1 else ""
+        panel.plot(*zip(*points, strict=True), LINES[run.activation], lw=1.2, label=label, **look)
         if (time := run.epochs_to_goal()) is not None:
             panel.plot(time, GOAL, "o", ms=5, mfc="white", **look)
     panel.set(xlabel="epochs", ylabel="training error, %")
@@ -183,7 +185,8 @@ def learning_curves(groups: Sequence[Group]) -> Figure:
             left.plot(*smoothed(steps, losses), label=_plain(one.label), lw=1.4)
             tests = [{step: top1 for step, top1, _ in run.tests} for run in runs]
             right.plot(*mean_curve(tests), marker="o", ms=3)
-    figure.legend(loc="outside lower center", ncols=5)
+    longest = max(len(one.label) for one in groups)
+    figure.legend(loc="outside lower center", ncols=max(1, min(5, LEGEND // (longest + 10))))
     return figure
 
 

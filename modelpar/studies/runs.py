@@ -32,6 +32,8 @@ def identity(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings that identify a training, without the seed: by dotted key, as JSON."""
     data = settings["data"]
     chosen = {key: settings[key] for key in IDENTIFYING if key in settings}
+    if "batch_size" in chosen:
+        chosen["batch_size"] *= settings.get("replicas", 1)  # images per step
     chosen["epochs"] = settings.get("epochs") or data.get("epochs")
     chosen["init"] = {"layers": settings.get("init", {}).get("layers", [])}
     chosen["debug"] = {"one_batch": settings.get("debug", {}).get("one_batch", False)}

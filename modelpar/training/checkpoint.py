@@ -201,12 +201,19 @@ def read_statistics(source: Checkpoint) -> dict[str, Tensor]:
 
 
 def read_conv1(source: Checkpoint) -> Tensor:
-    """Return the kernels of the net's first convolution, (96, 3, 11, 11), and read no more."""
+    """Return the kernels of the net's first convolution, (96, 3, 11, 11), and read no more.
+
+    Raises CheckpointError.
+    """
     saved = int(source.manifest["columns"])
     kernels: list[Tensor] = []
     for column in range(saved):
         name = file_name(saved, column, "weights")
         first = next(iter(source.manifest["files"][name]["tensors"]))  # in the order of layers
-        with safetensors.safe_open(source.folder / name, framework="pt") as file:
-            kernels.append(file.get_tensor(first))
+        path = source.folder / name
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                kernels.append(file.get_tensor(first))
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, f"cannot be read ({one_line(error)})") from None
     return torch.cat(kernels)

@@ -49,7 +49,7 @@ def prepare(
     """
     paths = paths_of(settings.checkpoint)
     if len(paths) == 1 and settings.weights == "search":
-        raise SettingsError("weights=search: one net has no weights; use checkpoint=[PATH,PATH]")
+        raise SettingsError("weights=search: needs several nets; use checkpoint=[PATH,PATH]")
     for key in ("search_images", "search_root"):
         value = getattr(settings, key)
         if value and settings.weights != "search":
@@ -127,7 +127,7 @@ def prepare_one(
     if first is not None:
         _check_same_images(first, path, data, images)
     if stats is None:
-        stats = statistics(images, cache, data.workers, progress=True)
+        stats = statistics(images, cache, data.workers, progress=settings.monitor.progress)
     elif stats.mean.shape[-1] != images.stored_size:
         raise SettingsError(
             f"data={data.name}: its images are stored at another size than those of {path}; "
@@ -170,11 +170,11 @@ def rows(settings: EvaluateSettings, prepared: Sequence[Prepared]) -> tuple[list
     if other is not None:
         return [*range(len(other.test))], [*range(len(groups))]
     searched, reported = split(groups, settings.search_images or len(groups) // 5)
-    if not searched or not reported:
+    if len(searched) < settings.replicas or not reported:
         raise SettingsError(
             f"search_images={settings.search_images or 'null'}: {len(searched)} of "
-            f"{len(groups)} test images would be searched, and the others reported; "
-            "use another number"
+            f"{len(groups)} test images would be searched by {settings.replicas} replicas, and "
+            "the others reported; use another number"
         )
     return searched, reported
 

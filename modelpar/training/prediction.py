@@ -23,7 +23,6 @@ from modelpar.images.augment import Augmentation, Statistics
 from modelpar.images.folders import find_images, size_of
 from modelpar.images.loader import TestLoader
 from modelpar.images.samples import ImageSet, Resized
-from modelpar.net.paper import BASELINES
 from modelpar.net.weights import check_state
 from modelpar.schemas import PredictSettings
 from modelpar.training import evaluation
@@ -87,7 +86,10 @@ def predictions(
     """Yield each batch of stored images with its predictions.  A collective of the pair."""
     for stored, _ in batches:
         logs = log_probabilities(net, stored, augmentation, views)
-        found = most_likely(logs.double().exp().cpu())
+        shares = logs.double().exp().cpu()
+        if not shares.isfinite().all():
+            raise DataError("the net computes values that are not finite; its weights are damaged")
+        found = most_likely(shares)
         yield stored, [Prediction(at, [names[one] for one in at], p) for at, p in found]
 
 
@@ -170,12 +172,6 @@ def load(kind: Any, path: str | os.PathLike[str], *link: Any) -> Any:
     ``kind`` is AlexNet, or Column with its link.  Raises CheckpointError, SettingsError.
     """
     trained = find(os.fspath(Path(path).expanduser()))
-    if trained.plan.net in BASELINES:
-        raise SettingsError(
-            f"checkpoint={path}: its net is {trained.plan.net}, not AlexNet; use modelpar-predict"
-        )
-    if link and trained.plan.columns == 1:
-        raise SettingsError(f"checkpoint={path}: its net has one column; use AlexNet.load")
     net = kind(trained.plan, *link, seed=0)
     weights = trained.weights(link[0].column if link else None)
     check_state(net, weights, trained.path)

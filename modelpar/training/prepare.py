@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelpar import config, environment
+from modelpar.checks import check_net
 from modelpar.distributed import Mesh
 from modelpar.errors import CheckpointError, DataError, SettingsError
 from modelpar.files import check_space, check_writable
@@ -67,18 +68,7 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
     data = replace(settings.data, **given)
     recipe = Recipe(**asdict(settings.recipe))
     plan = plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
-    if settings.columns > plan.columns:
-        raise SettingsError(f"model.net={plan.net}: has one column; use columns=1")
-    for key in ("replicas", "accumulate") if plan.norm == "batch" else ():
-        if getattr(settings, key) > 1:
-            raise SettingsError(
-                f"model.norm=batch: each part of a batch would be normalized alone; use {key}=1"
-            )
-    if plan.norm == "batch" and recipe.ema:
-        raise SettingsError(
-            f"recipe.ema={recipe.ema}: averaged weights would need other statistics than those of "
-            "model.norm=batch; use recipe.ema=0"
-        )
+    check_net(settings)
     cache, replicas = config.cache_dir(settings.cache_dir), settings.replicas
     images = open_set(data, cache, settings.seed, settings.batch_size * replicas)
     plan = replace(plan, num_classes=len(images.classes))

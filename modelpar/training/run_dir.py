@@ -68,11 +68,12 @@ def _first_difference(run_dir: Path, settings: TrainSettings) -> str:
     try:
         before: Any = OmegaConf.load(run_dir / CONFIG)
         old, new = (int(one.batch_size) * int(one.replicas) for one in (before, settings))
+        changes = [*_changes(before, settings, FIXED)]
     except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
         raise SettingsError(
             f"{run_dir / CONFIG}: cannot be read ({one_line(error)}); use a new folder"
         ) from None
-    for key, was, now in _changes(before, settings, FIXED):
+    for key, was, now in changes:
         return f"{key}={was}, not {now}"
     return f"{old} images per step (batch_size * replicas), not {new}" if old != new else ""
 
@@ -94,8 +95,10 @@ def _changes(
     """
     defaults = flatten(type(settings)())
     for key, new in flatten(settings).items():
+        if not any(f"{key}.".startswith(f"{group}.") for group in groups):
+            continue  # a value may hold a variable of the environment that is no longer set
         old: Any = OmegaConf.select(before, key, default=defaults[key])
-        if old != new and any(f"{key}.".startswith(f"{group}.") for group in groups):
+        if old != new:
             was, now = ("null" if value is None else value for value in (old, new))
             yield key, was, now
 

@@ -23,6 +23,7 @@ from modelpar.images.augment import Augmentation
 from modelpar.images.loader import Batch, TestLoader, TrainLoader
 from modelpar.images.order import BatchOrder
 from modelpar.net.weights import check_state, of_layers
+from modelpar.overrides import shell_word
 from modelpar.progress import show
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint, report
@@ -321,8 +322,8 @@ class Trainer:
         resume = "" if self.settings.resume == "auto" else " resume=auto"
         raise StoppedError(
             f"{self.run_dir}: asked to stop ({signal.Signals(stop).name}), saved at step "
-            f"{self.step} of {self.total}; the same command with run_dir={self.run_dir}{resume} "
-            "continues"
+            f"{self.step} of {self.total}; the same command with "
+            f"{shell_word('run_dir', str(self.run_dir))}{resume} continues"
         )
 
     def _show_kernels(self, published: Path | None) -> None:

@@ -283,9 +283,9 @@ def test_nets_of_other_classes_or_images_are_refused(
     ("words", "error", "expected"),
     [
         (["checkpoint=[]"], SettingsError, r"checkpoint=\[\]: use a path, or a list of paths"),
-        (["checkpoint=null"], SettingsError, "checkpoint=None: use a path, or a list of paths"),
+        (["checkpoint=null"], SettingsError, "checkpoint=null: missing; add checkpoint=..."),
         (["checkpoint={a: b}"], SettingsError, "not read as a path; quote it"),
-        (["checkpoint=x", "weights=search"], SettingsError, "weights=search: one net has no"),
+        (["checkpoint=x", "weights=search"], SettingsError, "weights=search: needs several nets"),
         (["checkpoint=[x,y]", "search_images=3"], SettingsError, "requires weights=search"),
         (["checkpoint=[x,y]", "search_root=z"], SettingsError, "requires weights=search"),
         (["checkpoint=[x,y]"], CheckpointError, "checkpoint=x: no checkpoint there"),
@@ -303,6 +303,12 @@ def test_settings_that_fit_no_average_are_refused(
 ) -> None:
     with pytest.raises(error, match=expected):
         evaluation.prepare(config.read("evaluate", words))
+
+
+def test_search_on_fewer_images_than_replicas_is_refused(nets: Path) -> None:
+    words = ("columns=1", "replicas=2", "weights=search", "search_images=1")
+    with pytest.raises(SettingsError, match="would be searched by 2 replicas"):
+        evaluation.prepare(read(nets, "ab", *words))
 
 
 @pytest.mark.parametrize("count", [10, 99])

@@ -204,9 +204,12 @@ def test_what_python_cannot_load_or_predict_is_one_line(
     with pytest.raises(DataError, match=r"x\.png: cannot read image"):
         (net := AlexNet.load(place / "run").train()).predict([Image.new("RGB", (80, 80)), "x.png"])
     assert net.training  # also after an error in a later batch
+    torch.nn.init.constant_(net.fc8.bias, torch.nan)
+    with pytest.raises(DataError, match="values that are not finite"):
+        net.predict(Image.new("RGB", (80, 80)))
     words = ["model.net=four_layer", "model.image_size=28", "model.norm=none"]
     other = untrained(tmp_path / "other.safetensors", images, *words)
-    with pytest.raises(SettingsError, match=r"its net is four_layer, not AlexNet"):
+    with pytest.raises(SettingsError, match="net=four_layer: is not AlexNet; use"):
         AlexNet.load(other)
 
 
@@ -324,6 +327,7 @@ def test_page_has_everything_in_one_file_and_table_a_row_for_each_class(
 BAD = [
     (["images=nowhere.png"], 3, "images=nowhere.png: no such file or folder; use files"),
     (["images=[]"], 2, "images=[]: use one or more values"),
+    (["images=null"], 2, "images=null: missing; add images=..."),
     (["images=['no*.png']"], 3, "images=no*.png: no image there"),
     (["images=[empty]"], 3, "images=empty: no image there"),
     (["images=empty/none.png", "checkpoint=nowhere"], 4, "nowhere: no checkpoint there"),

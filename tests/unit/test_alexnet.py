@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from modelpar import AlexNet, Column, Link, Plan, Recipe, merge, split
 from modelpar.errors import CheckpointError, SettingsError
-from modelpar.net.plan import plan_of, settings_of
+from modelpar.groups import ModelSettings
+from modelpar.net.plan import plan_for, plan_of, settings_of
 from modelpar.net.weights import check_state
 from modelpar.training.optimizer import MomentumDecay
 
@@ -185,3 +186,16 @@ def test_half_precision_norms_are_computed_in_float32() -> None:
         rounded = net.blocks.norm1(net.conv1(net.blocks.pad(images, net.conv1.weight)).bfloat16())
     assert rounded.dtype == torch.bfloat16
     assert torch.allclose(rounded.float(), exact, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        ("one_column", "has one column; use AlexNet"),
+        ("torchvision", "is not AlexNet; use modelpar-predict"),
+    ],
+)
+def test_a_net_that_is_not_split_has_no_column(net: str, said: str) -> None:
+    plan = plan_for(Recipe.named("clean"), ModelSettings(net=net), 10, 64)
+    with pytest.raises(SettingsError, match=f"net={net}: {said}"):
+        Column(plan, Link(stand_in, 0))

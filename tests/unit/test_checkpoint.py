@@ -3,7 +3,9 @@
 import errno
 import io
 import json
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -414,6 +416,18 @@ def test_read_conv1_finds_the_first_convolution_of_any_net(tmp_path: Path, net: 
     assert found is not None
     first = {"four_layer": "conv1.weight", "torchvision": "features.0.weight"}[net]
     assert torch.equal(checkpoint.read_conv1(found), weights[first])
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: os.truncate(path, 100)])
+def test_read_conv1_names_a_file_that_is_missing_or_cut_short(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    write(tmp_path, 1, weights=state())
+    found = newest(tmp_path)
+    assert found is not None
+    spoil(path := found.folder / "whole.weights.safetensors")
+    with pytest.raises(CheckpointError, match=f"{path}: cannot be read"):
+        checkpoint.read_conv1(found)
 
 
 def test_read_conv1_returns_the_kernels_of_the_whole_net(tmp_path: Path) -> None:

@@ -194,6 +194,22 @@ def test_each_image_folder_and_number_of_classes_is_a_data_set(place: Path, data
     assert row["data"] == "photos, 20 classes, 64 pixels"
 
 
+def test_replicas_count_as_a_larger_batch(place: Path) -> None:
+    stored(place / "d", 11.0, "experiment=two_columns", "seed=2", "replicas=2", "batch_size=64")
+    stored(place / "e", 50.0, "experiment=two_columns", "seed=3", "replicas=2")
+    same, other = cells(place, "a", "d", "e")
+    assert (same["seeds"], same["top-1 error, %"]) == ("3", "11.00 ± 1.00")
+    assert (other["seeds"], other["experiment"]) == ("1", "two_columns (e)")
+
+
+def test_steps_are_those_of_the_evaluations_that_the_means_include(place: Path) -> None:
+    stored(place / "d", 90.0, "experiment=two_columns", "seed=2")
+    begun = (place / "d/metrics.jsonl").read_text().splitlines(keepends=True)
+    (place / "d/metrics.jsonl").write_text("".join(begun[:3]))
+    (with_d,), (row,) = cells(place, "a", "d"), cells(place, "a")
+    assert with_d["steps"] == row["steps"] == "4"
+
+
 def test_unfinished_and_repeated_runs_are_left_out_of_the_means(place: Path) -> None:
     stored(place / "d", 90.0, "experiment=two_columns", "seed=2")
     begun = (place / "d/metrics.jsonl").read_text().splitlines(keepends=True)

@@ -64,6 +64,7 @@ def refused(overrides: list[str]) -> str:
         ("crossing.dtype=int8", "crossing.dtype=int8"),
         ("comm.timeout=0", "comm.timeout=0"),
         ("comm.timeout=inf", "comm.timeout=inf"),
+        ("comm.timeout=1e10", "comm.timeout=10000000000.0: use a number below 1000000000.0"),
         ("keep_last=1", "keep_last=1"),
         ("data.workers=-1", "data.workers=-1"),
         ("data.epochs=0", "data.epochs=0"),
@@ -194,6 +195,18 @@ def test_run_may_continue_with_more_epochs(tmp_path: Path) -> None:
     begun(run_dir, "seed=1")
     run_dirs.check_compatible(run_dir, config.read("train", ["seed=1", "epochs=9"]))
     assert OmegaConf.load(run_dir / "config.yaml").seed == 1
+
+
+def test_run_may_continue_without_a_variable_that_its_incidental_settings_named(
+    tmp_path: Path,
+) -> None:
+    begun(run_dir := tmp_path / "run", "seed=1")
+    recorded = OmegaConf.load(run_dir / "config.yaml")
+    recorded.cache_dir = "${oc.env:A_SECRET_THAT_IS_GONE}"
+    OmegaConf.save(recorded, run_dir / "config.yaml")
+    run_dirs.check_compatible(run_dir, config.read("train", ["seed=1"]))
+    with pytest.raises(SettingsError, match="seed=1, not 2"):
+        run_dirs.check_compatible(run_dir, config.read("train", ["seed=2"]))
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,10 @@ def test_a_caffemodel_computes_what_caffe_computes(kind: str, *, old: bool) -> N
     expected = caffe_logits(weights, images[:, :, 14:241, 14:241], kind)
     assert float((expected[0, 0] - expected[0, 1]).abs()) > 0.1
     torch.testing.assert_close(logits(found, images), expected, rtol=1e-12, atol=1e-12)
-    assert found.plan.recipe.norm1_input == {"alexnet": "rectified"}.get(kind, "pooled")
+    reads = {"alexnet": "rectified"}.get(kind, "pooled")
+    assert found.plan.recipe.norm1_input == reads
+    chosen = converted("net.caffemodel", "recipe=paper").plan.recipe  # the file decides these
+    assert (chosen.norm1_input, chosen.norm_k, chosen.norms) == (reads, 1, "across_both")
     text = Path("net.safetensors.md").read_text()
     assert "converted from the caffemodel net.caffemodel (sha256 " in text
     assert "123.00, 117.00, 104.00 (red, green, blue, 0-255)" in text

@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +152,21 @@ def test_one_process_runs_without_an_agent(
     assert launch._run_alone(["-c", code], 1, tmp_path) == status
     killed = "modelpar: rank 0 was killed by SIGKILL, often out of memory\n"
     assert capfd.readouterr().err == killed * (status == 6)
+
+
+def test_a_rank_that_finishes_after_a_signal_has_succeeded(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys, threading, time
+from modelpar import launch
+signal.signal(signal.SIGTERM, lambda number, _: launch._stop_agent(number))
+threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+rank = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(CODE)); time.sleep(60)"
+sys.exit(launch._run_alone(["-c", rank.replace("CODE", sys.argv[1])], 1, None))
+"""
+    command = [sys.executable, "-c", code]
+    for status in ("0", "75"):
+        done = subprocess.run([*command, status], cwd=tmp_path, timeout=60, check=False)
+        assert (done.returncode == 0) == (status == "0")
 
 
 def test_ranks_that_cannot_meet_are_one_line(

@@ -107,6 +107,22 @@ def test_a_switch_that_the_net_lacks_is_one_line_before_any_job(
     assert not jobs.words
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model.net=two_columns,one_column"], "model.net=one_column: has one column"),
+        (["model.norm=response,batch", "accumulate=2"], "normalized alone; use accumulate=1"),
+    ],
+    ids=["columns", "norm"],
+)
+def test_a_net_that_cannot_be_split_or_cut_is_one_line_before_any_job(
+    jobs: Jobs, capfd: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
+    assert run(*words) == 2
+    assert expected in lines(capfd)[0]
+    assert not jobs.words
+
+
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(overrides.PLUGINS["hydra/launcher"], "absent", "slurm")
     with pytest.raises(SettingsError, match=r"not installed; pip install 'modelpar\[slurm\]'"):
