@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The two columns as two hosts joined by a wire of that many Mbit/s (root, iproute2):
+# Two processes in two network namespaces, joined by a link of the given rate in Mbit/s (root, iproute2):
 #   launch/slow_link.sh 1000 modelpar.train data=synthetic steps=20 run_dir=runs/slow
 #   launch/slow_link.sh 100,1000,10000 modelpar.benchmark contenders=[ddp,in_turn,pair]
 set -euo pipefail

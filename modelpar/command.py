@@ -25,7 +25,7 @@ from modelpar import errors, limits
 from modelpar.errors import LaunchError
 
 TORCH_BYTES: Final = 4 << 30  # torch 2.14 for CPUs aborts a process that may have 3 GB
-# What shows something and returns, before torch is imported.
+# Flags that print something and exit without importing torch, and the function for each.
 SHOWS: Final = {
     **dict.fromkeys(("--help", "-h"), "help:show"),
     "--version": "help:version",
@@ -138,8 +138,10 @@ def set_variables() -> None:
     """Correct variables that the libraries would read; raises LaunchError."""
     # Figures are files: neither a notebook's backend nor the user's style belongs to them.
     os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # pages about names and connections
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # verbose messages about hosts and connections
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's log
     _set_threads()
     try:
         getpass.getuser()

@@ -158,7 +158,7 @@ def check_sweep(main: str, words: Sequence[str]) -> tuple[list[Any], DictConfig,
 def run_hydra(main: str, task: Callable[[DictConfig], Any]) -> None:
     """Let Hydra read the command line and call ``task`` for each job; raises SettingsError."""
     _register()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print a page and exit
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own message and exits
     with _one_line_errors():
         hydra.main(config_path=str(conf_dir()), config_name=main, version_base="1.3")(task)()
 
@@ -246,7 +246,7 @@ def _line(error: BaseException) -> str:
 
 
 def cache_dir(setting: str | None) -> Path:
-    """Return the folder of statistics: the setting, or modelpar's folder in the XDG cache."""
+    """Return the cache folder: the setting, or modelpar's folder in the XDG cache."""
     if setting is not None:
         return Path(setting)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -50,7 +50,7 @@ class Mesh:
     pair: dist.ProcessGroup | None = None  # the columns of this replica
     replica_group: dist.ProcessGroup | None = None  # this column in all replicas
     world: dist.ProcessGroup | None = None  # all ranks, over gloo: short messages between CPUs
-    patient: dist.ProcessGroup | None = None  # the same, for a wait that may take hours
+    slow_world: dist.ProcessGroup | None = None  # the same, for a wait that may take hours
     readers: dist.ProcessGroup | None = None  # the columns of this replica, if on one host: gloo
     shares_gpu: bool = False  # with other ranks
     closing: ExitStack = field(default_factory=ExitStack)  # closed before the groups end
@@ -116,24 +116,24 @@ class Mesh:
             dist.all_gather(rows, mine, group=self.world)
         return [tuple(row.tolist()) for row in rows]
 
-    def gather_objects(self, value: Any, *, patient: bool = False) -> list[Any]:
+    def gather_objects(self, value: Any, *, long_timeout: bool = False) -> list[Any]:
         """Return every rank's value, which is pickled, in rank order.
 
-        ``patient``: wait up to a day instead of ``timeout``; a rank that exits is still noticed
-        at once.  A collective of the world.  Raises PeerLostError.
+        ``long_timeout``: wait up to a day instead of ``timeout``; a rank that exits is still
+        noticed at once.  A collective of the world.  Raises PeerLostError.
         """
         if self.world is None:
             return [value]
         found: list[Any] = [None] * self.world_size
         with comm_errors("all-gather"):
-            dist.all_gather_object(found, value, self.patient if patient else self.world)
+            dist.all_gather_object(found, value, self.slow_world if long_timeout else self.world)
         return found
 
     @contextmanager
-    def all_or_none(self, *, patient: bool = False) -> Generator[None]:
+    def all_or_none(self, *, long_timeout: bool = False) -> Generator[None]:
         """Raise on every rank if any rank raises a RunError inside the block.
 
-        A rank raises its own error, or else the first in rank order.  ``patient``: see
+        A rank raises its own error, or else the first in rank order.  ``long_timeout``: see
         ``gather_objects``.  A collective of the world, so the block must not contain another
         one, which a failing rank would skip.
         """
@@ -142,7 +142,7 @@ class Mesh:
             yield
         except RunError as caught:
             error = caught
-        raised = [one for one in self.gather_objects(error, patient=patient) if one]
+        raised = [one for one in self.gather_objects(error, long_timeout=long_timeout) if one]
         if raised:
             raise error or raised[0]
 
@@ -191,7 +191,7 @@ def process_mesh(
         replica_group, _ = subgroups(grid.t().tolist(), timeout=wait)
         readers, _ = subgroups(grid.tolist(), backend="gloo", timeout=wait)
         world: Any = dist.new_group(backend="gloo", timeout=wait)
-        patient: Any = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
+        slow_world: Any = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         if re.search("reset|closed", str(error)):
             raise PeerLostError(f"rank {env.rank}: another rank has exited at its start") from None
@@ -217,7 +217,7 @@ def process_mesh(
                 pair=pair if columns > 1 else None,
                 replica_group=replica_group if replicas > 1 else None,
                 world=world,
-                patient=patient,
+                slow_world=slow_world,
                 readers=readers if columns > 1 and env.has_ranks(grid[replica].tolist()) else None,
                 shares_gpu=shares_gpu,
                 closing=closing,
@@ -231,8 +231,8 @@ def process_mesh(
 def exit_if_groups_remain(status: int) -> None:
     """Exit with ``status`` at once, if process groups of GPUs were left after an error.
 
-    NCCL ends when the ranks of its group meet and when no CUDA graph holds its kernels.  It waits
-    for both without a limit, also in the destructors that run at the end of an interpreter.
+    NCCL ends when all ranks of its group end it, and when no CUDA graph holds its kernels.  It
+    waits for both without a limit, also in the destructors at the end of an interpreter.
     """
     if dist.is_initialized():
         for stream in (sys.stdout, sys.stderr):

@@ -47,9 +47,9 @@ class DataSettings:
         1, 1, unit="epochs", unset=BY_DATA, means="an evaluation after every such number of epochs"
     )
     checkpoint_every: int = at_least(
-        0, 0, unit="steps", unset=BY_DATA, means="see `checkpoint_every`"
+        0, 0, unit="steps", unset=BY_DATA, means="default of `checkpoint_every`"
     )
-    workers: int = at_least(0, 2, unset=BY_DATA, means="see `workers`")
+    workers: int = at_least(0, 2, unset=BY_DATA, means="default of `workers`")
     resident: str = one_of(
         "auto",
         "never",
@@ -77,7 +77,8 @@ class RecipeSettings:
         "per_term",
         "per_window",
         unset=BY_RECIPE,
-        means="how alpha of the response normalization counts",
+        means="`per_term`: alpha times the sum of squares, as in the paper; `per_window`: alpha "
+        "times their mean over the window, as in torch",
     )
     norm_k: float = one_of(
         NORM_K,
@@ -96,7 +97,8 @@ class RecipeSettings:
         "across_and_within",
         "across_both",
         unset=BY_RECIPE,
-        means="which response normalizations there are",
+        means="`across`: across maps; `across_and_within`: after conv2 also inside each map; "
+        "`across_both`: across the maps of both columns",
     )
     rates: str = one_of(
         "equal", "double_bias", unset=BY_RECIPE, means="learning rate of the biases"
@@ -140,7 +142,7 @@ class RecipeSettings:
         "first",
         "last",
         default=None,
-        unset="by timetable",
+        unset="by schedule",
         means="drop of the weights' learning rate at which the rate of the biases also falls to "
         "a tenth",
     )
@@ -150,11 +152,12 @@ class RecipeSettings:
         means="factors of the learning rates of single layers: "
         "`'recipe.rates_by_layer={fc8: 10}'`",
     )
-    momentum: float = at_least(0, MOMENTUM, means="of the weights and biases (section 5)")
+    momentum: float = at_least(0, MOMENTUM, means="momentum of the update (section 5)")
     weight_decay: float = at_least(
         0,
         WEIGHT_DECAY,
-        means="share of a parameter that each step subtracts, times the rate (section 5)",
+        means="weight decay: this share of a parameter, times the learning rate, is subtracted "
+        "in each step (section 5)",
     )
     # Differs: neither paper nor code has these rules, and no recipe uses them.
     label_smoothing: float = at_least(
@@ -167,8 +170,8 @@ class RecipeSettings:
     clip: float = at_least(
         0,
         0.0,
-        means="largest norm of the gradients of a step, over all parameters of both columns; a "
-        "larger gradient is scaled to it, `0`: none is",
+        means="gradient clipping: maximum L2 norm over all parameters of both columns; `0`: no "
+        "clipping",
     )
     ema: float = at_least(
         0,
@@ -302,7 +305,7 @@ class MonitorSettings:
     progress: bool = declare(True, means="show a progress bar")
     tensorboard: bool = declare(True, means="write what TensorBoard shows")
     wandb: bool = declare(
-        False, means="also send that to Weights & Biases, see docs/tensorboard.md"
+        False, means="also send what TensorBoard gets to Weights & Biases, see docs/tensorboard.md"
     )
 
 

@@ -40,7 +40,7 @@ from modelpar.files import atomic_write
 from modelpar.settings import TrainSettings
 
 EXIT: Final = "log/exit.json"  # in the directory of a run that failed
-LOCAL: Final = "127.0.0.1"  # where the ranks of one host meet
+LOCAL: Final = "127.0.0.1"  # rendezvous of the ranks of one host
 CONNECT_SECONDS: Final = 5.0  # in which this host must connect to itself
 SAVE_SECONDS: Final = 120  # that the agent leaves the ranks to finish a step and save
 FIRST_ERROR_SECONDS: Final = 5.0  # that other ranks leave local rank 0 to report the same error
@@ -98,7 +98,7 @@ def run_launcher(name: str, prepare: Prepare, words: list[str]) -> int:
 def _start_ranks(name: str, words: list[str], settings: Any, run_dir: Path | None) -> int:
     """Run torchrun's agent, again after a lost rank ``restarts`` times; return the exit status."""
     ranks = settings.columns * settings.replicas
-    logging.disable()  # the agent's pages: the ranks report in one line
+    logging.disable()  # the agent's multi-line log: the ranks report in one line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, device.num_cores() // ranks)))
     os.environ[environment.LAUNCHER] = str(os.getpid())
     if run_dir is not None:
@@ -220,7 +220,7 @@ def run_rank(name: str, prepare: Prepare, work: Callable[..., None], words: list
             starts = mesh.gather_objects((place, env.run_dir_checked))
             place = starts[0][0]  # a new one has the time in its name
             checked = any(flag for _, flag in starts)
-            with mesh.all_or_none(patient=True):
+            with mesh.all_or_none(long_timeout=True):
                 prepared = prepare(settings, None if checked else place)
             run_dir = place
             return _work(partial(work, settings, prepared, mesh, run_dir), settings, mesh, run_dir)

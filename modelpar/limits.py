@@ -5,10 +5,9 @@ import re
 import resource
 from typing import Final
 
-THREADS: Final = (
-    1024  # of a process; more than a host has cores, and many more make it unresponsive
-)
-# What libraries write, the limit, what it counts, how to go on, and the line without a limit.
+# Of a process.  More than a host has cores, and many more make it unresponsive.
+THREADS: Final = 1024
+# Pattern of the message, limit, unit, fix, and the line where there is no limit.
 LIMITS: Final = (
     (
         r"too many open files",

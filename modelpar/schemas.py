@@ -66,7 +66,7 @@ class PredictSettings(RankSettings):
         "4",
     )
     training_images: int = at_least(
-        1, 2000, means="number of training images that are searched for them"
+        1, 2000, means="number of training images among which neighbours are searched"
     )
     views: int = one_of(
         1, 9, 10, default=1, means="views per image, whose probabilities are averaged"
@@ -119,11 +119,11 @@ class BenchmarkSettings(ProcessSettings):
         1,
         None,
         unset="by device: `2`, on a GPU `20`",
-        means="timed steps of a turn, after one that is not timed, on a GPU six",
+        means="timed steps of a turn, after one warm-up step, on a GPU six",
     )
     breakdown: bool = declare(
         False,
-        means="also write a trace of one step of each process to `benchmark/trace`, for "
+        means="also write a trace of one step of each process to `trace` in `out`, for "
         "https://ui.perfetto.dev or chrome://tracing",
     )
     out: str = path(

@@ -42,7 +42,9 @@ class ProcessSettings:
         default="auto",
         means="`auto`: GPUs if there is one for each process, see docs/settings.md",
     )
-    channels_last: bool = declare(True, means="memory format of the maps")
+    channels_last: bool = declare(
+        True, means="`true`: channels_last memory format, `false`: contiguous"
+    )
     threads: int | None = at_least(
         1,
         None,
@@ -88,7 +90,9 @@ class RankSettings(ProcessSettings):
     precision: str = one_of(
         *PRECISIONS, default="float32", means="`bfloat16` keeps float32 weights in the optimizer"
     )
-    tf32: bool = declare(False, means="let a GPU round the factors of float32 products to TF32")
+    tf32: bool = declare(
+        False, means="let a GPU use TF32 in float32 matrix products and convolutions"
+    )
     deterministic: bool = declare(
         False,
         means="let a GPU use only kernels that compute the same bits each time, so that a resumed "
@@ -126,7 +130,7 @@ class TrainSettings(RankSettings):
         },
     )
     control_published: PublishedSettings | None = declare(
-        None, means="the same of the control, if it was published for other images"
+        None, means="the published error of the control, if it was published for other images"
     )
     epochs: int | None = at_least(
         1,
@@ -149,9 +153,9 @@ class TrainSettings(RankSettings):
         1,
         1,
         unit="divisor of `batch_size`",
-        means="number of equal parts in which a batch is computed, one after the other, before "
-        "its update. The images, dropout masks, learning rates and rows of a step are those of "
-        "the whole batch, so only memory and rounding change",
+        means="gradient accumulation: number of micro-batches per update. The images, dropout "
+        "masks, learning rates and rows of a step are those of the whole batch, so only memory "
+        "and rounding change",
     )
     seed: int = at_least(
         0,

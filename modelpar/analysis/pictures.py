@@ -1,4 +1,4 @@
-"""Pictures with names: a batch of images, and which classes are taken for which."""
+"""Pictures with names: a batch of images, and a confusion matrix."""
 
 from collections.abc import Sequence
 from typing import Any, Final

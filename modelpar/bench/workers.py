@@ -33,7 +33,7 @@ ANSWER_SECONDS: Final = 600.0  # for one answer: a slow link, a cold compile
 PEAK_SIDE: Final = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product gives the peak
 PEAK_PRODUCTS: Final = 14  # the first two are not timed
 COPIED: Final = 1 << 30  # bytes, which no cache of a GPU holds
-UNTIMED: Final = {"cpu": 1, "cuda": 6}  # steps before those that are timed; some record graphs
+WARM_UP_STEPS: Final = {"cpu": 1, "cuda": 6}  # some of them record graphs
 CLONE_NEWNET: Final = 0x40000000  # sched.h
 INTERFACE: Final = "wire"  # launch/slow_link.sh
 BURST_SECONDS: Final = 0.002  # what the bucket holds: two kernel ticks at the rate
@@ -183,8 +183,8 @@ class _Worker:
         return seconds
 
     def warm_up(self) -> float:
-        """Take the steps that are not timed; return the time in s."""
-        steps = partial(self._take, UNTIMED[self.mesh.device.type])
+        """Take the warm-up steps; return the time in s."""
+        steps = partial(self._take, WARM_UP_STEPS[self.mesh.device.type])
         seconds = timeit.timeit(steps, number=1)
         if self.on_gpu:  # later peaks would include the matrices of ``peak``
             self.peak_bytes = self.peak_bytes or torch.cuda.max_memory_allocated()

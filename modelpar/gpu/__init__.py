@@ -1,4 +1,4 @@
-"""Triton kernels, each beside a plain version that defines what it computes."""
+"""Triton kernels, each with a reference implementation in torch."""
 
 import os
 from importlib.util import find_spec

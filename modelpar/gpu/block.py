@@ -1,4 +1,4 @@
-"""What follows a convolution, in one kernel for each direction: the plain form and the fast one.
+"""What follows a convolution, in one kernel for each direction, and its reference in torch.
 
     bias, ReLU, response normalizations, max pool, ReLU: each but the bias only if asked for
 

@@ -140,7 +140,7 @@ class Augmentation:
         self.fused = True
 
     def run_eager(self) -> None:
-        """Use nothing that is compiled."""
+        """Run eagerly."""
         self.fused = False
 
     def train(self, images: Tensor, draws: CropFlipColour, noise: float) -> Tensor:

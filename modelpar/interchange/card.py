@@ -27,7 +27,7 @@ UNKNOWN: Final = "not known to modelpar; see where the images come from"
 
 
 def history(trained: TrainedNet, checkpoints: int = 1) -> dict[str, Any]:
-    """Return what is known of the making of a net: ``made``, ``errors`` and ``settings``.
+    """Return how a net was made, as far as it is recorded: ``made``, ``errors`` and ``settings``.
 
     Weights that are the mean of several ``checkpoints``, or a moving average, have no errors yet.
     """

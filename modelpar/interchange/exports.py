@@ -67,7 +67,9 @@ def export(settings: ExportSettings) -> None:
     out = settings.out
     trained = max(nets, key=attrgetter("step"))
     if settings.opset is not None and not out.endswith(".onnx"):
-        raise SettingsError(f"opset={settings.opset}: is for files that end in .onnx")
+        raise SettingsError(
+            f"opset={settings.opset}: applies only to files that end in .onnx; leave it out"
+        )
     weights = mean_weights(nets)
     if out.endswith(".safetensors"):
         write(out, trained, weights, len(nets))
@@ -105,12 +107,13 @@ def mean_weights(nets: Sequence[TrainedNet]) -> dict[str, Tensor]:
         fix = "average the steps of one training, or predictions with modelpar-evaluate"
         for key in ("plan", "seed", "images_a_step", "classes"):
             if getattr(other, key) != getattr(first, key):
+                what = {"plan": "net", "images_a_step": "images per step"}.get(key, key)
                 raise SettingsError(
-                    f"checkpoint={other.path}: another {key} than {first.path}; {fix}"
+                    f"checkpoint={other.path}: its {what} differs from {first.path}; {fix}"
                 )
         if other.step in seen:
             raise SettingsError(
-                f"checkpoint={other.path}: step {other.step} is there twice; {fix}"
+                f"checkpoint={other.path}: step {other.step} is given twice; {fix}"
             )
         seen.add(other.step)
     if others and first.plan.norm == "batch":

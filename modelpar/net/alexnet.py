@@ -1,4 +1,4 @@
-"""The net of section 3.5: ``AlexNet``, the whole on one device; ``Column``, one device's half.
+"""The net of section 3.5: ``AlexNet``, the whole net on one device; ``Column``, one device's half.
 
 Compare the two ``forward`` methods: they differ only where the columns exchange maps.
 """
@@ -78,7 +78,7 @@ class _Layers(nn.Module):
         self.blocks.compile(self.conv1.weight.detach())
 
     def run_eager(self) -> None:
-        """Use nothing that is compiled, and no kernel."""
+        """Run eagerly: without torch.compile and Triton kernels."""
         self.blocks.run_eager()
 
     def predict(self, images: Any, *, views: int = 1) -> list[Any]:
@@ -95,7 +95,7 @@ class _Layers(nn.Module):
 class AlexNet(_Layers):
     """The whole net on one device; its columns are the groups of its convolutions.
 
-    Input (N, 3, S, S), pixels 0-255 less the mean; output (N, classes) logits.
+    Input (N, 3, S, S), pixels 0-255 minus the mean; output (N, classes) logits.
     """
 
     def __init__(self, plan: Plan, seed: int | None = None) -> None:

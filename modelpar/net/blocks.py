@@ -86,7 +86,7 @@ class Blocks(nn.Module):
         self.fused = fused
 
     def _wide_block(self, name: str, response: Tensor, bias: Tensor) -> Tensor:
-        """Return the plain form of a kernel, computed in float64: no tf32, no rounded maxima."""
+        """Return the reference of a kernel, computed in float64: no tf32, no rounded maxima."""
         return self.after(name, response.double() + bias.double()[:, None, None]).to(response)
 
     def _compile_norms(self, weight: Tensor) -> None:
@@ -105,7 +105,7 @@ class Blocks(nn.Module):
         self.compiled_norms = compiled
 
     def run_eager(self) -> None:
-        """Use nothing that is compiled, and no kernel."""
+        """Run eagerly: without torch.compile and Triton kernels."""
         self.compiled_norms, self.fused = {}, {}
 
     @property

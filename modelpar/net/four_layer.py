@@ -93,8 +93,8 @@ class Torchvision(torchvision.models.AlexNet):
     """torchvision's AlexNet: one column of 64, 192, 384, 256, 256 kernels, without norms.
 
     Layers, their names, initial weights and scaled dropout are torchvision's; a seed fixes the
-    weights, a DropoutSeed the masks.  Differs: here it is trained with our crops, less the mean
-    image, and our optimizer; torchvision used crops of many sizes, less the mean colour.
+    weights, a DropoutSeed the masks.  Differs: here it is trained with our crops, minus the mean
+    image, and our optimizer; torchvision used crops of many sizes, minus the mean colour.
     """
 
     def __init__(self, plan: Plan, seed: int | None = None) -> None:
@@ -120,7 +120,7 @@ class Torchvision(torchvision.models.AlexNet):
 def whole_net(plan: Plan, seed: int | None = None) -> AlexNet | FourLayer | Torchvision:
     """Return the whole net of ``plan`` on one device; without a seed torch's generator is used.
 
-    Input (N, 3, S, S), pixels 0-255 less the mean; output (N, classes) logits.
+    Input (N, 3, S, S), pixels 0-255 minus the mean; output (N, classes) logits.
     """
     baselines = {"four_layer": FourLayer, "torchvision": Torchvision}
     return baselines.get(plan.net, AlexNet)(plan, seed)

@@ -1,8 +1,8 @@
 """The convolutions as a GPU computes them, with our kernels for all that follows each of them.
 
-``Blocks`` has the plain form.  Here a convolution adds no bias: the kernel does.  conv1 reads
-patches of 4 x 4 pixels as 48 maps, so that it has a stride of 1: kernels of 11 x 11 become 3 x 3
-patches of 4 x 4, with zeros in the last row and column.
+``Blocks`` has the reference implementation.  Here a convolution adds no bias: the kernel does.
+conv1 reads patches of 4 x 4 pixels as 48 maps, so that it has a stride of 1: kernels of 11 x 11
+become 3 x 3 patches of 4 x 4, with zeros in the last row and column.
 """
 
 from torch import Tensor, nn

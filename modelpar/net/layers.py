@@ -1,6 +1,6 @@
-"""The layers torch lacks in the paper's form: response normalization, dropout, batch norm.
+"""Response normalization and unscaled dropout as in the paper, and batch norm in float32.
 
-``Activation`` is a module that knows which layer it follows, so that hooks can find it.
+``Activation`` stores the name of the layer before it, so that hooks can find it.
 """
 
 from collections.abc import Callable, Sequence
@@ -247,7 +247,7 @@ class Activation(nn.Module):
 
 @dataclass(frozen=True)
 class DropoutSeed:
-    """What fixes a step's dropout: masks depend on this and the layer, not on the rank.
+    """Determines the dropout masks of a step, with the layer and not with the rank.
 
     ``rows`` are this replica's images within the ``total`` images of the global batch.
     """
@@ -259,12 +259,12 @@ class DropoutSeed:
 
 
 class Dropout(nn.Module):
-    """Multiply by a 0/1 mask in training, by the share kept in evaluation (section 4.2).
+    """Multiply by a 0/1 mask in training, by the keep probability in evaluation (section 4.2).
 
     Never scaled in training.  ``units`` is the width of the whole layer, ``columns`` the slice of
     it that this module receives.  The mask is drawn for the whole layer and sliced, so that a
-    split net drops what the whole net drops.  ``rate`` is the share dropped.  Unless ``draw`` has
-    been called, each forward takes a mask from torch's global generator.
+    split net drops what the whole net drops.  ``rate`` is the dropout probability.  Unless
+    ``draw`` has been called, each forward takes a mask from torch's global generator.
     """
 
     def __init__(self, layer: str, units: int, rate: float, columns: slice = slice(None)) -> None:

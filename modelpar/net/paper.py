@@ -107,7 +107,7 @@ BASELINES: Final[Mapping[str, Mapping[str, tuple[Any, ...]]]] = MappingProxyType
     }
 )
 CROSSINGS: Final = ("conv3", "fc6", "fc7")  # the layers that read both columns; fc8 always does
-OWN_CROSSINGS: Final = MappingProxyType(  # of the nets whose columns meet elsewhere
+OWN_CROSSINGS: Final = MappingProxyType(  # of the nets that exchange maps elsewhere
     {
         "no_crossing": (),  # run 150
         "conv6": ("conv3", "conv6", "fc6", "fc7"),  # run 146
@@ -156,7 +156,7 @@ Changes = Mapping[float, float]  # what multiplies a first value from an epoch o
 
 
 @dataclass(frozen=True)
-class Timetable:
+class PublishedSchedule:
     """Learning rates and colour noise over a published run of ``length`` epochs.
 
     Each mapping has what multiplies a first value from an epoch on, counted from 0; before its
@@ -241,29 +241,29 @@ _BIASES: Final = _dexp(10, 2)  # schedB of the runs since 165: .02, in the secon
 SCHEDULES: Final = MappingProxyType(
     {
         # Section 5's rule is code, see ``training.schedule.Plateau``; about 90 epochs.
-        "plateau": Timetable(90),
-        "constant": Timetable(90),
+        "plateau": PublishedSchedule(90),
+        "constant": PublishedSchedule(90),
         # -- by hand: the notes at the end of layer-params-N.cfg, whose epochs are finished ones.
         # They do not name the rates of the biases.  These are from the files, as they were left
         # at the end of a run.
         # Run 145's biases had .02 after its continuation; whether it was less before that, as in
         # its sibling of 2010, was not logged.
-        "run145": Timetable(91, _tenths(25, 51, 79), {}, _conv1(72, slow=67), {67: 0.0}),
+        "run145": PublishedSchedule(91, _tenths(25, 51, 79), {}, _conv1(72, slow=67), {67: 0.0}),
         # The same run, continued at 1e-3 with colour noise; conv1 stayed frozen.
-        "run145_continued": Timetable(
+        "run145_continued": PublishedSchedule(
             135,
             {**_tenths(25, 51, 79), 91: 0.1, 107: 0.01, 124: 0.001},
             own=_conv1(72, slow=67),
             noise={67: 0.0, 91: 1.0, 124: 0.0},
         ),
         # The biases had .002 at the end; when it fell was not logged: here with the last drop.
-        "run145_2010": Timetable(
+        "run145_2010": PublishedSchedule(
             93, _tenths(23, 51, 78), {78: 0.1}, _conv1(72, slow=68), {68: 0.0}
         ),
         # The third drop was not logged (the file ends at 1e-5): here that of run 145-2010.  The
         # biases of conv1 and conv2 had .002 at the end: here both from conv1's first drop on.
         # The notes freeze conv1, but in the file it has 1e-5 and .002: here it is frozen.
-        "run145_half": Timetable(
+        "run145_half": PublishedSchedule(
             96,
             _tenths(20, 48, 78),
             own={**_conv1(72, slow=66), "conv2.bias": {66: 0.1}},
@@ -271,13 +271,13 @@ SCHEDULES: Final = MappingProxyType(
         ),
         # No slow conv1, and no note that the colour noise was ever turned off.  The biases had
         # .02 after the first drop and .002 at the end: here from the last drop on.
-        "run147": Timetable(90, _tenths(23, 51, 79), {79: 0.1}, _conv1(79), {}),
-        "run148": Timetable(97, _tenths(22, 44, 86), {}, _conv1(73, slow=69), {69: 0.0}),
-        "run150": Timetable(92, _tenths(25, 49, 79), {}, _conv1(72, slow=66), {66: 0.0}),
+        "run147": PublishedSchedule(90, _tenths(23, 51, 79), {79: 0.1}, _conv1(79), {}),
+        "run148": PublishedSchedule(97, _tenths(22, 44, 86), {}, _conv1(73, slow=69), {69: 0.0}),
+        "run150": PublishedSchedule(92, _tenths(25, 49, 79), {}, _conv1(72, slow=66), {66: 0.0}),
         # Began with weights of run 146-2011 in all layers but fc8, which had 1e-3 for its first
         # 300 batches (a fraction of an epoch).  Biases had .02 at the end, conv6's .022; conv1's
         # is taken to be .02 until conv1 is frozen.
-        "run146_2012": Timetable(
+        "run146_2012": PublishedSchedule(
             54,
             {0: 0.1, 22: 0.01, 42: 0.001},
             own={
@@ -290,36 +290,42 @@ SCHEDULES: Final = MappingProxyType(
         ),
         # Began with conv1 to conv5 of a backup of run 145, and was killed after 6.6 epochs.  The
         # new layers had .01 up to epoch 2.16.  No note that the colour noise was turned off.
-        "run146_2009": Timetable(7, {0: 0.1}, own=_new(2, "conv6", "fc6", "fc7", "fc8"), noise={}),
+        "run146_2009": PublishedSchedule(
+            7, {0: 0.1}, own=_new(2, "conv6", "fc6", "fc7", "fc8"), noise={}
+        ),
         # Began with the convolutions of run 146-2009, and was killed after 8.1 epochs.  No note of
         # the colour noise here either.
-        "run146_2011": Timetable(8, {0: 0.1}, own=_new(6, "fc6", "fc7", "fc8"), noise={}),
+        "run146_2011": PublishedSchedule(8, {0: 0.1}, own=_new(6, "fc6", "fc7", "fc8"), noise={}),
         # -- by the rules of lr.cu.  One rule for weights and biases up to run 163.
-        "run155": Timetable(95, _exp(4000, 2), _exp(4000, 2), _conv1(74), {61: 0.0}),
-        "run156": Timetable(95, _exp(2000, 2), _exp(2000, 2), _conv1(72), {61: 0.0}),
-        "run157": Timetable(95, _exp(8000, 4), _exp(8000, 4), _conv1(73), {62: 0.0}),
-        "run158": Timetable(95, _exp(20000, 4), _exp(20000, 4), _conv1(77), {63: 0.0}),
-        "run166": Timetable(95, _dexp(1000, 4), _BIASES, _conv1(73), {64: 0.0}),
-        "run167": Timetable(95, _dexp(1000, 4), _BIASES, _conv1(73), {63: 0.0}),
-        "run169": Timetable(95, _dexp(500, 4), _BIASES, _conv1(73), {60: 0.0}),
-        "run170": Timetable(95, _dexp(250, 4), _BIASES, _conv1(74), {68: 0.0}),
+        "run155": PublishedSchedule(95, _exp(4000, 2), _exp(4000, 2), _conv1(74), {61: 0.0}),
+        "run156": PublishedSchedule(95, _exp(2000, 2), _exp(2000, 2), _conv1(72), {61: 0.0}),
+        "run157": PublishedSchedule(95, _exp(8000, 4), _exp(8000, 4), _conv1(73), {62: 0.0}),
+        "run158": PublishedSchedule(95, _exp(20000, 4), _exp(20000, 4), _conv1(77), {63: 0.0}),
+        "run166": PublishedSchedule(95, _dexp(1000, 4), _BIASES, _conv1(73), {64: 0.0}),
+        "run167": PublishedSchedule(95, _dexp(1000, 4), _BIASES, _conv1(73), {63: 0.0}),
+        "run169": PublishedSchedule(95, _dexp(500, 4), _BIASES, _conv1(73), {60: 0.0}),
+        "run170": PublishedSchedule(95, _dexp(250, 4), _BIASES, _conv1(74), {68: 0.0}),
         # Batches of 256 at twice the rates; killed after 84 epochs, which the figure is of.
-        "run170_256": Timetable(84, _dexp(250, 4, 2), _dexp(10, 2, 2), _conv1(73), {61: 0.0}),
-        "run171": Timetable(95, _dexp(500, 5), _BIASES, _conv1(72), {60: 0.0}),
-        "run174": Timetable(86, _jdexp(500, 4), _BIASES, _conv1(74), {62: 0.0}),  # killed at 86
-        "run177": Timetable(95, _dexp(250, 4), _BIASES, _conv1(73), {60: 0.0}),
+        "run170_256": PublishedSchedule(
+            84, _dexp(250, 4, 2), _dexp(10, 2, 2), _conv1(73), {61: 0.0}
+        ),
+        "run171": PublishedSchedule(95, _dexp(500, 5), _BIASES, _conv1(72), {60: 0.0}),
+        "run174": PublishedSchedule(
+            86, _jdexp(500, 4), _BIASES, _conv1(74), {62: 0.0}
+        ),  # killed at 86
+        "run177": PublishedSchedule(95, _dexp(250, 4), _BIASES, _conv1(73), {60: 0.0}),
         # cuda-convnet2's net for two GPUs, layers-imagenet-2gpu-model.cfg, with the command of its
         # wiki (MultiGPU): 90 epochs, always with colour noise, conv1 never frozen.
-        "cuda_convnet2": Timetable(
+        "cuda_convnet2": PublishedSchedule(
             90, _dexp(250, 4, 2, length=90), _dexp(25, 2, 2, length=90), noise={}
         ),
         # -- other nets
         # Caffe's models/bvlc_alexnet/readme.md: a tenth each 100,000 of 360,000 iterations of 256
         # images, so each 20 of 72 epochs; biases at twice the rate (lr_mult), no colour noise.
-        "caffe": Timetable(72, _tenths(20, 40, 60), _tenths(20, 40, 60), noise={}),
+        "caffe": PublishedSchedule(72, _tenths(20, 40, 60), _tenths(20, 40, 60), noise={}),
         # layer-params-cifar10-11pct.cfg: 350, 150, 10 and 10 epochs; the biases' rate stayed.
-        "cifar": Timetable(520, weights={500: 0.1, 510: 0.01}),
+        "cifar": PublishedSchedule(520, weights={500: 0.1, 510: 0.01}),
         # torchvision's references/classification: lr-step-size 30
-        "every_30": Timetable(90, weights={30: 0.1, 60: 0.01}),
+        "every_30": PublishedSchedule(90, weights={30: 0.1, 60: 0.01}),
     }
 )

@@ -117,7 +117,7 @@ class Plan:
 
     @property
     def by_image(self) -> bool:
-        """Whether up to fc6 each image is computed for itself, so that a batch may be cut."""
+        """Whether conv1 to conv5 treat each image independently, so that a batch can be cut."""
         return self.norm != "batch" and self.conv4_dropout == 0
 
     @property

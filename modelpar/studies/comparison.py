@@ -14,7 +14,8 @@ from modelpar.tables import mean_std
 
 HEAD: Final = (
     "experiment", "seeds", "steps", "views", "top-1 error, %", "top-5 error, %",
-    "against", "difference, top-1", "95 % interval", "published difference, top-1", "published",
+    "control", "difference to control, top-1", "95 % interval",
+    "published difference, top-1", "published",
 )  # fmt: skip
 NOTE: Final = (
     "Each data set has its own table, since errors on different images cannot be compared. "

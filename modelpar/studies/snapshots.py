@@ -20,7 +20,14 @@ from modelpar.studies.runs import GOAL, Run
 from modelpar.training import checkpoint, evaluation
 from modelpar.training.checkpoint import Checkpoint
 
-CURVE_HEAD: Final = ("run", "activation", "rate", "seed", "epochs", f"epochs to {GOAL:g} % error")
+CURVE_HEAD: Final = (
+    "run",
+    "activation",
+    "learning rate",
+    "seed",
+    "epochs",
+    f"epochs to {GOAL:g} % error",
+)
 CURVE_CAPTION: Final = (
     "In figure 1 of the paper tanh needs six times as many epochs as ReLU, on CIFAR-10."
 )

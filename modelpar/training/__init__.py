@@ -1,1 +1,1 @@
-"""How it learns: steps, rates, checkpoints and what a run shows; knows no Hydra."""
+"""Training, evaluation and prediction: steps, learning rates, checkpoints and logging."""

@@ -36,9 +36,8 @@ class Row:
     """A layer of one column: numbers of one image, and bytes of the whole batch.
 
     ``output``: of the layer itself, before its pool.  ``sent`` and ``returned``: bytes forward and
-    backward.
-    ``optimizer``: gradients and velocities.  ``activations``: what is kept for the backward pass
-    without torch.compile, which keeps less.
+    backward.  ``optimizer``: gradients and velocities.  ``activations``: what is kept for the
+    backward pass without torch.compile, which keeps less.
     """
 
     layer: str

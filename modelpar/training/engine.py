@@ -302,8 +302,9 @@ def evaluate(
 ) -> Errors:
     """Return the exact errors over ``batches`` of stored images; each replica has its share.
 
-    ``groups`` are those of all test images, see ``ImageSet``.  To ``confusion`` (C, C) are added
-    this replica's answers: in row L those to images of class L.  A collective of the whole mesh.
+    ``groups`` are those of all test images, see ``ImageSet``.  Adds this replica's predictions to
+    ``confusion`` (C, C): rows are true classes, columns predicted ones.  A collective of the whole
+    mesh.
     """
     count = ErrorCount(groups, mesh.replica, mesh.replicas)
     for stored, labels in batches:

@@ -139,7 +139,7 @@ class Monitor:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in FULL:
                 raise
-            say(f"{self.run_dir}: no more pictures and charts ({one_line(error)})")
+            say(f"{self.run_dir}: TensorBoard is no longer written ({one_line(error)})")
             self.board = None
 
     def describe(self, settings: Mapping[str, Any]) -> None:
@@ -186,7 +186,7 @@ class Monitor:
                 self._histogram(one, step)
             if self.board and seen.confusion is not None:
                 picture = confusion_picture(seen.confusion, classes)
-                self.board.add_image("test_answers/confusion", picture, step)
+                self.board.add_image("test/confusion_matrix", picture, step)
             if self.board and seen.embedding is not None:
                 self._embedding(seen.embedding, classes, step)
 

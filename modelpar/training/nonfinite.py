@@ -11,7 +11,7 @@ from modelpar.training.engine import Learner
 
 
 def first_nonfinite(learner: Learner, batch: Batch, step: int) -> str:
-    """Return which layer has the first value that is not finite in a step without an update.
+    """Recompute the step without its update; return the first layer with a non-finite value.
 
     Layers are searched in the order of forward over both columns.  If only gradients are not
     finite they are searched in the order of backward.  A collective of the world: the layer is the
@@ -35,17 +35,17 @@ def first_nonfinite(learner: Learner, batch: Batch, step: int) -> str:
         hook.remove()
     found = [(-1, "the images")] if not _finite(batch.images) else []
     found += [(place_of[_layer(name)], name) for name in weights if not _finite(weights[name])]
-    found += [(place_of[layer], f"the output of {layer}") for layer in outputs]
+    found += [(place_of[layer], f"output of {layer}") for layer in outputs]
     found += [
-        (2 * len(weights) - place_of[_layer(name)], f"the gradient of {name}")
+        (2 * len(weights) - place_of[_layer(name)], f"gradient of {name}")
         for name, weight in weights.items()
         if weight.grad is not None and not _finite(weight.grad)
     ]
-    total = "the norm of all gradients" if _finite(loss) else "the loss"
+    total = "norm of all gradients" if _finite(loss) else "loss"
     place, what = min(found, default=(3 * len(weights), total))
     column = f" in column {mesh.column}" if mesh.columns > 1 else ""
     _, first = min(mesh.gather_objects((place, what + column)), key=itemgetter(0))
-    return f"the loss is {loss.item():.4g}; first not finite: {first}"
+    return f"loss is {loss.item():.4g}; first non-finite value: {first}"
 
 
 def _layer(name: str) -> str:

@@ -78,7 +78,7 @@ class MomentumDecay(Optimizer):
         self.update = compiled
 
     def run_eager(self) -> None:
-        """Use nothing that is compiled."""
+        """Run eagerly."""
         self.update = _update
 
     def set_rates(self, rates: Mapping[str, float]) -> None:

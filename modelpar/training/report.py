@@ -68,7 +68,7 @@ def ended(
 ) -> None:
     """Print the last error, the best checkpoint, and commands that use the run.
 
-    ``seconds``: how long this start has trained; None: it has found the run finished.
+    ``seconds``: the training time of this process; None: the run was already finished.
     """
     tests = {row["step"]: row for row in read_rows(run_dir) if row["kind"] == "test"}
     last = tests[max(tests)]

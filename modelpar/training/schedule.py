@@ -63,7 +63,7 @@ class Schedule:
         for layer in recipe.rates_by_layer:
             if layer not in layers:
                 refuse_choice("recipe.rates_by_layer", layer, layers)
-        self.published = {layers[0]: "conv1", layers[-1]: "fc8"}  # the names in a timetable
+        self.published = {layers[0]: "conv1", layers[-1]: "fc8"}  # the names in a schedule
         self.biases = self.table.biases
         if recipe.bias_drop is not None:
             first = self.biases.get(0, 1.0)
@@ -86,7 +86,7 @@ class Schedule:
         factors = {"weight": self._factor(self.table.weights, epoch)}
         if recipe.schedule == "plateau":
             factors["weight"] = paper.RATE_DIVISOR**-self.plateau.drops
-        if recipe.rates == "double_bias":  # the code's biases had a timetable of their own
+        if recipe.rates == "double_bias":  # the code's biases had a schedule of their own
             factors["bias"] = self._factor(self.biases, epoch)
         rates: dict[str, float] = {}
         for name in self.names:

@@ -1,8 +1,7 @@
-"""What a run shows of its net: activations, gradients, wrong answers and neighbouring images.
+"""What a run shows of its net: activations, gradients, wrong predictions, neighbouring images.
 
-Both columns of the first replica take part, since each holds half of it.  What they send each
-other is sent at an evaluation, never in a step, and the ranks send it also where nothing can be
-drawn any more.
+Both columns of the first replica take part, since each holds half of it.  They exchange this data
+at evaluations only, and even after TensorBoard has failed on rank 0, since it is a collective.
 """
 
 from dataclasses import dataclass
@@ -136,10 +135,10 @@ class Watch:
         stored: list[Tensor] = []
         labels: list[int] = []
         units: list[Tensor] = []
-        for batch, answers in self._some(EMBEDDED):
+        for batch, some in self._some(EMBEDDED):
             units.append(features(self.net, self.augmentation.center_crop(batch))[1].double())
             stored.append(batch.cpu())
-            labels += answers.tolist()
+            labels += some.tolist()
         wide = torch.cat(units)
         products = all_reduce_sum(wide @ wide.T, self.mesh.pair).cpu()
         return Embedding(torch.cat(stored), labels, products)

@@ -277,7 +277,7 @@ class Trainer:
             net, self.mesh, batches, augmentation, groups, views, confusion=confusion
         )
         if not math.isfinite(errors.loss):
-            self._diverged(self.step, f"the test loss is {errors.loss}")
+            self._diverged(self.step, f"test loss is {errors.loss}")
         return errors
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -121,7 +121,7 @@ def test_tensorboard_changes_no_bit_of_the_training(
     keys = ("step", "loss", "top1", "top5", "exchange_bytes_per_image")
     assert rows(tmp_path / "shown", *keys) == rows(tmp_path / "plain", *keys)
     scalars, pictures, histograms = tags(tmp_path / "shown")
-    assert pictures == {"weights_conv1/kernels", "train_batch/augmented", "test_answers/confusion"}
+    assert pictures == {"weights_conv1/kernels", "train_batch/augmented", "test/confusion_matrix"}
     assert scalars >= {
         "train/top1",
         "weights_conv1/column1_off_grey",

@@ -233,9 +233,9 @@ def test_only_steps_of_one_training_are_averaged(stopped: Stopped) -> None:
     one = find(str(stopped.once))
     early = find(str(stopped.often / "checkpoints" / "step-00000003"))
     for other, line in (
-        (one, "step 10 is there twice"),
-        (replace(early, seed=1), "another seed than"),
-        (replace(early, plan=replace(early.plan, activation="tanh")), "another plan than"),
+        (one, "step 10 is given twice"),
+        (replace(early, seed=1), "its seed differs from"),
+        (replace(early, plan=replace(early.plan, activation="tanh")), "its net differs from"),
     ):
         with pytest.raises(SettingsError, match=f"^checkpoint={other.path}: {line}"):
             exports.mean_weights([one, other])

@@ -195,7 +195,7 @@ def test_nan_loss_stops_all_ranks_and_is_not_saved(
     words = overrides(images, "epochs=4", "recipe.lr=1e30", "checkpoint_every=1")
     said = pair.run(diverged, words, str(tmp_path / "run"))
     assert said[0] == said[1]
-    assert "the loss is nan" in said[0]
+    assert "loss is nan" in said[0]
     found = newest(tmp_path / "run")
     assert found is not None  # the first step's loss is finite, and with it what it saves
     weights = read_part(found, "weights", None)
@@ -257,9 +257,9 @@ def poisoned(
 @pytest.mark.parametrize(
     ("layer", "what", "named"),
     [
-        ("conv4", "weight", "first not finite: conv4.weight in column 1"),
-        ("fc7", "maps", "first not finite: the output of fc7 in column 1"),
-        ("conv2", "gradient", "first not finite: the gradient of conv2.weight in column 1"),
+        ("conv4", "weight", "first non-finite value: conv4.weight in column 1"),
+        ("fc7", "maps", "first non-finite value: output of fc7 in column 1"),
+        ("conv2", "gradient", "first non-finite value: gradient of conv2.weight in column 1"),
     ],
 )
 def test_layer_with_a_nonfinite_value_is_named_on_both_ranks(
@@ -268,7 +268,7 @@ def test_layer_with_a_nonfinite_value_is_named_on_both_ranks(
     words = overrides(images, "epochs=4", "recipe.lr=0.0005", "checkpoint_every=1")
     (one, *_), (other, *_) = pair.run(poisoned, words, str(tmp_path / "run"), layer, what)
     assert one == other
-    assert one.startswith("step 3: the loss is ")
+    assert one.startswith("step 3: loss is ")
     assert named in one
     found = newest(tmp_path / "run")
     assert found is not None
@@ -285,8 +285,8 @@ def test_bad_step_that_is_noticed_later_changes_no_weight(
     before = newest(tmp_path / "two")
     assert before is not None
     for column, (error, passes, state) in enumerate(ends):
-        assert error.startswith("step 3: the loss is ")
-        assert "first not finite: the gradient of conv2.weight in column 1" in error
+        assert error.startswith("step 3: loss is ")
+        assert "first non-finite value: gradient of conv2.weight in column 1" in error
         assert passes == 3 + in_flight + 1  # the last is the search for the layer
         for kind, tensors in state.items():
             saved = read_part(before, kind, column)

@@ -29,7 +29,7 @@ def test_columns_of_a_replica_are_neighbours(two_pairs: Ranks) -> None:
 def prepared(mesh: Mesh, failing: int, seconds: float = 0.0) -> str:
     """Prepare; the ranks from ``failing`` on raise an error, after so many seconds."""
     try:
-        with mesh.all_or_none(patient=True):
+        with mesh.all_or_none(long_timeout=True):
             if mesh.rank >= failing:
                 time.sleep(seconds)
                 raise DataError(f"rank {mesh.rank}: no images")
@@ -69,7 +69,7 @@ def test_messages_of_all_ranks_come_in_rank_order(two_pairs: Ranks) -> None:
 
 
 def timeouts(mesh: Mesh) -> list[float]:
-    groups = [dist.group.WORLD, mesh.pair, mesh.replica_group, mesh.world, mesh.patient]
+    groups = [dist.group.WORLD, mesh.pair, mesh.replica_group, mesh.world, mesh.slow_world]
     return [
         group._get_backend(torch.device("cpu")).options._timeout.total_seconds()  # type: ignore[union-attr]
         for group in groups

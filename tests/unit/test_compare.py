@@ -59,13 +59,13 @@ def test_row_has_mean_and_deviation_over_seeds_and_difference_by_seed(place: Pat
     assert control["seeds"] == ours["seeds"] == "2"
     assert control["top-1 error, %"] == "11.00 ± 1.41"
     assert ours["top-1 error, %"] == "13.50 ± 0.71"
-    assert ours["against"] == "two_columns"
-    assert ours["difference, top-1"] == "+2.50"  # 3 and 2: by seed
+    assert ours["control"] == "two_columns"
+    assert ours["difference to control, top-1"] == "+2.50"  # 3 and 2: by seed
     assert ours["95 % interval"] == "-3.85 to +8.85, includes zero"  # 2.5 ± 12.706 / 2
     assert not control["95 % interval"]
     assert ours["published difference, top-1"] == "+1.37"  # 42.034 - 40.664
     assert ours["published"] == "42.034 / 19.362 on ILSVRC-2012 validation, 10 views (run 148)"
-    assert not control["against"]
+    assert not control["control"]
     assert control["views"] == "10"
 
 
@@ -105,7 +105,7 @@ def test_only_an_interval_with_zero_in_it_is_marked_in_all_outputs(
 def test_each_data_set_has_its_own_table(place: Path) -> None:
     found = cells(place, "*", "b/0")
     assert [row["data"] for row in found] == ["photos, 64 pixels"] * 2 + ["synthetic, 224 pixels"]
-    assert not found[-1]["difference, top-1"]  # its control was run on other images
+    assert not found[-1]["difference to control, top-1"]  # its control was run on other images
     text = comparison.markdown(comparison.group([runs.read(run) for run in runs.find(["*"])]))
     assert text.count("| experiment |") == 2
     assert comparison.NOTE in text
@@ -132,7 +132,7 @@ def test_overridden_experiment_has_its_own_row_without_published_error(place: Pa
     ]
     # What was published is of the experiment as it stands, and a control is like its run.
     assert [bool(row["published"]) for row in found[1:]] == [True, False, False, False, True]
-    assert [bool(row["difference, top-1"]) for row in found[1:]] == [True] + 4 * [False]
+    assert [bool(row["difference to control, top-1"]) for row in found[1:]] == [True] + 4 * [False]
 
 
 def test_runs_that_started_from_different_nets_have_rows_of_their_own(place: Path) -> None:
@@ -150,7 +150,7 @@ def test_control_has_the_same_other_settings_as_its_run(place: Path) -> None:
     stored(place / "d", 20.0, "experiment=two_columns", *words)
     stored(place / "e", 10.0, "experiment=no_lrn", *words)
     *_, ours = cells(place, "a", "d", "e")
-    assert ours["difference, top-1"] == "-10.00"
+    assert ours["difference to control, top-1"] == "-10.00"
 
 
 def test_experiment_that_changes_views_is_compared_with_a_control_of_ten_views(
@@ -160,9 +160,9 @@ def test_experiment_that_changes_views_is_compared_with_a_control_of_ten_views(
     stored(place / "e", 13.0, "experiment=no_lrn", "views=1")
     stored(place / "f", 10.0, "experiment=two_columns_2010")
     _, one_view, other, _ = cells(place, "a", "d", "e", "f")
-    assert one_view["difference, top-1"] == "+3.00"
+    assert one_view["difference to control, top-1"] == "+3.00"
     assert one_view["published difference, top-1"] == "+1.50"
-    assert not other["difference, top-1"]
+    assert not other["difference to control, top-1"]
 
 
 def test_runs_of_imagenet_have_the_lengths_of_their_own_schedules(place: Path) -> None:
@@ -174,7 +174,7 @@ def test_runs_of_imagenet_have_the_lengths_of_their_own_schedules(place: Path) -
             run = stored(place / folder / name, 10.0, f"experiment={name}", *words)
             rows = (run / "metrics.jsonl").read_text().replace('"epoch": 0', f'"epoch": {last}')
             (run / "metrics.jsonl").write_text(rows.replace('"views": 1', '"views": 10'))
-    assert [row["difference, top-1"] for row in cells(place, "d")] == ["+0.00", ""]
+    assert [row["difference to control, top-1"] for row in cells(place, "d")] == ["+0.00", ""]
     assert [row["seeds"] for row in cells(place, "e")] == ["0", "0"]
     assert run_length(config.read("train", ["experiment=clean", *words])) == 95
 

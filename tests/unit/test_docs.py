@@ -119,7 +119,7 @@ TRAIN = (
     "What is trained",
     "How it is computed",
     "What is kept and shown",
-    "Look for faults",
+    "Debug",
 )
 PLACES = [
     ("train", "settings.md", TRAIN),

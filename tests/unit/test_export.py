@@ -170,7 +170,7 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         export("net.onnx")
     with pytest.raises(LaunchError, match="source: an"):
         caffe.read_onnx(Path("net.onnx"))
-    with pytest.raises(SettingsError, match=r"opset=18: is for files that end in \.onnx"):
+    with pytest.raises(SettingsError, match=r"opset=18: applies only to files that end in \.onnx"):
         export("net.pt2", "opset=18")
     with pytest.raises(SettingsError, match=r"ends in \.safetensors or \.onnx or \.pt2"):
         export("net.bin")

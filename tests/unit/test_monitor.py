@@ -103,7 +103,7 @@ def test_training_continues_when_nothing_can_be_drawn(
     monitor = opened(tmp_path, 0, 2)
     with monitor.drawing():
         monitor.kernels(torch.randn(96, 3, 11, 11), 1)
-    assert f"modelpar: {tmp_path}: no more pictures and charts (" in capfd.readouterr().err
+    assert f"modelpar: {tmp_path}: TensorBoard is no longer written (" in capfd.readouterr().err
     for step in (1, 2):
         monitor.train(row(step), RATES)
     monitor.flush()
@@ -267,7 +267,7 @@ def test_what_an_evaluation_has_seen(tmp_path: Path, capfd: pytest.CaptureFixtur
     (event,) = board.Histograms("units_histogram/conv1/column1")
     assert event.histogram_value.num == 6
     assert event.histogram_value.bucket_limit[-1] == 3.0
-    assert board.Images("test_answers/confusion")[0].step == 5
+    assert board.Images("test/confusion_matrix")[0].step == 5
     place = tmp_path / "00005" / "fc7"
     assert (place / "metadata.tsv").read_text().split() == ["brick", "moon"] * 3
     points = [line.split() for line in (place / "tensors.tsv").read_text().splitlines()]
@@ -277,7 +277,7 @@ def test_what_an_evaluation_has_seen(tmp_path: Path, capfd: pytest.CaptureFixtur
     monitor = opened(tmp_path, 5, 9)
     (tmp_path / "00009").touch()  # so the images cannot be written
     monitor.seen(seen, ["brick", "moon"], 9)
-    assert "no more pictures and charts (" in capfd.readouterr().err
+    assert "TensorBoard is no longer written (" in capfd.readouterr().err
     monitor.close()
 
 
