@@ -36,7 +36,6 @@ def declare(default: Any, **metadata: Any) -> Any:
     ``filled``: a list must not be empty.  ``keys``: of a group of settings, those that matter.
     """
     if isinstance(default, tuple):
-        metadata = {"filled": bool(default), **metadata}
         return field(default_factory=lambda: [*default], metadata=metadata)
     if isinstance(default, dict):
         return field(default_factory=lambda: {**default}, metadata=metadata)

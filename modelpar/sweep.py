@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
@@ -25,10 +25,10 @@ from modelpar import config, device, environment, errors, overrides
 from modelpar.checks import check_net
 from modelpar.errors import LaunchError, SettingsError, StoppedError, one_line
 from modelpar.files import atomic_write, check_writable
-from modelpar.net.plan import Recipe, plan_for
+from modelpar.net.plan import plan_for
 from modelpar.settings import TrainSettings
 from modelpar.shutdown import SIGNALS
-from modelpar.training.metrics import top1_errors
+from modelpar.training.metrics import evaluations
 from modelpar.training.run_dir import CONFIG
 
 FLAGS: Final = {"--multirun", "-m", "hydra.mode=MULTIRUN"}  # that ask for a sweep
@@ -64,7 +64,7 @@ def _checked(name: str, words: list[str]) -> "Sweep":
     for settings in jobs:
         if isinstance(settings, TrainSettings):  # its net can be built
             size = settings.model.image_size or settings.data.image_size
-            plan_for(Recipe(**asdict(settings.recipe)), settings.model, 1, size)
+            plan_for(settings.recipe, settings.model, 1, size)
             check_net(settings)
     at_once = int(hydra.launcher.get("n_jobs", 1)) or 1  # negative: almost one for each core
     if at_once != 1:
@@ -196,4 +196,5 @@ class Sweep:
 
 def _last_error(run_dir: Path) -> float | None:
     """Return the last top-1 error of a run in %, None if it was never evaluated."""
-    return next(reversed(top1_errors(run_dir).values()), None)
+    rows = [*evaluations(run_dir).values()]
+    return rows[-1]["top1"] if rows else None

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from modelpar.analysis.histograms import sample
 from modelpar.distributed import Mesh, all_reduce_sum
-from modelpar.net.layers import Activation
+from modelpar.net.layers import ACTIVATIONS
 
 LOGITS: Final = "logits"
-TORCH_ACTIVATIONS: Final = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU)  # of torchvision's net
 MEASURES: Final = ("mean", "std", "zeros", "dead")
 
 
@@ -41,10 +40,9 @@ def activations_of(net: nn.Module) -> dict[str, nn.Module]:
     for name, module in net.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             layer = name
-        elif isinstance(module, Activation):
-            found[module.layer] = module
-        elif isinstance(module, TORCH_ACTIVATIONS):
-            found[layer] = module
+        elif isinstance(module, tuple(ACTIVATIONS.values())):
+            group, _, key = name.rpartition(".")  # our nets have a group of them by layer
+            found[key if group.endswith("activations") else layer] = module
     return found
 
 

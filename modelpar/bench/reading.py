@@ -39,7 +39,7 @@ from modelpar.images.photos import PHOTOGRAPHS
 from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set, stored_size
 from modelpar.images.statistics import statistics
-from modelpar.net.plan import Recipe, plan_for
+from modelpar.net.plan import plan_for
 from modelpar.progress import progress_bar
 from modelpar.schemas import BenchmarkSettings, PrepareSettings
 from modelpar.settings import TrainSettings
@@ -156,7 +156,7 @@ def _setup(root: Path, settings: BenchmarkSettings, batch_size: int, batches: in
         reader: open_set(DataSettings(name, str(where), image_size=size), cache)
         for reader, (name, where) in roots.items()
     }
-    plan = plan_for(Recipe(**asdict(settings.recipe)), ModelSettings(), CLASSES, size)
+    plan = plan_for(settings.recipe, ModelSettings(), CLASSES, size)
     precision = (settings.precisions or ["float32"])[0]
     trained = TrainSettings(
         epochs=1, batch_size=batch_size, precision=precision, compile=settings.compile

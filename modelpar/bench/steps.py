@@ -1,7 +1,7 @@
 """The contenders: one training step of the same net and batch by several means."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from modelpar.net.alexnet import AlexNet
 from modelpar.net.exchange import Link
 from modelpar.net.layers import as_weight
 from modelpar.net.paper import COLUMNS, LAYERS
-from modelpar.net.plan import Plan, Recipe, plan_for
+from modelpar.net.plan import Plan, plan_for
 from modelpar.schemas import BenchmarkSettings
 from modelpar.seeding import generator
 from modelpar.settings import TrainSettings
@@ -51,10 +51,9 @@ class Contender:
     def plan(self) -> Plan:
         """The net that the step trains; raises SettingsError."""
         settings = self.settings
-        recipe = Recipe(**asdict(settings.recipe))
         net = ModelSettings(net="torchvision" if self.name == "torchvision" else None)
         try:
-            return plan_for(recipe, net, settings.num_classes, settings.image_size)
+            return plan_for(settings.recipe, net, settings.num_classes, settings.image_size)
         except SettingsError as error:  # the keys of a benchmark have no groups
             raise SettingsError(str(error).removeprefix("model.")) from None
 

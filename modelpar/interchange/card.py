@@ -11,7 +11,7 @@ from modelpar import environment
 from modelpar.config import without_secrets
 from modelpar.tables import markdown
 from modelpar.training.checkpoint import Checkpoint
-from modelpar.training.metrics import last_test
+from modelpar.training.metrics import evaluations
 from modelpar.training.run_dir import CONFIG
 from modelpar.training.trained import TrainedNet
 
@@ -54,7 +54,7 @@ def _recorded(trained: TrainedNet) -> dict[str, Any]:
     made = f"trained for {trained.step} steps from seed {trained.seed} with {programs}"
     return {
         "made": made,
-        "errors": last_test(run_dir, trained.step) or None,
+        "errors": evaluations(run_dir).get(trained.step),
         "settings": config.read_text("utf-8", "replace") if config.is_file() else None,
     }
 

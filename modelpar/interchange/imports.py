@@ -1,7 +1,7 @@
 """``modelpar-convert``: weights of another program as a file that every command takes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modelpar import errors
 from modelpar.errors import CheckpointError, SettingsError
-from modelpar.groups import DataSettings, ModelSettings
+from modelpar.groups import DataSettings, ModelSettings, RecipeSettings
 from modelpar.images.augment import Statistics
 from modelpar.interchange import caffe, cuda_convnet
 from modelpar.interchange.exports import write
@@ -40,7 +40,7 @@ def convert(settings: ConvertSettings) -> None:
     paths = [Path(one) for one in (given if isinstance(given, list) else [given])]
     foreign, where = _read(paths), ", ".join(map(str, paths))
     if settings.recipe is not None:
-        recipe = Recipe(**asdict(settings.recipe))
+        recipe: RecipeSettings = settings.recipe
     elif foreign.recipe is not None:
         recipe = Recipe.named(foreign.recipe)
     else:
@@ -121,7 +121,7 @@ def _state(path: Path) -> dict[str, Tensor]:
         return {key.removeprefix("module."): value.float() for key, value in found.items()}
 
 
-def _plan(recipe: Recipe, foreign: Foreign) -> Plan:
+def _plan(recipe: RecipeSettings, foreign: Foreign) -> Plan:
     """Return the net whose layers have the outputs of the weights; else the paper's."""
     weights = foreign.weights
     last = weights.get(TORCHVISION, weights.get("fc8.bias"))

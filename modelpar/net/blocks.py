@@ -13,8 +13,8 @@ from modelpar.gpu.block import Block, block
 from modelpar.net.exchange import Link, swap
 from modelpar.net.fused import block_of, patches
 from modelpar.net.layers import (
+    ACTIVATIONS,
     AcrossMaps,
-    Activation,
     Dropout,
     as_weight,
     compile_norm,
@@ -37,7 +37,7 @@ class Blocks(nn.Module):
         column = None if link is None else link.column
         self.columns = plan.columns if column is None else 1
         self.activations = nn.ModuleDict(
-            {name: Activation(name, plan.activation) for name in plan.layers if name != "fc8"}
+            {name: ACTIVATIONS[plan.activation]() for name in plan.layers if name != "fc8"}
         )
         self.pool = pool(plan.pool)
         self.norm1 = _norm_of(plan, "conv1", link)

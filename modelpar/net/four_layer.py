@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from modelpar.net import paper
 from modelpar.net.alexnet import AlexNet
-from modelpar.net.layers import Activation, Dropout, as_weight, norm, pool
+from modelpar.net.layers import ACTIVATIONS, Dropout, as_weight, norm, pool
 from modelpar.net.plan import Plan
 from modelpar.net.weights import load_initial
 from modelpar.seeding import generator
@@ -64,7 +64,7 @@ class FourLayer(nn.Module):
         self.local4 = Local(three.outputs, four.outputs, four.kernel, side)
         self.fc10 = nn.Linear(four.outputs * side**2, plan.num_classes, device="meta")
         self.activations = nn.ModuleDict(
-            {name: Activation(name, plan.activation) for name in plan.layers if name != "fc10"}
+            {name: ACTIVATIONS[plan.activation]() for name in plan.layers if name != "fc10"}
         )
         self.pool = pool(plan.pool)
         self.norm1, self.norm2 = norm(plan, "conv1", 1), norm(plan, "conv2", 1)

@@ -1,7 +1,4 @@
-"""Response normalization and unscaled dropout as in the paper, and batch norm in float32.
-
-``Activation`` stores the name of the layer before it, so that hooks can find it.
-"""
+"""Response normalization and unscaled dropout as in the paper, and batch norm in float32."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,11 +14,11 @@ from modelpar.net import paper
 from modelpar.net.plan import Plan
 from modelpar.seeding import generator
 
-ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
-    "relu": functional.relu,  # section 3.1
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "elu": functional.elu,
+ACTIVATIONS: Final[dict[str, type[nn.Module]]] = {
+    "relu": nn.ReLU,  # section 3.1
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "elu": nn.ELU,
 }
 
 
@@ -229,20 +226,7 @@ class BatchNorm(nn.Module):
         return functional.batch_norm(maps, mean, var, training=self.training)
 
 
-# -- activation and dropout ----------------------------------------------------------------------
-
-
-class Activation(nn.Module):
-    """The nonlinearity after ``layer`` (section 3.1); forward hooks see its output."""
-
-    def __init__(self, layer: str, kind: str) -> None:
-        super().__init__()
-        self.layer = layer
-        self.kind = kind
-
-    def forward(self, response: Tensor) -> Tensor:
-        """Return the activations, in the shape of ``response``."""
-        return ACTIVATIONS[self.kind](response)
+# -- dropout -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

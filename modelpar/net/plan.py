@@ -189,7 +189,9 @@ def plan_of(values: dict[str, Any]) -> Plan:
         raise SettingsError(f"not a description of a net: {error}") from None
 
 
-def plan_for(recipe: Recipe, model: ModelSettings, num_classes: int, image_size: int) -> Plan:
+def plan_for(
+    recipe: RecipeSettings, model: ModelSettings, num_classes: int, image_size: int
+) -> Plan:
     """Return the net that recipe, switches and data ask for; raises SettingsError."""
     net = model.net or ""
     chosen: dict[str, Any] = {"crossing_at": paper.OWN_CROSSINGS.get(net, paper.CROSSINGS)}
@@ -197,4 +199,4 @@ def plan_for(recipe: Recipe, model: ModelSettings, num_classes: int, image_size:
     chosen |= {key: value for key, value in vars(model).items() if value is not None}
     chosen |= {"num_classes": num_classes, "image_size": image_size}
     chosen["crossing_at"] = tuple(chosen["crossing_at"])
-    return Plan(recipe, **chosen)
+    return Plan(Recipe(**asdict(recipe)), **chosen)

@@ -5,7 +5,7 @@ The net runs on torch's device ``meta``, where tensors have shapes and no values
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Final
 
@@ -18,7 +18,7 @@ from modelpar.images.sets import open_set
 from modelpar.net.alexnet import AlexNet, Column
 from modelpar.net.exchange import Link
 from modelpar.net.four_layer import whole_net
-from modelpar.net.plan import Plan, Recipe, plan_for
+from modelpar.net.plan import Plan, plan_for
 from modelpar.settings import TrainSettings
 
 HEAD: Final = ("layer", "col", "output", "parameters", "MACs", "sent, B")
@@ -134,7 +134,7 @@ def plan_of_run(settings: TrainSettings) -> Plan:
     if classes is None:  # only the images know
         cache = config.cache_dir(settings.cache_dir)
         classes = len(open_set(data, cache, settings.seed, settings.batch_size).classes)
-    return plan_for(Recipe(**asdict(settings.recipe)), settings.model, classes, size)
+    return plan_for(settings.recipe, settings.model, classes, size)
 
 
 def show(settings: TrainSettings) -> None:

@@ -116,12 +116,6 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def last_test(run_dir: Path, step: int) -> dict[str, Any]:
-    """Return the last row of an evaluation after ``step`` steps; an empty one if there is none."""
-    found = [row for row in read_rows(run_dir) if row["kind"] == "test" and row["step"] == step]
-    return found[-1] if found else {}
-
-
-def top1_errors(run_dir: Path) -> dict[int, float]:
-    """Return the top-1 errors in % of a run's evaluations, by step."""
-    return {row["step"]: row["top1"] for row in read_rows(run_dir) if row["kind"] == "test"}
+def evaluations(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Return the rows of a run's evaluations by step; of several at one step the last."""
+    return {row["step"]: row for row in read_rows(run_dir) if row["kind"] == "test"}

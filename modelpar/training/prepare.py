@@ -1,7 +1,7 @@
 """What a training needs before its first step: images, plan, and where it continues."""
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -19,12 +19,12 @@ from modelpar.images.order import BatchOrder
 from modelpar.images.samples import ImageSet
 from modelpar.images.sets import open_set
 from modelpar.images.statistics import statistics
-from modelpar.net.plan import Plan, Recipe, plan_for, plan_of, settings_of
+from modelpar.net.plan import Plan, plan_for, plan_of, settings_of
 from modelpar.seeding import digest
 from modelpar.settings import TrainSettings
 from modelpar.training import checkpoint
 from modelpar.training.checkpoint import Checkpoint
-from modelpar.training.metrics import last_test
+from modelpar.training.metrics import evaluations
 from modelpar.training.run_dir import check_compatible
 from modelpar.training.schedule import run_length
 
@@ -66,8 +66,7 @@ def prepare(settings: TrainSettings, run_dir: Path | None = None) -> Prepared:
     }
     given = {key: value for key, value in overrides.items() if value is not None}
     data = replace(settings.data, **given)
-    recipe = Recipe(**asdict(settings.recipe))
-    plan = plan_for(recipe, settings.model, data.num_classes or 1, data.image_size)
+    plan = plan_for(settings.recipe, settings.model, data.num_classes or 1, data.image_size)
     check_net(settings)
     cache, replicas = config.cache_dir(settings.cache_dir), settings.replicas
     images = open_set(data, cache, settings.seed, settings.batch_size * replicas)
@@ -146,7 +145,7 @@ def agreed_start(
         start = resume_point(settings, prepared, run_dir)
         if start is not None:
             stats = Statistics(**checkpoint.read_statistics(start))
-    if start is not None and (row := last_test(run_dir, start.step)):
+    if start is not None and (row := evaluations(run_dir).get(start.step)):
         stopped = row.get("early_stopping", 0) >= settings.early_stopping > 0
         finished = stopped or start.step >= prepared.steps
     measured = digest([stats.mean, stats.std, stats.axes])

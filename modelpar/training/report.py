@@ -14,7 +14,7 @@ from modelpar.overrides import shell_word
 from modelpar.progress import show
 from modelpar.settings import TrainSettings
 from modelpar.training.checkpoint import list_steps
-from modelpar.training.metrics import read_rows
+from modelpar.training.metrics import evaluations
 from modelpar.training.prepare import Prepared
 
 LABEL: Final = 9  # columns of a row's name
@@ -70,7 +70,7 @@ def ended(
 
     ``seconds``: the training time of this process; None: the run was already finished.
     """
-    tests = {row["step"]: row for row in read_rows(run_dir) if row["kind"] == "test"}
+    tests = evaluations(run_dir)
     last = tests[max(tests)]
     saved = [step for step in list_steps(run_dir / "checkpoints") if step in tests]
     best = min(saved, key=lambda step: tests[step]["top1"], default=last["step"])

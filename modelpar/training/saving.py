@@ -32,7 +32,7 @@ from modelpar.training.checkpoint import (
     list_steps,
     signed,
 )
-from modelpar.training.metrics import top1_errors
+from modelpar.training.metrics import evaluations
 
 PENDING, DONE, FAILED = 0, 1, 2  # what a rank reports about its share of a save
 EXPECTED: Final = (OSError, ValueError, SafetensorError, CheckpointError)  # no bugs of ours
@@ -192,11 +192,11 @@ class Checkpointer:
 
     def _prune(self) -> None:
         """Delete the steps that are not to be kept: rename first, then remove."""
-        steps, errors = list_steps(self.folder), top1_errors(self.folder.parent)
+        steps, tests = list_steps(self.folder), evaluations(self.folder.parent)
         kept = {*list(steps)[-self.last :], self.last_step}
         kept |= {step for step in steps if self.every and step % self.every == 0}
-        if self.best and (tested := [step for step in steps if step in errors]):
-            kept.add(min(tested, key=errors.__getitem__))
+        if self.best and (tested := [step for step in steps if step in tests]):
+            kept.add(min(tested, key=lambda step: tests[step]["top1"]))
         for step in steps.keys() - kept:
             doomed = self.folder / f".del-{steps[step].name}"
             steps[step].rename(doomed)

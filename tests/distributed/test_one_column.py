@@ -1,7 +1,6 @@
 """Nets of one column train like the others: replicas, resume, evaluation, export."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torchvision
 from ranks import Ranks
 from safetensors.torch import load_file
 
-from modelpar import Recipe, config
+from modelpar import config
 from modelpar.distributed import Mesh
 from modelpar.errors import SettingsError
 from modelpar.images.loader import Batch
@@ -31,7 +30,7 @@ def outcome(mesh: Mesh, net: str, steps: int) -> dict[str, Any]:
     words = [f"model.net={net}", "recipe.lr=0.001", "epochs=91", "seed=3", "precision=float64"]
     words.append("compile=false")
     settings = config.read("train", [*words, f"batch_size={BATCH // mesh.replicas}"])
-    plan = plan_for(Recipe(**asdict(settings.recipe)), settings.model, 10, SIZES[net])
+    plan = plan_for(settings.recipe, settings.model, 10, SIZES[net])
     trained = Learner(plan, settings, mesh)
     source = torch.Generator().manual_seed(7)
     rows = slice(mesh.replica * trained.batch_size, (mesh.replica + 1) * trained.batch_size)

@@ -192,7 +192,7 @@ def test_default_crossings_are_those_of_the_experiment(name: str) -> None:
 def test_a_setting_for_a_missing_layer_is_refused(words: tuple[str, ...]) -> None:
     settings = config.read("train", ["data=synthetic", *words])
     with pytest.raises(config.SettingsError, match=words[-1].partition("=")[0]):
-        plan_for(Recipe(**asdict(settings.recipe)), settings.model, 10, 224)
+        plan_for(settings.recipe, settings.model, 10, 224)
 
 
 def test_average_pooling_averages_rectified_values() -> None:
@@ -220,6 +220,6 @@ def test_average_pooling_averages_rectified_values() -> None:
 )
 def test_settings_of_the_net_combine(words: list[str]) -> None:
     settings = config.read("train", ["data=synthetic", *words])
-    plan = plan_for(Recipe(**asdict(settings.recipe)), settings.model, 10, 224)
+    plan = plan_for(settings.recipe, settings.model, 10, 224)
     with FakeTensorMode():
         assert AlexNet(plan)(torch.empty(2, 3, 224, 224)).shape == (2, 10)

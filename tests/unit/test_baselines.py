@@ -1,7 +1,6 @@
 """The baselines without columns: sizes, layers, weights, masks, and refused settings."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.nn import functional
 
-from modelpar import AlexNet, Plan, Recipe, config
+from modelpar import AlexNet, Plan, config
 from modelpar.errors import SettingsError
 from modelpar.net.four_layer import FourLayer, Local, Torchvision, whole_net
 from modelpar.net.layers import AcrossMaps, DropoutSeed, fix_dropout
@@ -21,7 +20,7 @@ from modelpar.training.optimizer import MomentumDecay
 
 def plan(net: str, *words: str, classes: int = 10, size: int = 28) -> Plan:
     settings = config.read("train", [f"model.net={net}", *words])
-    return plan_for(Recipe(**asdict(settings.recipe)), settings.model, classes, size)
+    return plan_for(settings.recipe, settings.model, classes, size)
 
 
 def kept_and_moved(build: Callable[[], Any]) -> tuple[Any, bool]:

@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from modelpar import Plan, Recipe
 from modelpar.net.layers import (
-    ACTIVATIONS,
     AcrossMaps,
     BatchNorm,
     WithinMap,
@@ -133,15 +132,6 @@ def test_running_means_do_not_stall_in_bfloat16() -> None:
     for name, value in wide.state_dict().items():
         assert ours.state_dict()[name] == pytest.approx(value, rel=1e-3)
     assert ours.double().get_buffer("running_mean").dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [("relu", nn.ReLU()), ("tanh", nn.Tanh()), ("sigmoid", nn.Sigmoid()), ("elu", nn.ELU())],
-)
-def test_activations_are_torchs_layers(name: str, layer: nn.Module) -> None:
-    maps = torch.linspace(-4, 4, 33)
-    assert torch.equal(ACTIVATIONS[name](maps), layer(maps))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from modelpar.analysis.histograms import Histogram
 from modelpar.analysis.kernels import kernel_picture
 from modelpar.errors import SettingsError
 from modelpar.groups import MonitorSettings
-from modelpar.training.metrics import Errors, read_rows, top1_errors
+from modelpar.training.metrics import Errors, evaluations, read_rows
 from modelpar.training.monitor import KERNELS, Monitor
 from modelpar.training.prepare import prepare
 from modelpar.training.showing import Embedding, Seen
@@ -79,11 +79,11 @@ def test_repeated_evaluation_replaces_the_earlier_row(tmp_path: Path) -> None:
     watched(tmp_path, 0, 3)
     (tmp_path / "metrics.jsonl").open("a").write('{"kind": "train", "st')  # killed while writing
     watched(tmp_path, 3, 5)  # not repeated: kept
-    assert list(top1_errors(tmp_path)) == [3, 5]
+    assert list(evaluations(tmp_path)) == [3, 5]
     opened(tmp_path, 5, 9, repeats=True).close()
     rows = read_rows(tmp_path)
     assert [one["step"] for one in rows if one["kind"] == "train"] == [1, 2, 3, 4, 5]
-    assert top1_errors(tmp_path) == {3: 50.0}
+    assert {step: row["top1"] for step, row in evaluations(tmp_path).items()} == {3: 50.0}
 
 
 def test_a_full_disk_while_drawing_ends_the_run_without_a_line_of_its_own(
