@@ -152,9 +152,8 @@ def _check_key(main: str, key: str) -> None:
 
 
 def quoted(key: str, value: object) -> str:
-    """Return ``KEY='VALUE'``, which Hydra reads as this text, whatever characters it has."""
-    text = re.sub(r"(\\+)(?='|$)", lambda found: found[1] * 2, str(value)).replace("'", r"\'")
-    return f"{key}='{text}'"
+    """Return ``KEY="VALUE"``, which Hydra reads as this text, whatever characters it has."""
+    return f"{key}={_in_quotes(str(value))}"
 
 
 def shell_word(key: str, text: str) -> str:
@@ -203,7 +202,7 @@ def with_search_path(words: Sequence[str]) -> list[str]:
         flag, equals, folder = word.partition("=")
         if flag in {"-cd", "--config-dir"}:
             folder = local_path(flag, folder if equals else next(each, ""))
-            word = f"hydra.searchpath=[{quoted('', f'file://{folder}')[1:]}]"  # noqa: PLW2901
+            word = f"hydra.searchpath=[{_in_quotes(f'file://{folder}')}]"  # noqa: PLW2901
         rest.append(word)
     return rest
 

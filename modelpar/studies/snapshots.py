@@ -89,7 +89,7 @@ def of_checkpoint(settings: FiguresSettings) -> Snapshot:
     same: Any = {key: getattr(settings, key) for key in shared}
     kind = device.choose_device(settings.device, 1)
     request = EvaluateSettings(checkpoint=str(settings.checkpoint), columns=1, device=kind, **same)
-    (prepared,) = evaluation.prepare(request, train=True)
+    prepared = evaluation.prepare_one(request, request.checkpoint, train=True)
     trained, images = prepared.trained, prepared.images
     plan, place = trained.plan, device.set_up(kind)
     net = evaluation.loaded(request, trained, Mesh(place)).eval()

@@ -39,12 +39,9 @@ class Prepared:
     searched: ImageSet | None = None  # other images, on which the weights are searched
 
 
-def prepare(
-    settings: EvaluateSettings, _run_dir: Path | None = None, *, train: bool = False
-) -> list[Prepared]:
+def prepare(settings: EvaluateSettings, _run_dir: Path | None = None) -> list[Prepared]:
     """Find weights, images and mean image of each net, and check that they fit each other.
 
-    ``train``: with the training images, which a run's checkpoint does not need otherwise.
     Raises CheckpointError, SettingsError, DataError.
     """
     paths = paths_of(settings.checkpoint)
@@ -59,7 +56,7 @@ def prepare(
             f"search_images={settings.search_images}: search_root={settings.search_root} is "
             "searched as a whole; leave one of them out"
         )
-    found = _prepare_each(settings, paths, train=train)
+    found = _prepare_each(settings, paths)
     if settings.search_root is not None:
         found = _with_searched(settings, paths, found)
     elif settings.weights == "search":
@@ -67,11 +64,9 @@ def prepare(
     return found
 
 
-def _prepare_each(
-    settings: EvaluateSettings, paths: Sequence[str], *, train: bool = False
-) -> list[Prepared]:
-    first = prepare_one(settings, paths[0], train=train)
-    return [first, *(prepare_one(settings, path, first, train=train) for path in paths[1:])]
+def _prepare_each(settings: EvaluateSettings, paths: Sequence[str]) -> list[Prepared]:
+    first = prepare_one(settings, paths[0])
+    return [first, *(prepare_one(settings, path, first) for path in paths[1:])]
 
 
 def _with_searched(
@@ -107,9 +102,12 @@ def prepare_one(
     path: str,
     first: Prepared | None = None,
     *,
-    train: bool,
+    train: bool = False,
 ) -> Prepared:
-    """Return what one net needs; raises SettingsError if it cannot be averaged with ``first``."""
+    """Return what one net needs; raises SettingsError if it cannot be averaged with ``first``.
+
+    ``train``: with the training images, which a run's checkpoint does not need otherwise.
+    """
     trained = find_for(settings, path)
     data = settings.data
     if not data.name:  # those of the run, with the settings that were given

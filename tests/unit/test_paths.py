@@ -143,7 +143,7 @@ def test_a_sweep_stays_in_the_working_directory(monkeypatch: pytest.MonkeyPatch)
     assert sweep.run("train", ["-m", "run_dir=s", "seed=1", "hydra.job.chdir=true"]) == 0
     ((place, words),) = seen
     assert place == before
-    assert f"run_dir='{before}/s/0'" in words
+    assert f'run_dir="{before}/s/0"' in words
 
 
 # -- quotes ---------------------------------------------------------------------------------------

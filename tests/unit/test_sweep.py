@@ -31,7 +31,7 @@ class Jobs:
         self.words.append(words)
         line = " ".join(words)
         if (top1 := self.top1(line)) is not None:
-            run_dir = Path(words[-1].partition("=")[2].strip("'"))
+            run_dir = Path(words[-1].partition("=")[2].strip('"'))
             rows = [{"kind": "test", "step": step, "top1": top1 + 2 - step} for step in (1, 2)]
             (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"kin')
         return self.status(line)
@@ -144,7 +144,7 @@ def test_globs_and_lists_are_combined_and_each_job_has_a_run_dir(
     assert run("experiment=glob(no_lrn*)", "seed=0,1") == 0
     found = list(zip(jobs.values("experiment"), jobs.values("seed"), strict=True))
     assert found == [("no_lrn", "0"), ("no_lrn", "1"), ("no_lrn2", "0"), ("no_lrn2", "1")]
-    assert jobs.values("run_dir") == [f"'{tmp_path}/sweep/{number}'" for number in range(4)]
+    assert jobs.values("run_dir") == [f'"{tmp_path}/sweep/{number}"' for number in range(4)]
 
 
 # -- how a job ends ------------------------------------------------------------------------------
