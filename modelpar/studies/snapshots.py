@@ -21,13 +21,8 @@ from modelpar.training import checkpoint, evaluation
 from modelpar.training.checkpoint import Checkpoint
 
 CURVE_HEAD: Final = (
-    "run",
-    "activation",
-    "learning rate",
-    "seed",
-    "epochs",
-    f"epochs to {GOAL:g} % error",
-)
+    "run", "activation", "learning rate", "seed", "epochs", f"epochs to {GOAL:g} % error",
+)  # fmt: skip
 CURVE_CAPTION: Final = (
     "In figure 1 of the paper tanh needs six times as many epochs as ReLU, on CIFAR-10."
 )

@@ -19,7 +19,7 @@ from modelpar.training.trainer import Trainer
 # The ratios are those of docs/benchmarks.md, on two cores.
 UNPREPARED: Final = (
     "each epoch decodes and scales the images again; after modelpar-prepare, JPEG files were read "
-    "3 and pixels 33 times as fast"
+    "2.5 and pixels 24 times as fast"
 )
 
 

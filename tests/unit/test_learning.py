@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from modelpar.studies import runs, snapshots
+from modelpar.studies import plots, runs, snapshots
 from modelpar.studies.runs import Run
 
 
@@ -40,6 +40,14 @@ def test_curve_has_the_mean_error_of_each_epoch() -> None:
 def test_epochs_to_25_percent_are_interpolated(errors: list[float], time: float | None) -> None:
     found = run_of(errors).epochs_to_goal()
     assert found == (None if time is None else pytest.approx(time))
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "elu"])
+def test_figure_1_shows_one_epoch_as_a_point_and_the_goal_as_a_ring(activation: str) -> None:
+    one, other = run_of([80], activation=activation), run_of([80, 20], activation=activation)
+    _, point, curve, ring = plots.figure1([one, other]).axes[0].lines
+    assert [line.get_marker() for line in (point, curve, ring)] == [".", "None", "o"]
+    assert point.get_linestyle() == curve.get_linestyle() == plots.LINES[activation]
 
 
 def test_table_has_a_row_for_each_run_with_training_errors() -> None:
