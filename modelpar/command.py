@@ -138,9 +138,7 @@ def set_variables() -> None:
     """Correct variables that the libraries would read; raises LaunchError."""
     # Figures are files: neither a notebook's backend nor the user's style belongs to them.
     os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # verbose messages about hosts and connections
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no messages about connections
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's log
     _set_threads()
     try:
