@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "another net": (wider, "conv4.weight has shape (384, 384, 3, 3), this net's has (384, 192"),
     "another norm": (
         lambda: caffemodel(layers_of(drawn(), "alexnet", alpha=1e-3), old=True),
-        "response normalization is another one (size 5, alpha 0.001, beta 0.75, k 1)",
+        "response normalization differs from the paper's (size 5, alpha 0.001, beta 0.75, k 1)",
     ),
     "fewer numbers": (longer, "a blob of shape (1, 1, 2, 17) has 32 numbers; the file is damaged"),
 }
@@ -296,9 +296,7 @@ def test_state_dicts_of_a_net_and_of_both_columns_are_read() -> None:
         with pytest.raises(kind) as error:
             converted(source, "recipe=paper")
         assert said in str(error.value)
-    with pytest.raises(
-        SettingsError, match="does not tell what its net computes; add recipe=NAME"
-    ):
+    with pytest.raises(SettingsError, match="does not record its recipe; add recipe=NAME"):
         converted("whole.pt")
 
 
