@@ -159,16 +159,10 @@ def _measure(
     largest_first = sorted(workers, key=lambda one: -one.contender.processes)
     peaks = dict[str, float]()
     for _ in progress_bar(iterable=range(settings.rounds), desc="rounds", leave=False):
-        for precision in {one.contender.precision for one in workers}:
-            for one in largest_first:
-                if one.failed or one.contender.precision != precision:
-                    continue
-                with _failure_reported():
-                    ranks = one.ask("peak")
-                    for name in ranks[0]:
-                        found = sum(rank[name] for rank in ranks) / (len(ranks) if on_gpu else 1)
-                        peaks[name] = max(peaks.get(name, 0.0), found)
-                    break
+        for precision in dict.fromkeys(one.contender.precision for one in workers):
+            same = [one for one in largest_first if one.contender.precision == precision]
+            for name, found in _peak(same, on_gpu=on_gpu).items():
+                peaks[name] = max(peaks.get(name, 0.0), found)
         for one, rate, turns in cases:
             limit_link(hosts, rate)
             if not one.failed:
@@ -185,6 +179,17 @@ def _measure(
             with _failure_reported():
                 row["traces"] = one.ask("trace", str(Path(settings.out, "trace", name)))
     return peaks, rows
+
+
+def _peak(workers: Sequence[Workers], *, on_gpu: bool) -> dict[str, float]:
+    """Return the peak that the first of ``workers`` that does not fail measures."""
+    for one in workers:
+        if not one.failed:
+            with _failure_reported():
+                ranks = one.ask("peak")
+                share = len(ranks) if on_gpu else 1
+                return {name: sum(rank[name] for rank in ranks) / share for name in ranks[0]}
+    return {}
 
 
 def _row(

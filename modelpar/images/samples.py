@@ -178,8 +178,9 @@ def decode_jpeg(content: bytes) -> "np.ndarray[Any, Any]":
 def _pixels(image: Image.Image) -> "np.ndarray[Any, Any]":
     """Return the pixels (H, W, 3) uint8 of ``as_rgb(image)``, whatever decodes them."""
     rgb = as_rgb(image)
+    # Once decoded it has no file any more, and may have been changed.
     if simplejpeg and isinstance(rgb, JpegImageFile) and rgb.fp:
-        with suppress(ValueError):
+        with suppress(ValueError):  # of damaged files, which are left to Pillow
             rgb.fp.seek(0)
             return decode_jpeg(rgb.fp.read())
     return np.array(rgb)

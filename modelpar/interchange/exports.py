@@ -109,7 +109,7 @@ def mean_weights(nets: Sequence[TrainedNet]) -> dict[str, Tensor]:
             if getattr(other, key) != getattr(first, key):
                 what = {"plan": "net", "images_a_step": "images per step"}.get(key, key)
                 raise SettingsError(
-                    f"checkpoint={other.path}: its {what} differs from {first.path}; {fix}"
+                    f"checkpoint={other.path}: differs in its {what} from {first.path}; {fix}"
                 )
         if other.step in seen:
             raise SettingsError(

@@ -171,7 +171,7 @@ def rows(settings: EvaluateSettings, prepared: Sequence[Prepared]) -> tuple[list
     if len(searched) < settings.replicas or not reported:
         raise SettingsError(
             f"search_images={settings.search_images or 'null'}: {len(searched)} of "
-            f"{len(groups)} test images would be searched by {settings.replicas} replicas, and "
+            f"{len(groups)} test images would be searched with replicas={settings.replicas}, and "
             "the others reported; use another number"
         )
     return searched, reported

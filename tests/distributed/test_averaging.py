@@ -307,7 +307,7 @@ def test_settings_that_fit_no_average_are_refused(
 
 def test_search_on_fewer_images_than_replicas_is_refused(nets: Path) -> None:
     words = ("columns=1", "replicas=2", "weights=search", "search_images=1")
-    with pytest.raises(SettingsError, match="would be searched by 2 replicas"):
+    with pytest.raises(SettingsError, match="would be searched with replicas=2"):
         evaluation.prepare(read(nets, "ab", *words))
 
 

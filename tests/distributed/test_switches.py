@@ -234,8 +234,8 @@ def test_only_steps_of_one_training_are_averaged(stopped: Stopped) -> None:
     early = find(str(stopped.often / "checkpoints" / "step-00000003"))
     for other, line in (
         (one, "step 10 is given twice"),
-        (replace(early, seed=1), "its seed differs from"),
-        (replace(early, plan=replace(early.plan, activation="tanh")), "its net differs from"),
+        (replace(early, seed=1), "differs in its seed from"),
+        (replace(early, plan=replace(early.plan, activation="tanh")), "differs in its net from"),
     ):
         with pytest.raises(SettingsError, match=f"^checkpoint={other.path}: {line}"):
             exports.mean_weights([one, other])

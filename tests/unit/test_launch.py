@@ -155,14 +155,18 @@ def test_one_process_runs_without_an_agent(
 
 
 def test_a_rank_that_finishes_after_a_signal_has_succeeded(tmp_path: Path) -> None:
-    code = """
-import os, signal, sys, threading, time
+    code = '''
+import signal, sys
 from modelpar import launch
 signal.signal(signal.SIGTERM, lambda number, _: launch._stop_agent(number))
-threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
-rank = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(CODE)); time.sleep(60)"
-sys.exit(launch._run_alone(["-c", rank.replace("CODE", sys.argv[1])], 1, None))
+rank = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: os._exit(int(sys.argv[1])))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
 """
+sys.exit(launch._run_alone(["-c", rank, sys.argv[1]], 1, None))
+'''
     command = [sys.executable, "-c", code]
     for status in ("0", "75"):
         done = subprocess.run([*command, status], cwd=tmp_path, timeout=60, check=False)

@@ -1,5 +1,7 @@
 """Response normalization against torch's own layer and against a plain sum; gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch.nn import functional
 
 from modelpar import Plan, Recipe
 from modelpar.net.layers import (
+    ACTIVATIONS,
     AcrossMaps,
     BatchNorm,
     WithinMap,
@@ -153,3 +156,19 @@ def test_each_choice_of_norm_has_its_layers_after_conv1_and_conv2(
     found = norm(Plan(Recipe.named("code2012"), norm=choice), layer, 2)  # type: ignore[arg-type]
     parts = list(found) if isinstance(found, nn.Sequential) else [found]
     assert [type(part) for part in parts] == kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("relu", lambda x: x.clamp(min=0)),
+        ("tanh", lambda x: (x.exp() - (-x).exp()) / (x.exp() + (-x).exp())),
+        ("sigmoid", lambda x: 1 / (1 + (-x).exp())),
+        ("elu", lambda x: torch.where(x > 0, x, x.expm1())),
+    ],
+)
+def test_activations_are_those_that_their_names_say(
+    name: str, function: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    values = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    torch.testing.assert_close(ACTIVATIONS[name]()(values), function(values))

@@ -163,6 +163,14 @@ def test_simplejpeg_and_pillow_decode_the_same_pixels(
     assert torch.equal(samples.square(Image.open(io.BytesIO(content)), SIZE), fast)
 
 
+def test_an_image_that_was_changed_after_it_was_opened_is_the_changed_one() -> None:
+    with Image.open(io.BytesIO(encoded(picture(size=(59, 41)), "JPEG"))) as opened:
+        before = samples.square(opened, SIZE)
+        opened.paste((0, 0, 0), (0, 0, 59, 41))
+        assert before.any()
+        assert not samples.square(opened, SIZE).any()
+
+
 @pytest.mark.parametrize("layout", small_imagenet.BUILD)
 def test_each_layout_becomes_a_store_of_the_same_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
