@@ -199,8 +199,6 @@ def _row(
     # each round's median step, where a step takes as long as its slowest rank
     steps = (zip(*(rank["seconds"] for rank in turn), strict=True) for turn in turns)
     rounds = [median(map(max, step)) for step in steps]
-    # on one host the loopback interface carries what all processes send
-    senders = 1 if contender.settings.link.hosts else contender.processes
     return {
         "contender": contender.name,
         "what": CONTENDERS[contender.name].what,
@@ -212,7 +210,7 @@ def _row(
         "step_s": _spread(rounds),
         "images_per_s": _spread(contender.batch_size / seconds for seconds in rounds),
         "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
-        "wire_bytes": int(median(rank["sent"] for rank in ranks) / senders),
+        "wire_bytes": int(median(rank["sent"] for rank in ranks)),
         "first_step_s": workers.start_s,
     }
 

@@ -7,6 +7,7 @@ import re
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import time
 import timeit
@@ -35,6 +36,7 @@ PEAK_PRODUCTS: Final = 14  # the first two are not timed
 COPIED: Final = 1 << 30  # bytes, which no cache of a GPU holds
 WARM_UP_STEPS: Final = {"cpu": 1, "cuda": 6}  # some of them record graphs
 CLONE_NEWNET: Final = 0x40000000  # sched.h
+TCP_COUNTERS: Final = struct.Struct("=200x2Q")  # bytes_sent and bytes_retrans, linux/tcp.h
 INTERFACE: Final = "wire"  # launch/slow_link.sh
 BURST_SECONDS: Final = 0.002  # what the bucket holds: two kernel ticks at the rate
 SMALLEST_BURST: Final = 128 << 10  # bytes: two of the largest segments
@@ -259,6 +261,21 @@ class _Worker:
         return str(path)
 
 
+def bytes_sent() -> int:
+    """Return the bytes that this process has sent over its open TCP connections, without headers.
+
+    The counters of an interface would include what other programs of the machine send.  Needs
+    Linux 4.19 or later.
+    """
+    total = 0
+    for path in filter(Path.is_socket, Path("/proc/self/fd").iterdir()):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(path.name))) as one:  # not TCP
+            found = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_COUNTERS.size)
+            sent, sent_again = TCP_COUNTERS.unpack(found)
+            total += sent - sent_again
+    return total
+
+
 # -- the two network namespaces that launch/slow_link.sh creates ----------------------------------
 
 
@@ -286,9 +303,3 @@ def limit_link(hosts: Sequence[str], rate: float | None) -> None:
         done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
         if done.returncode and rate is not None:  # there may be no limit to delete
             raise LaunchError(f"link.rates={rate:g}: tc failed: {done.stderr.strip()}")
-
-
-def bytes_sent() -> int:
-    """Return the bytes that this namespace's interfaces have sent, including loopback."""
-    rows = Path("/proc/self/net/dev").read_text().splitlines()[2:]
-    return sum(int(row.partition(":")[2].split()[8]) for row in rows)

@@ -73,9 +73,9 @@ def test_every_contender_is_timed_and_traced(tmp_path: Path) -> None:
             assert "aten::convolution" in names
             assert ("gloo:send" in names) == (row["contender"] in {"in_turn", "pair"})
     for name in ("in_turn", "pair"):
-        assert CROSSED <= rows[name]["wire_bytes"] < 1.3 * CROSSED  # with headers
+        assert CROSSED <= rows[name]["wire_bytes"] < 1.02 * CROSSED  # gloo's messages have headers
     assert rows["ddp"]["wire_bytes"] > 60e6  # all gradients
-    assert rows["plain"]["wire_bytes"] < 1e4
+    assert rows["plain"]["wire_bytes"] == rows["layers"]["wire_bytes"] == 0
     assert result["peaks"][0]["float32"] > 0
     assert f"| {contenders[-1]} | float32 |" in done.stdout
     assert (tmp_path / "found" / "benchmark.md").read_text() in done.stdout

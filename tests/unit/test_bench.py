@@ -1,7 +1,11 @@
 """modelpar.benchmark: its contenders train the same net, and its tables show what it measured."""
 
 import json
+import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -11,6 +15,7 @@ from modelpar import AlexNet, config
 from modelpar.bench import measure, reading, report
 from modelpar.bench.floor import floor, gflop
 from modelpar.bench.steps import Contender, Plain, make
+from modelpar.bench.workers import bytes_sent
 from modelpar.distributed import Mesh
 from modelpar.errors import LaunchError, SettingsError
 from modelpar.net.plan import Plan, Recipe
@@ -237,7 +242,7 @@ def test_ratios_are_computed_round_by_round() -> None:
     ours, slow = row("pair", None, 1.0, 2.0), row("pair", 100.0, 2.0, 8.0)
     rows = [plain, ddp, ours, slow]
     assert ours["rounds_s"] == [1.0, 2.0]  # the median step of the slower process
-    assert ours["wire_bytes"] == 500  # of each of two processes
+    assert ours["wire_bytes"] == 1000
     assert measure.ratios(ours, rows)["plain float32"] == {"median": 4, "low": 4, "high": 4}
     assert measure.ratios(ours, rows)["ddp"]["median"] == 3
     assert "full rate" not in measure.ratios(ours, rows)
@@ -245,6 +250,22 @@ def test_ratios_are_computed_round_by_round() -> None:
     assert found["full rate"] == {"median": 0.375, "low": 0.25, "high": 0.5}
     assert found["plain"] == {"median": 1.5, "low": 1.0, "high": 2.0}  # one process has no link
     assert "ddp" not in found  # not measured at that rate
+
+
+def test_bytes_of_this_process_are_counted_and_no_others() -> None:
+    client = "import socket, sys; s = socket.create_connection(('localhost', int(sys.argv[1])));"
+    client += "s.sendall(bytes(1_000_000)); s.recv(54_321, socket.MSG_WAITALL); s.recv(1)"
+    with socket.create_server(("localhost", 0)) as server:
+        command = [sys.executable, "-c", client, str(server.getsockname()[1])]
+        with subprocess.Popen(command) as process, server.accept()[0] as connection:
+            before, files = bytes_sent(), len(list(Path("/proc/self/fd").iterdir()))
+            assert len(connection.recv(1_000_000, socket.MSG_WAITALL)) == 1_000_000
+            assert bytes_sent() == before
+            connection.sendall(bytes(54_321))
+            assert bytes_sent() == before + 54_321
+            assert len(list(Path("/proc/self/fd").iterdir())) == files
+            connection.shutdown(socket.SHUT_WR)
+            assert process.wait(60) == 0
 
 
 def test_tables_show_what_was_measured() -> None:
