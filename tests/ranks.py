@@ -21,7 +21,9 @@ from modelpar import distributed
 # One server imports torch and the package once; all ranks of all tests are forked from it.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ranks", "modelpar.launch", "modelpar.training.trainer"])
-TIMEOUT = 120.0  # s; a hang is the usual failure of a collective
+# In s; a hang is the usual failure of a collective.  Less than pytest's timeout, so that stacks
+# are shown, and more than a cold compile takes beside the other checks of .ci/run.
+TIMEOUT = 240.0
 
 
 def return_memory() -> None:
@@ -64,6 +66,11 @@ class Ranks:
     """``size`` gloo processes; ``run`` calls a function on all of them with their mesh."""
 
     def __init__(self, size: int, columns: int = 2, timeout: float = 60.0) -> None:
+        self.settings = (size, columns, timeout)
+        self._start()
+
+    def _start(self) -> None:
+        size, columns, timeout = self.settings
         port = _free_port()
         self.folder = tempfile.TemporaryDirectory()
         stacks = Path(self.folder.name)
@@ -81,16 +88,22 @@ class Ranks:
         """Return ``function(mesh, *arguments)`` of every rank, in rank order."""
         for pipe in self.pipes:
             pipe.send((function, arguments))
-        results: list[Any] = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(TIMEOUT):
-                where = self._stacks()
-                raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT} s\n{where}")
-            results.append(pipe.recv())
+        try:
+            results = [self._answer(rank) for rank in range(len(self.pipes))]
+        except BaseException:  # a late answer must not be taken for that of the next test
+            self._kill()
+            self._start()
+            raise
         for rank, (fine, value) in enumerate(results):
             if not fine:
                 raise AssertionError(f"rank {rank}:\n{value}")
         return [value for _, value in results]
+
+    def _answer(self, rank: int) -> tuple[bool, Any]:
+        if not self.pipes[rank].poll(TIMEOUT):
+            where = self._stacks()
+            raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT} s\n{where}")
+        return self.pipes[rank].recv()
 
     def _stacks(self) -> str:
         """Return where each rank is."""
@@ -106,4 +119,8 @@ class Ranks:
             pipe.send(None)
         for process in self.processes:
             process.join(10)
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self.processes:
             process.kill()

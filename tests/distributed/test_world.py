@@ -54,6 +54,26 @@ def test_a_host_may_prepare_for_longer_than_the_timeout() -> None:
         ranks.close()
 
 
+def late(mesh: Mesh) -> str:
+    time.sleep(2 * mesh.rank)
+    return "late"
+
+
+def test_a_late_answer_is_not_taken_for_that_of_the_next_test(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks = Ranks(2)
+    try:
+        ranks.run(place)
+        with monkeypatch.context() as short:
+            short.setattr("ranks.TIMEOUT", 0.5)
+            with pytest.raises(TimeoutError, match="did not answer"):
+                ranks.run(late)
+        assert [rank for rank, *_ in ranks.run(place)] == [0, 1]
+    finally:
+        ranks.close()
+
+
 def counted(mesh: Mesh) -> list[tuple[int, ...]]:
     return mesh.gather_ints((mesh.rank, 2 * mesh.rank))
 
