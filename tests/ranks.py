@@ -124,3 +124,4 @@ class Ranks:
     def _kill(self) -> None:
         for process in self.processes:
             process.kill()
+        self.folder.cleanup()

@@ -264,12 +264,13 @@ class _Worker:
 def bytes_sent() -> int:
     """Return the bytes that this process has sent over its open TCP connections, without headers.
 
-    The counters of an interface would include what other programs of the machine send.  Needs
-    Linux 4.19 or later.
+    The counters of an interface would include what other programs of the machine send.  Raises
+    struct.error on Linux before 4.19, which does not count these bytes.
     """
     total = 0
     for path in filter(Path.is_socket, Path("/proc/self/fd").iterdir()):
-        with suppress(OSError), socket.socket(fileno=os.dup(int(path.name))) as one:  # not TCP
+        # A socket that does not use TCP has no such counters, which is an OSError.
+        with suppress(OSError), socket.socket(fileno=os.dup(int(path.name))) as one:
             found = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_COUNTERS.size)
             sent, sent_again = TCP_COUNTERS.unpack(found)
             total += sent - sent_again

@@ -53,7 +53,8 @@ def figure1(runs: Sequence[Run]) -> Figure:
         label = None if run.label in colours else _plain(f"{run.label} ({run.activation})")
         look: Any = {"color": colours.setdefault(run.label, f"C{len(colours)}")}
         points = run.curve()
-        style = "." * (len(points) == 1) + LINES[run.activation]  # one point is no line
+        marker = "." if len(points) == 1 else ""  # a line through one point is not visible
+        style = marker + LINES[run.activation]
         panel.plot(*zip(*points, strict=True), style, lw=1.2, label=label, **look)
         if (time := run.epochs_to_goal()) is not None:
             panel.plot(time, GOAL, "o", ms=5, mfc="white", **look)
